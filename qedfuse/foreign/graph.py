@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from qedfuse.hostio.posixfile import PosixFile
 
     Opener: TypeAlias = Callable[[bytes, "PosixFile"], "PosixFile"]
-    """Opens a file that an image names; the arguments are this name and the open file of the image.
-    Raises BackingError to refuse the named file."""
+    """Opens a file that an image names, by this name and the open file of the image.  Raises
+    BackingError to refuse the named file."""
 
     Options: TypeAlias = dict[str, object]
     """Options of a block node of QEMU, as for its option ``--blockdev``."""
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 _MAX_FILES: Final = 64
 """Maximum number of files in a chain, not counting the extents of VMDK images."""
 _MAX_EXTENTS: Final = 512
-"""Maximum number of extents in a chain: enough for a disk of 1 TiB that VMware has split into files
-of 2 GiB."""
+"""Maximum number of extents in a chain: enough for 1 TiB in files of 2 GiB."""
 
 _RAW_DRIVERS: Final = ("raw", "file", "host_device")
 """Names of formats by which images state that their backing file is raw."""
@@ -47,9 +46,8 @@ class Limits:
 
     Attributes:
         open_named: Opens a file that an image names, or refuses the file.
-        any_file: Whether images may name any file.  If False and the kernel has no Landlock, an
-            image that names another file is refused: nothing would confine QEMU to the files that
-            ``open_named`` has opened.
+        any_file: Whether images may name any file.  If False and the kernel has no
+            Landlock to confine QEMU, an image that names another file is refused.
         lock: Whether QEMU locks the files.
         share: Whether to read files that another program has open for writing.
     """
@@ -85,8 +83,8 @@ class _OpenedFiles:
         files: The files that QEMU gets as descriptors, the image itself first.  A VMDK image that
             names extents is among them, but QEMU opens it by its path.
         extents: The extents of VMDK images, which QEMU opens by their names.
-        data_files: For each image, from the top one down, the file that has its data; None for a
-            VMDK image whose data is in extents that it names.
+        data_files: For each image, from the top one down, the file that has its data; None if
+            extents have it.
         opened: The files that `close` closes: all except the image itself.
         images: The images, from the top one down.
     """
@@ -116,13 +114,12 @@ class Graph(_OpenedFiles):
     def refuse_changes(self) -> None:
         """Refuse the chain if an image names other files than when the graph was made.
 
-        QEMU reads the names later than `open_graph`.  So a program that changes an image in between
-        could make QEMU open files that were never checked, if no Landlock confines QEMU.  The
-        caller must call this method after QEMU has opened all images.
+        QEMU reads the names later than `open_graph`.  Without Landlock, a program that changes an
+        image in between could make QEMU open other files.  So the caller must call this method
+        after QEMU has opened all images.
 
         Raises:
-            ForeignError: An image names other files, or its header or an extent cannot be used any
-                more.
+            ForeignError: An image names other files, or cannot be used any more.
             ImageError: The header of a QED image is not valid any more.
             HostError: A file cannot be read.
         """
@@ -148,9 +145,8 @@ def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
     Raises:
         BackingError: A file is missing or refused, an image states an unknown format of its backing
             file, or the chain is a loop or too long.
-        ForeignError: An image is encrypted, has a header or descriptor that cannot be used, has too
-            many extents, or names a file although `Limits.any_file` is False and the kernel has no
-            Landlock.
+        ForeignError: An image is encrypted or damaged, has too many extents, or names a file
+            without permission (`Limits.any_file`).
         ImageError: The header of a QED image is not valid.
         HostError: A file cannot be read.
     """
@@ -171,10 +167,7 @@ def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
 
 
 def _add_image(graph: _OpenedFiles, file: PosixFile, driver: str, limits: Limits) -> Options:
-    """Add an image and all files that it names to a graph.
-
-    Returns the options of the image's block node.
-    """
+    """Add an image and all files that it names; return the options of the image's block node."""
     graph.files.append(file)
     links = read_links(file.fd, driver, file.name)
     if links and not limits.any_file and not landlock_version():
@@ -184,17 +177,16 @@ def _add_image(graph: _OpenedFiles, file: PosixFile, driver: str, limits: Limits
             "because this kernel has no Landlock to confine QEMU (backing=any allows it)"
         )
         raise ForeignError(msg)
-    # QEMU takes the names of a VMDK image's extents as relative to the path by which it has opened
-    # the image.  So QEMU must open an image with extents by the image's own path, and not as an
-    # inherited descriptor.
+    # QEMU takes the names of extents as relative to the path by which it has opened the image.  So
+    # QEMU must open such an image by its own path, and not as an inherited descriptor.
     path = os.path.abspath(file.path) if links.extents else _inherited_path(graph)  # noqa: PTH100
     options = _image_options(driver, _file_options(path, limits), limits)
     for name in links.extents:
         if len(graph.extents) >= _MAX_EXTENTS:
             msg = f"{file.name}: found more than {_MAX_EXTENTS} extents in the chain"
             raise ForeignError(msg)
-        # An image may name an extent twice, even by two spellings, and QEMU then reads it twice.
-        # So the extents that are open already do not count as taken.
+        # An image may name an extent twice, even by two spellings.  So the extents that are open
+        # already do not count as taken.
         extent = _open(graph, name, file, limits, taken=graph.files)
         graph.extents.append(extent)
         refuse_hidden_descriptor(_signature(extent), extent.name)
@@ -220,7 +212,7 @@ def _inherited_path(graph: _OpenedFiles) -> str:
 
 
 def _image_options(driver: str, file: Options, limits: Limits) -> Options:
-    """Return the options of an image's block node without those for backing file and data file."""
+    """Return the options of an image's block node, except those for its backing and data file."""
     share: Options = {"force-share": True} if limits.share else {}
     return {"driver": driver, "read-only": True, "file": file, **share}
 
@@ -243,12 +235,7 @@ def _open(
     *,
     taken: Iterable[PosixFile],
 ) -> PosixFile:
-    """Open a file that an image names; `Graph.close` closes the file.
-
-    Raises:
-        BackingError: The file is missing or refused, or is one of ``taken``, so that the chain is a
-            loop.
-    """
+    """Open a file that an image names; refuse it as a loop if it is one of ``taken``."""
     file = limits.open_named(name, image)
     graph.opened.append(file)
     if any(file.identity == other.identity for other in taken):
@@ -258,11 +245,7 @@ def _open(
 
 
 def _open_counted(graph: _OpenedFiles, name: bytes, image: PosixFile, limits: Limits) -> PosixFile:
-    """Open a base or a data file like `_open`; refuse a chain of more than `_MAX_FILES` files.
-
-    Raises:
-        BackingError: As for `_open`, or the chain is too long.
-    """
+    """Open a base or a data file like `_open`; refuse a chain of more than `_MAX_FILES` files."""
     file = _open(graph, name, image, limits, taken=(*graph.files, *graph.extents))
     if len(graph.files) >= _MAX_FILES:
         msg = (
@@ -273,12 +256,7 @@ def _open_counted(graph: _OpenedFiles, name: bytes, image: PosixFile, limits: Li
 
 
 def _base_driver(base: PosixFile, image: PosixFile, links: Links) -> str:
-    """Return the format of a backing file as QEMU calls it.
-
-    Raises:
-        BackingError: The image states a format that is not supported.
-        HostError: The backing file cannot be read.
-    """
+    """Return the format of a backing file as QEMU calls it."""
     stated = links.backing_driver
     if stated in _RAW_DRIVERS:
         return "raw"
@@ -307,11 +285,7 @@ def detect_driver(file: PosixFile) -> str:
 
 
 def _signature(file: PosixFile) -> bytes:
-    """Return the first bytes of a file.
-
-    Raises:
-        HostError: The file cannot be read.
-    """
+    """Return the first bytes of a file."""
     start = bytearray(SIGNATURE_BYTES)
     length = file.read_blocking(0, memoryview(start))
     return bytes(start[:length])

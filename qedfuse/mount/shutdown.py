@@ -1,16 +1,13 @@
 """Unmounting on signals: the first signal unmounts when the mount is idle, the second by force.
 
-After the first signal, the server unmounts if the mount is idle.  While a loop device or a program
-has a disk open, the kernel refuses to unmount, and a forced unmount would cause I/O errors in the
-file system on that disk.  So the server immediately makes all data durable, serves the disks until
-the last close, and then unmounts.  After the second signal, the server unmounts even if disks are
-open.
+While a loop device or a program has a disk open, the kernel refuses to unmount, and a forced
+unmount would cause I/O errors in the file system on that disk.  So after the first signal the
+server makes all data durable, and serves the disks until the last close.  After the second signal
+it unmounts even if disks are open.
 
-Each of the two signals starts a task in the nursery of the mount.  The caller must cancel the
-nursery and wait for its end before the caller closes the connection and the disks, for two reasons.
-First, these tasks call `pyfuse3.terminate`, which uses the session of libfuse without a check
-whether this session still exists.  Second, these tasks flush disks, and a disk that is being closed
-must not be flushed by a second task.
+Each signal starts a task in the nursery of the mount.  These tasks call `pyfuse3.terminate`, which
+needs the session of libfuse.  They also flush disks, which must not happen during a close.  So the
+caller must cancel the nursery, and wait for its end, before it closes the connection and the disks.
 """
 
 from __future__ import annotations
@@ -38,24 +35,20 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
-"""Maximum pause between two attempts to unmount while the mount is in use.  When the last open
-handle is closed, the next attempt starts earlier.  The server also tries again when no handle was
-closed, because the kernel does not report when a process leaves a working directory in the
-mount."""
+"""Maximum pause between two attempts to unmount while the mount is in use.  The kernel does not
+report when a process leaves a working directory in the mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0
-"""Maximum time for which a forced unmount waits until all data is durable.  If a write-back cycle
-is running at the end of this time, the unmount also waits for the end of the cycle."""
+"""Maximum time for which a forced unmount waits until all data is durable.  The unmount also
+waits for a write-back cycle that is running then."""
 _FAILURES: Final = (OSError, QedError)
-"""Exceptions that are logged, and after which the shutdown goes on.  For example, no descriptor
-is left for reading the mount table (OSError), or no thread can be started (HostError)."""
+"""Exceptions that are logged, and after which the shutdown goes on."""
 
 
 class Shutdown:
     """Unmounts one mount when signals arrive.
 
     Attributes:
-        failure: The error if a forced unmount ended before all data was durable; None if all data
-            was durable, or if the unmount was not forced.
+        failure: The error if a forced unmount ended before all data was durable; otherwise None.
     """
 
     def __init__(
@@ -71,11 +64,10 @@ class Shutdown:
 
         Args:
             disks: The disks of the mount.
-            laundering: Makes the kernel write back its dirty pages; None if the kernel caches no
-                pages (``direct_io``).
+            laundering: Makes the kernel write back its dirty pages; None if it caches no pages.
             mountpoint: The mountpoint.
-            device: The device number of the mount, ``MAJOR:MINOR``.  If the mountpoint shows
-                another file system, the mountpoint is not unmounted.
+            device: The device number of the mount, ``MAJOR:MINOR``.  Nothing is unmounted if the
+                mountpoint shows another file system.
             unmounter: Unmounts the mountpoint.
             nursery: Runs the tasks that signals start.
         """
@@ -89,11 +81,7 @@ class Shutdown:
         self._signals = 0
 
     def receive(self, name: str) -> None:
-        """Start to act on the signal ``name``.
-
-        The first signal unmounts when the mount is idle, and the second unmounts by force.
-        Further signals have no effect.
-        """
+        """Start to act on the signal ``name``; signals after the second have no effect."""
         self._signals += 1
         if self._signals == 1:
             self._nursery.start_soon(self._unmount_when_idle, name)
@@ -106,23 +94,20 @@ class Shutdown:
         return entry is not None and entry.device == self._device
 
     async def _unmount_when_idle(self, signal_name: str) -> None:
-        """Unmount as soon as the mount is not in use; the unmount ends `pyfuse3.main`.
+        """Unmount when the mount is not in use, which ends `pyfuse3.main`.
 
-        If the file system is mounted elsewhere as well, `pyfuse3.main` goes on, and the other
-        mounts are logged.  If the mountpoint no longer shows this mount, nothing is unmounted, and
-        `pyfuse3.main` ends when no disk is open.
+        If the file system is mounted elsewhere as well, `pyfuse3.main` goes on.  If the mountpoint
+        does not show this mount any more, `pyfuse3.main` ends when no disk is open.
         """
         has_tried_flush = is_failure_logged = False
         while True:
             all_closed = self._disks.all_closed_event()
             try:
                 if self._is_mounted():
-                    # `unmount` runs in a thread, because it blocks while the kernel sends dirty
-                    # pages to this server.
+                    # In a thread, because the kernel sends dirty pages to this server meanwhile.
                     await run_in_thread(self._unmounter.unmount, abandon_on_cancel=True)
                     break
-                # Another process has detached the mount, or another mount covers it, so there is
-                # nothing to unmount here.
+                # Another process has detached the mount, or another mount covers it.
                 if not self._disks.open_handles:
                     self._terminate()
                     return
@@ -148,8 +133,7 @@ class Shutdown:
     async def _report_other_mounts(self, signal_name: str) -> None:
         """Log where else the file system is mounted, if the server goes on after the unmount.
 
-        If the file system is not mounted elsewhere, the server normally ends within
-        `_RETRY_SECONDS`.  The end of the server cancels this task before the task logs anything.
+        Normally the server ends within `_RETRY_SECONDS`, which cancels this task.
         """
         shown = printable(self._mountpoint)
         await trio.sleep(_RETRY_SECONDS)
@@ -173,17 +157,13 @@ class Shutdown:
     async def _flush(self) -> bool:
         """Make the kernel write back its dirty pages, and make all disks durable.
 
-        If a step fails, the failure is logged, and all other steps are still made.
-
-        Returns:
-            True if everything that the kernel had cached before this call is durable.  False if
-            a step has failed, or if the kernel may still have data that a disk lacks.
+        Return True if everything that the kernel had cached before this call is durable.  Failures
+        are logged.
         """
         durable = True
 
         @contextmanager
         def logged_failures() -> Iterator[None]:
-            # Log an error that the block raises, and go on after the block.
             nonlocal durable
             try:
                 yield
@@ -197,8 +177,7 @@ class Shutdown:
                 await run_in_thread(sync_mount, self._mountpoint, abandon_on_cancel=True)
         for exported in self._disks:
             with logged_failures():
-                # `sync_mount` starts the writeback, but can return before the writeback has ended.
-                # `launder` waits for the end of the writeback.
+                # `sync_mount` may return before the writeback has ended; `launder` does not.
                 if (
                     self._laundering is not None
                     and exported.writers
@@ -214,8 +193,7 @@ class Shutdown:
     async def _force(self) -> None:
         """Make all disks durable, detach the mount even if it is in use, and end `pyfuse3.main`.
 
-        If not all data could be made durable within `_FORCED_SYNC_SECONDS`, ``failure`` is set, and
-        the mount is detached nevertheless.
+        ``failure`` is set if not all data is durable after `_FORCED_SYNC_SECONDS`.
         """
         if self._disks.open_handles:
             _log.warning(

@@ -1,7 +1,7 @@
 """The persistent free list: its descriptor and its clusters as bytes (docs/format-extensions.md).
 
-Parsing validates each structure on its own.  What depends on the rest of the image, such
-as where the tables lie, is validated by `qedfuse.disk.state.freelistreader`.
+Parsing validates each structure on its own; `qedfuse.disk.state.freelistreader` validates what
+depends on the rest of the image.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
     Runs = NDArray[np.uint64]
-    """One row for each run of adjacent free clusters: the index of its first cluster (file offset
-    divided by the cluster size), and how many clusters the run has."""
+    """One row for each run of adjacent free clusters: the index of its first cluster in the file,
+    and the number of its clusters."""
 
 DESCRIPTOR_OFFSET: Final = 3584
-"""File offset of the descriptor, which is the last sector of the first 4096 bytes of the file.  The
-first 4096 bytes belong to the header, because the header has at least one cluster, and a cluster
-has at least 4096 bytes."""
+"""File offset of the descriptor: the last sector of the first 4096 bytes.  They belong to the
+header, because a cluster has at least 4096 bytes."""
 
 DESCRIPTOR_BYTES: Final = SECTOR
 DESCRIPTOR_END: Final = DESCRIPTOR_OFFSET + DESCRIPTOR_BYTES
@@ -40,9 +39,9 @@ RUN_BYTES: Final = 16
 """Length of one run in a list cluster."""
 
 _CHECKED_BYTES: Final = DESCRIPTOR_BYTES - 4
-"""How many bytes of the descriptor its checksum covers: all before the checksum."""
+"""The descriptor's bytes before its checksum, which covers them."""
 _UNUSED_BYTES: Final = _CHECKED_BYTES - 56
-"""How many bytes of the descriptor lie between its other fields (56 bytes) and the checksum."""
+"""The descriptor's bytes between its other fields (56 bytes) and the checksum."""
 _NUMBER_DTYPE: Final = np.dtype("<u8")
 """Each run is encoded as two of these numbers."""
 
@@ -76,11 +75,7 @@ class BadListError(ValueError):
 
 
 def refuse(field: str, found: object, expected: str) -> NoReturn:
-    """Raise an error that says what was found in one field of a list, and what was expected.
-
-    Raises:
-        BadListError: Always.
-    """
+    """Raise `BadListError` with what was found in a field of a list, and what was expected."""
     msg = f"{field}: found {found}, expected {expected}"
     raise BadListError(msg)
 
@@ -139,8 +134,7 @@ def parse_descriptor(data: bytes | bytearray) -> Descriptor:
     """Decode the sector of a descriptor.
 
     Raises:
-        BadListError: The sector is too short, has no magic bytes, a wrong checksum or another
-            version, or has unused bytes that are not zero.
+        BadListError: The sector is too short or invalid, or has another version.
     """
     if len(data) < DESCRIPTOR_BYTES:
         refuse("descriptor", f"{len(data)} bytes", f"{DESCRIPTOR_BYTES}")
@@ -172,7 +166,7 @@ def backing_name_covers_descriptor(header: Header) -> bool:
 def build_cluster(next_cluster: int, runs: Runs) -> bytes:
     """Encode the header and the runs of a list cluster, padded with zeros to whole sectors.
 
-    The caller need not write the rest of the cluster, because those bytes have no meaning.
+    The rest of the cluster need not be written.
 
     Args:
         next_cluster: File offset of the next list cluster in bytes; 0 for the last one.
@@ -189,11 +183,10 @@ def build_cluster(next_cluster: int, runs: Runs) -> bytes:
 def parse_cluster_header(data: bytes | bytearray, cluster_size: int) -> ListClusterHeader:
     """Decode the header of a list cluster of ``cluster_size`` bytes.
 
-    The checksum is not checked here but in `parse_runs`, because it also covers the runs.
+    The checksum also covers the runs, so `parse_runs` checks it.
 
     Raises:
-        BadListError: The header is too short, has no magic bytes, has unused bytes that are
-            not zero, or has a number of runs that is 0 or does not fit into the cluster.
+        BadListError: The header is too short or invalid.
     """
     if len(data) < CLUSTER_HEADER_BYTES:
         refuse("list cluster", f"{len(data)} bytes", f"at least {CLUSTER_HEADER_BYTES}")
@@ -211,8 +204,7 @@ def parse_runs(header: ListClusterHeader, data: bytes | bytearray) -> Runs:
     """Decode the runs in ``data``, the bytes of a list cluster, which begin with ``header``.
 
     Raises:
-        BadListError: The checksum of the header and the runs is wrong, or ``data`` ends
-            before the end of the last run.
+        BadListError: The checksum is wrong, or ``data`` is too short.
     """
     end = CLUSTER_HEADER_BYTES + header.runs * RUN_BYTES
     if len(data) < end:

@@ -1,8 +1,7 @@
 """DOS partition tables: the master boot record, and the chain of extended boot records.
 
-Partitions are numbered as Linux numbers them (``block/partitions/msdos.c``): the four entries of
-the master boot record have the numbers 1 to 4, even if an entry is empty.  Logical partitions have
-numbers from 5 on, in the order of the chain.
+Partitions are numbered as by Linux (``block/partitions/msdos.c``): the four entries of the master
+boot record are 1 to 4, even if an entry is empty, and logical partitions follow from 5 on.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 SECTOR_BYTES: Final = 512
 """Length in bytes of a boot record, and of the sectors in which a DOS table counts."""
 PROTECTIVE_TYPE: Final = 0xEE
-"""Type of the entry that protects a GPT: it covers the disk, so that programs that know only DOS
-tables find no free space."""
+"""Type of the entry that covers a disk with a GPT, so that older programs find no free space."""
 _EXTENDED_TYPES: Final = (0x05, 0x0F, 0x85)
 _MAX_EMPTY_RECORDS: Final = 100
 """Maximum number of consecutive records without a partition, as in Linux."""
@@ -52,8 +50,8 @@ class Entry(NamedTuple):
     Attributes:
         boot: 0x80 if the partition is bootable, otherwise 0.
         type: The type of the partition; 0 for an unused entry.
-        start: The first sector.  The master boot record counts sectors from the beginning of the
-            disk; for extended boot records see `_logical`.
+        start: The first sector, counted from the beginning of the disk; see `_logical` for extended
+            records.
         length: Number of sectors; 0 for an unused entry.
     """
 
@@ -88,8 +86,8 @@ class Record(NamedTuple):
 def parse_record(sector: bytes) -> Record | None:
     """Return the boot record in the first 512 bytes of a sector; None if there is none.
 
-    The boot sector of a file system can have the same magic number, with program code in place of
-    the entries.  So the result is also None if an entry begins with a byte other than 0 and 0x80.
+    The boot sector of a file system can have the same magic number, with code in place of entries.
+    So the result is also None if an entry begins with a byte other than 0 and 0x80.
     """
     try:
         found = _RECORD.parse(sector)
@@ -104,9 +102,8 @@ def parse_record(sector: bytes) -> Record | None:
 async def read_mbr(read: ReadDisk, size: int) -> PartitionTable | None:
     """Return the DOS partition table of a disk of ``size`` bytes; None if there is none.
 
-    Returns None also if the first sector protects a GPT.  A boot record without partitions counts
-    as a table only if the record has an identifier, because the boot sector of a file system can
-    look like an empty table.
+    Returns None also if the first sector protects a GPT, and for a boot record with neither
+    partitions nor an identifier, because the boot sector of a file system can look like this.
 
     Raises:
         QedError: The disk cannot be read.
@@ -143,16 +140,9 @@ async def read_mbr(read: ReadDisk, size: int) -> PartitionTable | None:
 def _partition(
     number: int, entry: Entry, start: int, sectors: int, problems: list[str]
 ) -> Partition | None:
-    """Return the partition of an entry, cut at the end of the disk.
+    """Return the partition of an entry, cut at the end of the disk; None if it begins outside.
 
-    Returns None if the partition begins outside of the disk, or at sector 0, which holds the table.
-
-    Args:
-        number: The number of the partition.
-        entry: The entry.
-        start: The first sector of the partition, counted from the beginning of the disk.
-        sectors: Number of sectors of the disk.
-        problems: Gets a clause if the result is None, or if the partition was cut.
+    ``start`` counts from the beginning of the disk.  A fault is added to ``problems``.
     """
     if not start:
         problems.append(f"partition {number}: begins at sector 0, which holds the partition table")
@@ -179,9 +169,9 @@ async def _logical(
 ) -> AsyncIterator[Partition]:
     """Yield the logical partitions in an extended partition.
 
-    Each extended boot record has an entry for one logical partition, whose ``start`` is relative to
-    this record, and an entry for the next record, whose ``start`` is relative to the beginning of
-    the extended partition.  An error in the chain is added to ``problems``, and ends the iteration.
+    Each record has an entry for one logical partition, relative to this record, and an entry for
+    the next record, relative to the extended partition.  An error is added to ``problems``, and
+    ends the iteration.
     """
     sector = extended.start
     seen: set[int] = set()

@@ -40,8 +40,7 @@ _FREE_FRACTION: Final = 0.05
 _MAX_GRANT_BYTES: Final = 64 << 20
 """Maximum number of bytes that may be stored before the limits of the cache are checked again."""
 _MAX_NEW_ENTRY_SECONDS: Final = 60.0
-"""Maximum age of the directory of an entry that is being made or removed.  An older directory was
-left by a crash."""
+"""Maximum age of an entry that is being made or removed.  An older one was left by a crash."""
 _MAX_ATTEMPTS: Final = 5
 """Maximum number of attempts to open or make an entry that other processes make or remove."""
 _RETRY_PAUSE_SECONDS: Final = 0.02
@@ -50,7 +49,7 @@ _UNUSABLE: Final = (
 )
 """Errors of opening an entry, if it is missing or damaged, or if its path is not a directory."""
 _RACES: Final = (errno.EWOULDBLOCK, errno.EEXIST, errno.ENOTEMPTY)
-"""Errors of opening or making an entry that another process makes or removes concurrently."""
+"""Errors of opening or making an entry that another process makes or removes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +58,8 @@ class CacheOptions:
 
     Attributes:
         directory: The directory of the cache, which is made if it is missing.
-        max_bytes: Maximum disk space of the cache; None for no maximum.  Even without a maximum
-            the cache leaves 5 % of the file system free.
+        max_bytes: Maximum disk space of the cache; None for no maximum.  In any case the cache
+            leaves 5 % of the file system free.
     """
 
     directory: str
@@ -84,23 +83,18 @@ class CacheDirectory:
         self._max_bytes = options.max_bytes
 
     def waits_for_server(self) -> bool:
-        """Return whether calls on files of the cache may wait for a server (NFS, FUSE).
-
-        Returns True also if the file system of the directory cannot be determined.
-        """
+        """Return whether calls on files of the cache may wait for a server (NFS, FUSE)."""
         try:
             return directory_waits_for_server(self._path)
         except OSError:
             return True
 
     def open_entry(self, address: Address, version: Version, store_id: str = "") -> UnitFile:
-        """Open the entry for a version of an object; make the entry if it is missing.
-
-        A damaged entry is replaced by a new one.
+        """Open the entry for a version of an object; make it if it is missing or damaged.
 
         Raises:
-            CacheError: A system call failed, a file that is not an entry has the name of the
-                entry, or other processes made or removed the entry during all attempts.
+            CacheError: A system call failed, a file that is not an entry has the entry's name, or
+                other processes made or removed the entry during all attempts.
         """
         number = 1
         while True:
@@ -116,12 +110,7 @@ class CacheDirectory:
             time.sleep(_RETRY_PAUSE_SECONDS)
 
     def _open_or_make(self, parent: str, path: str, address: Address, version: Version) -> UnitFile:
-        """Open the entry ``path``; make it if it is missing, and replace it if it is damaged.
-
-        Raises:
-            OSError: A system call failed, ``parent`` is a symbolic link, ``path`` is not a
-                directory, or another process makes or removes the entry.
-        """
+        """Open the entry ``path``; make it if it is missing or damaged."""
         if os.path.islink(parent):  # noqa: PTH114  str paths
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         try:
@@ -142,9 +131,9 @@ class CacheDirectory:
     ) -> Iterator[tuple[Version, UnitFile]]:
         """Open and yield the entries of an object that can be used without a server.
 
-        Such an entry has all units that `mark_usable_offline` has recorded for it.  Without a
-        record, the entry must have all units of the object.  The most recently used entry comes
-        first.  The caller must close each entry.  Entries that cannot be read are skipped.
+        Such an entry has all units that `mark_usable_offline` has recorded for it; without a
+        record, all units of the object.  The most recently used entry comes first.  The caller must
+        close each entry.
         """
         parent = self._directory_of(address, store_id)
         for found in reversed(list_entries([parent])):
@@ -164,9 +153,8 @@ class CacheDirectory:
     ) -> tuple[int, int] | None:
         """Return how many bytes of an object the cache has, and the size of the object.
 
-        Both numbers are for one version: the version with the size and the validator in ``wanted``,
-        or the version that was used last if ``wanted`` is None.  Returns None if the cache has no
-        byte of this version.
+        Both are for the version with the size and validator in ``wanted``, or for the version that
+        was used last.  None if the cache has no byte of this version.
         """
         for found in reversed(list_entries([self._directory_of(address, store_id)])):
             try:
@@ -181,15 +169,14 @@ class CacheDirectory:
     def evict(self, unlinked_bytes: int = 0) -> int:
         """Remove entries that no process has open, until the cache is within its limits.
 
-        The directory of the cache is made again if it was removed.
+        The directory of the cache is made if it is missing.
 
         Args:
-            unlinked_bytes: Disk space in bytes of files that were removed from the cache, but that
-                the caller still has open.
+            unlinked_bytes: Disk space in bytes of removed files that the caller still has open.
 
         Returns:
             How many bytes may be stored before the next call; 0 if the cache is still at a limit,
-            if its directory cannot be used, or if a system call failed.
+            or after an error.
         """
         try:
             self._path = prepare_directory(self._given)
@@ -203,26 +190,13 @@ class CacheDirectory:
             return 0
 
     def _must_evict(self, entry: Entry, used: int) -> bool:
-        """Return whether an entry must be removed while the cache takes up ``used`` bytes.
-
-        For an entry that is being made or removed, only the age counts: the entry must be removed
-        after `_MAX_NEW_ENTRY_SECONDS`.
-
-        Raises:
-            OSError: A system call failed.
-        """
+        """Return whether an entry must be removed while the cache takes up ``used`` bytes."""
         if entry.is_new:
             return time.time() - entry.used / 1e9 > _MAX_NEW_ENTRY_SECONDS
         return self._free_bytes(used) <= 0
 
     def _free_bytes(self, used: int) -> int:
-        """Return how many bytes may be stored; negative if the cache is above a limit.
-
-        ``used`` is the disk space of the cache in bytes.
-
-        Raises:
-            OSError: A system call failed.
-        """
+        """Return how many bytes may be stored beside ``used`` bytes; negative above a limit."""
         free = _MAX_GRANT_BYTES
         host = os.statvfs(self._path)
         if host.f_blocks:  # some file systems do not report their size
@@ -239,11 +213,7 @@ class CacheDirectory:
 
 
 def _open_retrying(path: str, size: int) -> UnitFile:
-    """Open an entry; repeat the attempt while other processes hold the locks of the entry.
-
-    Raises:
-        OSError: See `UnitFile.open`.
-    """
+    """Open an entry; repeat the attempt while other processes hold its locks."""
     for _ in range(_MAX_ATTEMPTS - 1):
         try:
             return UnitFile.open(path, size)

@@ -1,8 +1,8 @@
 """The files of one entry of the cache: how they are made and removed.
 
-An entry is the directory DIRECTORY/object-HASH/version-HASH.  While an entry is being made or
-removed, its name is new-RANDOM.  The cache removes only directories with names of these three
-forms, and in an entry only the files that it makes itself.  No symbolic link is followed.
+An entry is the directory DIRECTORY/object-HASH/version-HASH, or new-RANDOM in place of version-HASH
+while the entry is being made or removed.  Only directories with such names are removed, and in them
+only the cache's own files.  No symbolic link is followed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def list_objects(directory: str) -> list[str]:
 def list_entries(parents: list[str]) -> list[Entry]:
     """Return the entries in directories of objects, the most recently used one last.
 
-    Directories and entries that cannot be read are skipped.
+    What cannot be read is skipped.
     """
     found = []
     for parent in parents:
@@ -86,8 +86,8 @@ def make_entry(parent: str, path: str, shown: str, version: Version) -> None:
         version: The version of the object.
 
     Raises:
-        OSError: A system call failed, another process has made the entry, or one of the paths
-            leads to a file that is not a directory.
+        OSError: A system call failed, another process has made the entry, or a path is not a
+            directory.
     """
     with suppress(FileExistsError):
         os.mkdir(parent, 0o700)  # noqa: PTH102  str paths
@@ -121,8 +121,7 @@ def remove_entry(path: str) -> bool:
     """Remove an entry if no process has it open; return whether it was removed.
 
     An entry with files that are not the cache's is kept.  If the host refuses to remove a file, the
-    result is True nevertheless, and the rest of the entry stays under a new name (new-RANDOM).  If
-    the directory of the object is empty afterwards, it is removed as well.
+    result is True, and the rest of the entry stays under a new name.
     """
     fd = -1
     try:
@@ -132,8 +131,7 @@ def remove_entry(path: str) -> bool:
         if fd >= 0:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # While the lock is held, opening the entry fails with EWOULDBLOCK.  The entry is renamed
-        # before its files are removed.  So if another process makes a new entry of the same name
-        # during the removal, the files of the new entry are not removed.
+        # first, because another process may make a new entry of the same name meanwhile.
         _remove_files(_rename_aside(path))
     except OSError:
         return False
@@ -162,14 +160,7 @@ def _data_bytes(path: str) -> int:
 
 
 def _open_data(path: str) -> int:
-    """Open the data file of an entry; return its descriptor.
-
-    Returns -1 if there is no such file, or if it is a link, a directory or a socket: no process can
-    have such a file open as the data of an entry.
-
-    Raises:
-        OSError: A system call failed.
-    """
+    """Return a descriptor of an entry's data file; -1 if it is missing or has a wrong type."""
     try:
         return os.open(
             os.path.join(path, DATA_NAME),  # noqa: PTH118  str paths
@@ -187,21 +178,14 @@ def _new_path(parent: str) -> str:
 
 
 def _rename_aside(path: str) -> str:
-    """Rename an entry, so that no process can open it any more; return the new path.
-
-    Raises:
-        OSError: A system call failed.
-    """
+    """Rename an entry, so that no process can open it any more; return the new path."""
     aside = _new_path(os.path.dirname(path))  # noqa: PTH120  str paths
     os.rename(path, aside)  # noqa: PTH104  str paths
     return aside
 
 
 def _remove_files(path: str) -> None:
-    """Remove the files of an entry, and then the directory of the entry if it is empty.
-
-    Errors of the host are ignored.
-    """
+    """Remove the files of an entry, and its directory if it is empty; ignore errors of the host."""
     with suppress(OSError):
         fd = open_directory(path)
         try:

@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:([0-9]{1,18})-([0-9]{1,18})|\*)/([0-9]{1,18})")
 _ENTITY_TAG: Final = re.compile(r"[\x21-\x7e]+")
-"""An entity tag, with or without quotes.  A tag with other characters is ignored, because it could
-break the header of a request."""
+"""An entity tag.  One with other characters is ignored: it could break the header of a request."""
 
 
 class TruncatedError(AttemptError):
@@ -52,8 +51,8 @@ class TruncatedError(AttemptError):
 def content_range(response: BaseHTTPResponse) -> tuple[range | None, int] | None:
     """Return the range in the header ``Content-Range``, and the size of the object.
 
-    If the header has only the size, the range is None.  If the header is missing or not valid, the
-    whole result is None.
+    The range is None if the header has only the size.  The result is None if the header is missing
+    or invalid.
     """
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if match is None:
@@ -90,8 +89,7 @@ def read_parts(
     Args:
         response: The response of a pool of `qedfuse.remote.deadline`.
         lengths: The length in bytes of each part; at least one.
-        part_seconds: Maximum time for each part after the first one.  The timeout of the request
-            applies to the first part.
+        part_seconds: Maximum time for each part after the first one.
         allocate: Returns a buffer of a given length for a part.
 
     Raises:
@@ -110,8 +108,7 @@ def read_parts(
     if response.length_remaining not in (None, length):
         msg = f"found {response.length_remaining} bytes, expected {length}"
         raise AttemptError(msg)
-    # The body is read from the response of `http.client`, because the methods of urllib3's
-    # response would copy the body twice.
+    # The body is read from `http.client`, because urllib3's methods would copy it twice.
     body = getattr(response, "_original_response", None)
     if not isinstance(body, TimedResponse):
         msg = f"found a body of type {type(body).__name__}, expected one of TimedResponse"
@@ -132,12 +129,7 @@ def read_parts(
 
 
 def _read_into(body: TimedResponse, view: memoryview) -> None:
-    """Fill ``view`` from the body of a response.
-
-    Raises:
-        TruncatedError: The body ends, or the connection breaks off, before the view is full.
-        OSError: The connection failed in another way, such as by a timeout.
-    """
+    """Fill ``view`` from the body of a response."""
     done = 0
     while done < len(view):
         count = _read_some(body, view[done:], len(view))
@@ -149,10 +141,7 @@ def _read_into(body: TimedResponse, view: memoryview) -> None:
 def _read_some(body: TimedResponse, view: memoryview, expected: int) -> int:
     """Read into ``view``; return how many bytes were read: 0 at the end of the body.
 
-    Raises:
-        TruncatedError: The response breaks off.  The message names ``expected``, the number of
-            bytes that the caller waits for.
-        OSError: The connection failed in another way, such as by a timeout.
+    ``expected`` is for the message of a `TruncatedError`.
     """
     try:
         return body.readinto(view)

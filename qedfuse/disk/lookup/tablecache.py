@@ -1,8 +1,7 @@
 """The table cache: slices of tables, read when they are needed, within a budget of bytes.
 
-A legal table can be 1 GiB long, so no table is kept in memory as a whole.  A slice stays in
-memory while it is dirty or pinned (`Slice`).  All other slices may be evicted whenever a task
-awaits something, and are read again when they are needed.
+A table can be 1 GiB long, so no table is kept in memory as a whole.  A slice stays in memory while
+it is dirty or pinned (`Slice`).  All other slices may be evicted whenever a task awaits something.
 """
 
 from __future__ import annotations
@@ -37,9 +36,8 @@ SliceStore: TypeAlias = LRU["tuple[int, int]", Slice]
 def make_store(budget: int) -> SliceStore:
     """Make the store that all images of a chain share for their slices.
 
-    ``budget`` is the maximum number of bytes of memory that the slices take.  Only three kinds of
-    slices can exceed the maximum: dirty and pinned slices, which are never evicted, and the slice
-    that was stored last.
+    ``budget`` is in bytes.  Dirty and pinned slices and the slice that was stored last can exceed
+    it.
     """
     return LRU(
         budget,
@@ -64,7 +62,7 @@ class TableCache:
             file: The image file.
             geometry: The geometry of the image.
             store: Holds the slices of all images of the chain.
-            find_bad: Called with a level and the entries of a slice; returns `Slice.bad`.
+            find_bad: Returns `Slice.bad` for a level and the entries of a slice.
         """
         self._file = file
         self._store = store
@@ -81,14 +79,12 @@ class TableCache:
         """Return a slice by its `key`; None if it is not in memory."""
         self.empty_slice = Slice(0, L2, array("Q", bytes(self._slice_bytes)), None)
         """Stands for every slice of a table that does not exist; no caller may change it."""
-        # The dirty slices, by file offset; and the file offsets of the slices for which
-        # `reserve` has reserved host space.
+        # The dirty slices, by file offset; and the offsets of those for which `reserve` was called.
         self._dirty: dict[int, Slice] = {}
         self._reserved: set[int] = set()
-        # `Slice.bad` of each slice that was written back, by file offset.  Such a slice must
-        # not be validated again when it is read again: entries that this program has added can
-        # point past the end that the file had when the image was opened, and would count as bad
-        # (`TableRegistry.entry_rules`).
+        # `Slice.bad` of each slice that was written back, by file offset.  If such a slice is read
+        # again, it must not be validated again: new entries can point past the end that the file
+        # had when the image was opened, and would count as bad (`TableRegistry.entry_rules`).
         self._known_bad: dict[int, bytes | None] = {}
 
     def cached(self, table_offset: int, index: int) -> Slice | None:
@@ -100,7 +96,7 @@ class TableCache:
         return self.cache_key, table_offset + index // self.slice_entries * self._slice_bytes
 
     async def load(self, table_offset: int, index: int, level: int) -> Slice:
-        """Return the slice with entry ``index`` of a table; read the slice if it is not in memory.
+        """Return the slice with entry ``index`` of a table; read it if it is not in memory.
 
         Raises:
             HostError: The host cannot read the slice, or the file ends within it.
@@ -113,11 +109,7 @@ class TableCache:
         return found
 
     async def _fetch(self, offset: int, level: int) -> None:
-        """Read the slice at a file offset into the store.
-
-        Raises:
-            HostError: The host cannot read the slice, or the file ends within it.
-        """
+        """Read the slice at a file offset into the store."""
         raw = await self._file.pread(offset, self._slice_bytes)
         if len(raw) < self._slice_bytes:
             msg = (
@@ -138,8 +130,8 @@ class TableCache:
     async def reserve(self, pinned: Slice) -> None:
         """Reserve host space for the write-back of a pinned slice, if none is reserved yet.
 
-        The slice may lie in a hole of the file.  So without the reservation the host could
-        run out of space at the flush, after the guest's write has been accepted.
+        The slice may lie in a hole of the file.  Then the host could run out of space at the
+        flush, after the guest's write has been accepted.
 
         Raises:
             NoSpaceError: The host is full.
@@ -154,27 +146,20 @@ class TableCache:
         return slice_.offset in self._reserved
 
     def set(self, slice_: Slice, index: int, value: int) -> None:
-        """Change the entry at ``index`` within a slice, and mark the entry as dirty."""
+        """Change the entry at ``index`` within a slice, and mark it as dirty."""
         slice_.entries[index] = value
         slice_.touch(index, index + 1)
         self._dirty[slice_.offset] = slice_
 
     def fill(self, slice_: Slice, first: int, count: int, value: int) -> None:
-        """Set the ``count`` entries that begin at index ``first`` to ``value``; mark them as dirty.
-
-        Does nothing if ``count`` is 0.
-        """
+        """Set the ``count`` entries that begin at ``first`` to ``value``; mark them as dirty."""
         if count:
             slice_.entries[first : first + count] = array("Q", (value,)) * count
             slice_.touch(first, first + count)
             self._dirty[slice_.offset] = slice_
 
     def put(self, slice_: Slice, first: int, values: NDArray[np.uint64]) -> None:
-        """Replace the entries that begin at index ``first`` by ``values``.
-
-        Only the range from the first to the last entry that differs is marked as dirty.  If no
-        entry differs, nothing is marked.
-        """
+        """Replace the entries that begin at ``first`` by ``values``; mark what differs as dirty."""
         entries = np.frombuffer(slice_.entries, np.uint64)[first : first + len(values)]
         changed = np.flatnonzero(entries != values)
         if len(changed):
@@ -190,23 +175,21 @@ class TableCache:
     def move(self, old: int, new: int, length: int) -> None:
         """Record that a table of ``length`` bytes was copied from file offset ``old`` to ``new``.
 
-        The table's slices are dropped from memory.  The caller must ensure that none of them is
-        pinned or dirty.
+        Its slices are dropped from memory, so none of them may be pinned or dirty.
         """
         for distance in range(0, length, self._slice_bytes):
             self._store.drop((self.cache_key, old + distance))
             self._reserved.discard(old + distance)
             if old + distance in self._known_bad:
-                # Entries that were written back must not be validated again at their new
-                # offset either.
+                # Entries that were written back must not be validated at the new offset either.
                 self._known_bad[new + distance] = self._known_bad.pop(old + distance)
             else:
                 self._known_bad.pop(new + distance, None)
 
     def forget(self, table_offset: int, length: int) -> None:
-        """Drop everything about a table of ``length`` bytes to which no entry refers any more.
+        """Drop everything about a table to which no entry refers any more.
 
-        The caller must ensure that no slice of the table is pinned or dirty.
+        No slice of the table may be pinned or dirty.
         """
         for offset in range(table_offset, table_offset + length, self._slice_bytes):
             self._store.drop((self.cache_key, offset))
@@ -240,10 +223,7 @@ class TableCache:
         return taken
 
     def end_write_back(self, write: WriteBack, *, written: bool) -> None:
-        """End a write-back that `take_dirty` began.
-
-        The changes are dirty again unless they were ``written``.
-        """
+        """End a write-back of `take_dirty`; the changes are dirty again unless ``written``."""
         write.end(written=written)
         if not written:
             self._dirty[write.source.offset] = write.source

@@ -1,23 +1,19 @@
 /*
  * Answers reads, writes and fsyncs that need not wait, without a coroutine of pyfuse3.
  *
- * For each request pyfuse3 makes a coroutine and, for a write, a copy of the data.  Most
- * requests need neither.  So this module replaces these three operations in the table of operations
- * that libfuse gets, a copy of pyfuse3's table (_extraops.c).  Each replacement calls a Python
- * function that tries to answer the request.  If the function does not answer the request,
- * pyfuse3's own operation gets it.  A read whose tables and data are in memory is answered without
- * the Python function (_cachedread.c), and so is a write to allocated clusters (_inplacewrite.c).
+ * For each request pyfuse3 makes a coroutine and, for a write, a copy of the data.  Most requests
+ * need neither.  So this module replaces three operations in the copy of pyfuse3's table that
+ * libfuse gets (_extraops.c).  Each replacement calls a Python function that tries to answer the
+ * request.  If the function does not answer, or raises, pyfuse3's own operation gets the request.
+ * A read whose tables and data are in memory is answered without the Python function
+ * (_cachedread.c), and so is a write to allocated clusters (_inplacewrite.c).
  *
- * The function for reads can answer in three ways.  It can return the data.  It can call
- * reply_from_file(): then the kernel takes the data from the pages of the host's file (splice(2)),
- * and copies the data once instead of twice.  Or it can defer the read: it calls defer_read(), and
- * the read is answered later through the Request that defer_read() returns.  A thread of the pool
- * in hostio/_iothreads.c can use this Request without the GIL.
+ * The function for reads can return the data, or call reply_from_file(): then the kernel takes the
+ * data from the pages of the host's file (splice(2)), and copies the data once instead of twice.
+ * Or it can call defer_read(), which returns a Request through which the read is answered later.  A
+ * thread of the pool in hostio/_iothreads.c can use this Request without the GIL.
  *
- * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.  If a Python
- * function raises, pyfuse3's operation gets the request, and calls its own handler.  That handler
- * meets the same error and reports it.  But if the function has deferred a read, or has answered it
- * with reply_from_file(), before it raises, pyfuse3 does not get the read.
+ * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.
  *
  * The functions that other files call are described in _extraops.h.
  */
@@ -44,8 +40,8 @@ static PyObject *try_read;
 static PyObject *try_write;
 static PyObject *try_fsync;
 
-/* The read for which try_read is being called; NULL outside such a call, and after
- * reply_from_file() has answered or defer_read() has deferred the read. */
+/* The read for which try_read is being called; NULL if there is none, or if it is answered or
+ * deferred. */
 static fuse_req_t read_request;
 static size_t read_size; /* in bytes */
 static int was_deferred; /* whether defer_read() was called; Python then counts the read */
@@ -90,8 +86,7 @@ PyObject *reply_from_file(PyObject *module, PyObject *args)
     Py_RETURN_TRUE;
 }
 
-/* Called by libfuse at the start of a session: limits the length of reads, reserves memory for
- * requests, and lets libfuse splice replies if the kernel can. */
+/* Called by libfuse at the start of a session. */
 static void on_init(void *data, struct fuse_conn_info *connection)
 {
     pyfuse3_init(data, connection);
@@ -105,8 +100,8 @@ static void on_init(void *data, struct fuse_conn_info *connection)
 
 /* --- the operations ------------------------------------------------------------------ */
 
-/* Calls function(handle, offset, size_or_data): a read has a size, and a write has data.  Returns
- * the result; NULL, with no exception set, if the function raises or cannot be called. */
+/* Calls function(handle, offset, size_or_data).  Returns the result; NULL, with no exception set,
+ * if the function raises or cannot be called. */
 static PyObject *call(PyObject *function, uint64_t handle, off_t offset, PyObject *size_or_data)
 {
     PyObject *arguments[4] = {NULL, PyLong_FromUnsignedLongLong(handle),
@@ -140,8 +135,8 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
         read_size = size;
         was_deferred = 0;
         result = call(try_read, info->fh, offset, size_object);
-        /* A read that the function has deferred counts as answered, even if the function has
-         * raised, because the Request will answer it. */
+        /* A deferred read counts as answered, even after an exception, because the Request will
+         * answer it. */
         answered = read_request == NULL;
         is_fast = answered && !was_deferred;
         read_request = NULL;

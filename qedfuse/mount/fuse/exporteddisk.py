@@ -145,8 +145,7 @@ class ExportedDisks:
         return self._by_disk[id(disk)]
 
     def was_removed(self, inode: int) -> bool:
-        """Return whether a removed file had this inode number, which must not be the
-        directory's."""
+        """Return whether a file with this inode number, not the directory's, was removed."""
         return 0 < inode < self._next_inode and inode not in self.by_inode
 
     def set_partitions(self, whole: ExportedDisk, windows: dict[bytes, DiskWindow]) -> bool:

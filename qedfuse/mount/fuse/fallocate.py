@@ -1,9 +1,8 @@
 """The requests that pyfuse3 lacks: fallocate(2), and lseek(2) with SEEK_DATA and SEEK_HOLE.
 
-The kernel may have changed pages that it has not sent to the server: pages of the write-back
-cache, and pages that a program has changed by a shared memory map.  The server must not report a
-hole where such data is.  So before the server reports a hole, the server makes the kernel write
-back the range of the hole, and searches the tables again.
+The kernel may have changed pages that it has not sent to the server: of the write-back cache, or of
+a shared memory map.  So before the server reports a hole, it makes the kernel write back the range
+of the hole, and searches the tables again.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ _ZERO_RANGE: Final = 0x10
 class FallocateLseek:
     """Answers fallocate and lseek requests, each in a task of its own.
 
-    If `may_seek` permits it, and the tables that an lseek needs are in memory, the extension itself
-    answers the lseek (`_seek.c`).
+    The extension itself answers an lseek if it can (`may_seek`, `_seek.c`).
     """
 
     def __init__(
@@ -60,8 +58,7 @@ class FallocateLseek:
             operations: The handlers of the other requests of the mount.
             laundering: Makes the kernel write back its dirty pages.
             size_fixup: Gets a request when the kernel may have cached a wrong size of a disk.
-            nursery: Runs the tasks.  The caller must cancel the nursery before the connection to
-                the kernel is closed.
+            nursery: Runs the tasks; to be cancelled before the connection to the kernel is closed.
         """
         self._operations = operations
         self._laundering = laundering
@@ -78,17 +75,13 @@ class FallocateLseek:
         start: int,
         length: int,
     ) -> None:
-        """Start a task that answers a request.
-
-        The arguments are those of `qedfuse.mount.fuse.extraops.Handler`.
-        """
+        """Start a task that answers a request; see `qedfuse.mount.fuse.extraops.Handler`."""
         self._nursery.start_soon(self._answer, request, operation, uid, inode, mode, start, length)
 
     def may_seek(self, uid: int, inode: int) -> bool:
-        """Return whether the extension may answer an lseek of a user without calling this object.
+        """Return whether the extension may answer an lseek of a user itself.
 
-        Returns False if the user is refused, if the kernel may have dirty pages of the disk, or if
-        there is no such disk.
+        Returns False if the kernel may have dirty pages, and for a refused user or unknown file.
         """
         exported = self._operations.disks.get(inode)
         if exported is None or self._may_be_dirty(exported):
@@ -104,8 +97,7 @@ class FallocateLseek:
     ) -> None:
         """Carry out a request and answer it; an exception becomes the errno of the answer.
 
-        If the task is cancelled, the request is answered with EINTR when the object ``request``
-        is freed.  ``values`` has the arguments of `__call__` from ``uid`` on.
+        If the task is cancelled, freeing ``request`` answers with EINTR.
         """
         uid, inode, mode, start, length = values
         if self._operations.debug:
@@ -126,20 +118,7 @@ class FallocateLseek:
     async def _fallocate(self, exported: ExportedDisk, mode: int, start: int, length: int) -> None:
         """Carry out fallocate(2) on a range.
 
-        Args:
-            exported: The disk.
-            mode: The mode of fallocate(2).
-            start: Guest offset of the range.
-            length: Bytes of the range, more than 0.
-
-        Raises:
-            FUSEError: EOPNOTSUPP, the mode is not supported, or would allocate clusters past the
-                end of a growable disk and keep its size.  EROFS, the disk is read-only.  ENOSPC,
-                the range goes past the end of a disk that cannot grow, and the mode is not a
-                discard that keeps the size.  EFBIG, the tables cannot address the end of the
-                range.
-            QedError: The disk could not be changed.  Part of the range may be changed, and the
-                disk may have grown.
+        After a `QedError` a part of the range may be changed, and the disk may have grown.
         """
         disk = exported.disk
         if mode not in {
@@ -155,8 +134,7 @@ class FallocateLseek:
         end, size = start + length, disk.size
         growable = self._operations.may_grow(exported)
         if mode == _KEEP_SIZE and end > size:
-            # An image has no clusters past the end of its disk, so the server cannot allocate
-            # clusters there and keep the size of the disk.
+            # An image has no clusters past the end of its disk.
             raise FUSEError(errno.EOPNOTSUPP if growable else errno.ENOSPC)
         carry_out = disk.allocate if mode in {_ALLOCATE, _KEEP_SIZE} else disk.discard
         if end <= size or mode & _KEEP_SIZE:
@@ -165,37 +143,20 @@ class FallocateLseek:
         if not growable:
             raise FUSEError(errno.ENOSPC)
         if mode == _ALLOCATE and start < size:
-            # The part before the end is allocated before the disk grows.  So if the host has no
-            # space for this part, the disk keeps its size.
+            # This part first: if the host has no space for it, the disk keeps its size.
             await disk.allocate(start, size - start)
         await self._operations.grow(exported, end)
         try:
             await carry_out(start, length)
         except QedError:
-            # The disk stays larger, but the kernel increases its cached size only after a
-            # success.  So the cached size must be corrected.
+            # The disk stays larger, but the kernel increases its cached size only after a success.
             self._size_fixup.request(exported)
             with suppress(OSError):  # the kernel may have forgotten the inode
                 pyfuse3.invalidate_inode(exported.inode, attr_only=True)
             raise
 
     async def _seek(self, exported: ExportedDisk, whence: int, start: int) -> int:
-        """Return the guest offset for lseek(2).
-
-        While the kernel may have dirty pages, the server makes the kernel write back the range
-        that would be reported as a hole, and searches the tables again.
-
-        Args:
-            exported: The disk.
-            whence: SEEK_DATA or SEEK_HOLE.
-            start: Guest offset at which the search begins.
-
-        Raises:
-            FUSEError: EINVAL, ``whence`` is neither SEEK_DATA nor SEEK_HOLE.  ENXIO, ``start`` is
-                negative or not before the end of the disk, or SEEK_DATA finds no data.  If dirty
-                pages cannot be written back, the result and the errors are those of `_assume_data`.
-            QedError: A table cannot be read.
-        """
+        """Return the guest offset for lseek(2)."""
         if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:
             raise FUSEError(errno.EINVAL)
         if start < 0:
@@ -206,8 +167,8 @@ class FallocateLseek:
             hole, end = gap
             if end is None and not self._operations.may_grow(exported):
                 end = disk.size
-            # On a growable disk the kernel may have cached data past the end of the disk, and
-            # only the kernel knows where that data ends.  So ``end`` stays None.
+            # On a growable disk the kernel may have cached data past the end of the disk.  Only the
+            # kernel knows where this data ends, so ``end`` stays None.
             if end is not None and hole >= end:
                 # The gap is empty, so no range would be reported as a hole.
                 break
@@ -225,16 +186,11 @@ class FallocateLseek:
         return offset
 
     def _assume_data(self, exported: ExportedDisk, whence: int, start: int) -> int:
-        """Return the guest offset for lseek(2) as if the whole disk were data.
+        """Return the guest offset for lseek(2) if dirty pages cannot be written back.
 
-        This is the answer of `_seek` if dirty pages cannot be written back.  Zeros that are
-        reported as data only make a copy larger, but a copy loses data that is reported as a hole.
-
-        Raises:
-            FUSEError: ENXIO, ``start`` is at or past the end of a disk that cannot grow.  EIO, a
-                hole is searched at or past the end of a growable disk.  The server does not know
-                where the data in the kernel's cache ends, and a copy must fail rather than lose
-                this data.
+        Zeros that are reported as data only make a copy larger.  Data that is reported as a hole is
+        lost.  Past the end of a growable disk the server does not know where the kernel's data
+        ends, so SEEK_HOLE fails with EIO there.
         """
         size = exported.disk.size
         growable = self._operations.may_grow(exported)
@@ -247,21 +203,15 @@ class FallocateLseek:
     def _may_be_dirty(self, exported: ExportedDisk) -> bool:
         """Return whether the kernel may have dirty pages of a disk.
 
-        If no handle that may write is open, the kernel has no dirty pages, because it sends all
-        dirty pages before it releases the last handle that may write.
+        The kernel sends all dirty pages before it releases the last handle that may write.
         """
         return self._operations.has_page_cache and exported.writers > 0
 
 
 async def _find_gap(disk: Disk | DiskWindow, whence: int, start: int) -> tuple[int, int | None]:
-    """Return the gap that SEEK_HOLE would report as a hole, or that SEEK_DATA would skip.
+    """Return the range that SEEK_HOLE would report as a hole, or that SEEK_DATA would skip.
 
-    Returns:
-        The guest offsets at which the gap starts and ends.  The gap ends at the next data; if no
-        data follows, the second offset is None.  For SEEK_HOLE the gap starts at the first hole at
-        or past ``start``; the end of the disk counts as a hole.  For SEEK_DATA, or if ``start`` is
-        not before the end of the disk, the gap starts at ``start``, and is empty if there is data
-        at ``start``.
+    The end is None if no data follows.  The range is empty if there is data at its beginning.
     """
     hole = start
     if whence == os.SEEK_HOLE and start < disk.size:

@@ -1,10 +1,8 @@
 """Log handlers that never wait for the reader of the log.
 
-The event loop writes the log.  If the event loop waited for the reader of the log, no disk would be
-served during the wait.  If the reader stored its files on one of the disks, the event loop and the
-reader would wait for each other forever.  So if the reader has no space for a message, or there is
-no reader, the message is dropped and counted.  The number of dropped messages is logged before the
-next message that can be logged.
+The event loop writes the log, and serves no disk while it waits.  If the reader of the log stored
+its files on one of the disks, both would wait forever.  So if the reader has no space for a
+message, the message is dropped and counted.  The number of dropped messages is logged later.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ _PRIORITIES: Final = {
     "CRITICAL": syslog.LOG_CRIT,
 }
 """The priority in the system log for each level (syslog(3)).  `logging.handlers` has a similar
-table, but loads modules for networks and queues, which would delay every mount."""
+table, but loads modules that would delay every mount."""
 
 
 class DroppingHandler(logging.Handler):
@@ -65,10 +63,7 @@ class DroppingHandler(logging.Handler):
         super().close()
 
     def _report_dropped(self) -> None:
-        """Send the number of messages that were dropped since the last report, unless it is 0.
-
-        If the reader has no space, the number is kept for the next report.
-        """
+        """Send the number of messages that were dropped since the last report, unless it is 0."""
         if self._dropped:
             messages = "message was" if self._dropped == 1 else "messages were"
             text = f"{self._dropped} {messages} dropped here: the log accepted no message"
@@ -78,11 +73,9 @@ class DroppingHandler(logging.Handler):
 
     @abstractmethod
     def try_send(self, record: logging.LogRecord) -> bool:
-        """Format and send a message without waiting.
+        """Format and send a message without waiting; return whether the whole message was sent.
 
-        Returns:
-            True if the whole message was sent.  False if sending would wait or has failed; a part
-            of the message may have been sent.
+        After a failure a part of the message may have been sent.
         """
 
 
@@ -95,10 +88,9 @@ class StderrHandler(DroppingHandler):
         self._descriptor = descriptor
         self._reopened = -1  # a descriptor to close, or -1
         if os.isatty(descriptor):
-            # A terminal that is writable may block after fewer bytes than a pipe.  So the terminal
-            # is opened again with O_NONBLOCK.  The flag belongs to the new open file description,
-            # and does not affect the shell, which shares the original open file description.  If
-            # the terminal cannot be opened again, polling alone must suffice, as for a pipe.
+            # A terminal that is writable may block after fewer bytes than a pipe.  So it is opened
+            # again with O_NONBLOCK.  The flag belongs to the new open file description, and does
+            # not affect the shell.  If this fails, polling alone must suffice, as for a pipe.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             with suppress(OSError):
                 self._reopened = os.open(f"/proc/self/fd/{descriptor}", flags)
@@ -114,15 +106,12 @@ class StderrHandler(DroppingHandler):
             self._reopened = -1
 
     def try_send(self, record: logging.LogRecord) -> bool:
-        """Write a message in parts of at most `_MAX_WRITE_BYTES`.
-
-        The result is that of `DroppingHandler.try_send`.
-        """
+        """Write a message in parts of at most `_MAX_WRITE_BYTES`."""
         data = (self.format(record) + "\n").encode(errors="backslashreplace")
         try:
             while data:
-                # A pipe is polled before each write instead of being made non-blocking, because
-                # O_NONBLOCK would affect the other processes that share the pipe.
+                # A pipe is polled before each write, because O_NONBLOCK would affect the other
+                # processes that share the pipe.
                 if not self._poll.poll(0):
                     return False
                 data = data[os.write(self._descriptor, data[:_MAX_WRITE_BYTES]) :]
@@ -142,7 +131,7 @@ class SystemLogHandler(DroppingHandler):
         """Send to a socket; the first message connects to it.
 
         Args:
-            directory: A descriptor of the directory of the socket; `close` closes the descriptor.
+            directory: A descriptor of the directory of the socket, which `close` closes.
             name: The name of the socket in the directory.
         """
         super().__init__()
@@ -177,22 +166,16 @@ class SystemLogHandler(DroppingHandler):
         return _connect(f"/proc/self/fd/{self.directory}/{self._name}")
 
     def try_send(self, record: logging.LogRecord) -> bool:
-        """Send a message to the daemon; reconnect once if the connection is broken.
-
-        The result is that of `DroppingHandler.try_send`.
-        """
+        """Send a message to the daemon; reconnect once if the connection is broken."""
         priority = syslog.LOG_DAEMON | _PRIORITIES.get(record.levelname, syslog.LOG_WARNING)
         text = f"<{priority}>{self._identity}{self.format(record)}\0"
         data = text.encode(errors="backslashreplace")
         return self._try_send_once(data) or (self._socket is None and self._try_send_once(data))
 
     def _try_send_once(self, data: bytes) -> bool:
-        """Send a message on the connection; connect first if there is no connection.
+        """Send a message, on a new connection if there is none; return whether all of it was sent.
 
-        Returns:
-            True if the whole message was sent, otherwise False.  If the daemon has no space now, an
-            existing connection stays open.  If sending has failed, or only a part was sent, the
-            connection is closed.
+        After a failure the connection is closed, unless the daemon only had no space.
         """
         try:
             if self._socket is None:
@@ -214,9 +197,7 @@ class SystemLogHandler(DroppingHandler):
 
 
 def _connect(path: str) -> socket.socket:
-    """Return a non-blocking connection to the socket of a log daemon.
-
-    The socket of the daemon may be a datagram socket or a stream socket.
+    """Return a non-blocking connection to the datagram or stream socket of a log daemon.
 
     Raises:
         OSError: The socket cannot be connected now, for example because no daemon listens.

@@ -1,16 +1,14 @@
 """The unmounter: a helper process that unmounts for a server in a sandbox.
 
-A process under Landlock can neither mount nor unmount.  fusermount3 unmounts for ordinary users,
-but the sandbox also sets no_new_privs, which takes the privilege of fusermount3 away.  So a server
-in a sandbox asks the unmounter, which was forked before the sandbox was entered.  The unmounter
-unmounts only what is mounted on one path.  It knows this path from the beginning, and no message
-changes the path.
+A process under Landlock can neither mount nor unmount, and no_new_privs takes the privilege of
+fusermount3 away.  So a server in a sandbox asks the unmounter, which was forked before.  The
+unmounter unmounts only what is mounted on one path, which no message changes.
 
-The unmounter also connects to the log daemon for the server, after a restart of the daemon.  If the
-sandbox allowed the server to connect, the server could connect to every Unix socket of the host,
-because neither Landlock nor seccomp can permit single paths of sockets.
+The unmounter also connects to the log daemon, after a restart of the daemon.  A server that was
+allowed to connect could connect to every Unix socket of the host, because neither Landlock nor
+seccomp can permit single paths of sockets.
 
-Each request has a process of its own.  An ordinary unmount may wait until the server has answered
+Each request has a process of its own: an ordinary unmount may wait until the server has answered
 the kernel's requests, and the request to detach the mount must not wait for that.
 """
 
@@ -36,10 +34,9 @@ if TYPE_CHECKING:
     import logging
 
 _UNMOUNT, _DETACH, _DESCRIBE, _CONNECT = b"u", b"l", b"d", b"c"
-"""The requests: unmount, detach (``lazy``), describe where a file system is still mounted, and
-connect to the log daemon."""
+"""The requests: unmount, detach (``lazy``), describe the visible mounts, connect to the log."""
 _MAX_MESSAGE_BYTES: Final = 64 << 10
-"""Size of the buffer for a request and for a reply."""
+"""Maximum size of a request and of a reply."""
 _ERRORS: Final = (BusyError, PrivilegeError, FuseError, MountpointError, HostError)
 """The errors that a reply can stand for; any other error becomes a `HostError`."""
 
@@ -50,7 +47,7 @@ class Unmounter(Protocol):
     def connect_system_log(self) -> None:
         """Make the handler of the system log connect in a way that works in a sandbox.
 
-        The server must call this method after it has entered its sandbox.
+        To be called after the server has entered its sandbox.
         """
 
     def unmount(self, *, lazy: bool = False) -> None:
@@ -99,11 +96,7 @@ class HelperUnmounter(HelperProcess):
             self._system_log.connect_through(self._connect_to_log_daemon)
 
     def _connect_to_log_daemon(self) -> socket.socket:
-        """Return what `SystemLogHandler.connect` returns.
-
-        Raises:
-            OSError: The unmounter cannot connect, or has ended.
-        """
+        """Return what `SystemLogHandler.connect` returns; raise OSError if that is not possible."""
         try:
             _text, descriptors = self._ask(_CONNECT)
         except QedError as error:
@@ -124,11 +117,8 @@ class HelperUnmounter(HelperProcess):
     def _ask(self, request: bytes) -> tuple[str | None, list[int]]:
         """Send a request and wait for its reply; return the text and the descriptors of the reply.
 
-        The text is None if the reply contains no text (see `_answer`).
-
         Raises:
-            QedError: The reply is an error.
-            HostError: The unmounter has ended, or cannot start a process for the request.
+            QedError: The reply is an error, or the unmounter has failed.
         """
         try:
             own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -162,9 +152,9 @@ def _serve(mountpoint: str, system_log: SystemLogHandler | None, commands: socke
             return
         if not received:
             # The kernel has dropped the descriptor, because this process could open no more.  That
-            # has closed the socket for the reply, so `_ask` raises.
+            # has closed the socket, so `_ask` raises.
             continue
-        # If no process can be started, the descriptor is closed without a reply, and `_ask` raises.
+        # If the fork fails, the descriptor is closed without a reply, and `_ask` raises.
         with suppress(OSError):
             if os.fork() == 0:
                 _answer(mountpoint, system_log, request, received[0])
@@ -176,9 +166,8 @@ def _answer(
 ) -> None:
     """Carry out a request, send the reply, and exit; the call never returns.
 
-    A reply is a JSON list of two items.  After a failure these are the name of the error's class
-    and the message.  After a success they are null and the result of `_DESCRIBE`, or null for other
-    requests.  The reply to `_CONNECT` also carries a descriptor.
+    A reply is a JSON list: null and the result (or null), or an error's class and message.  The
+    reply to `_CONNECT` also carries a descriptor.
     """
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so that `unmount` can wait for fusermount3

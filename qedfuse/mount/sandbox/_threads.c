@@ -1,9 +1,8 @@
 /* Gives up rights in all threads of the process.
  *
- * Landlock, no_new_privs and capabilities belong to a thread, and a thread can restrict only itself.
- * So each thread gets a signal, and the handler of the signal restricts the thread in which it runs.
- * The C library does the same for setuid(2).  The handler makes system calls only, so it can safely
- * interrupt any code.
+ * Landlock, no_new_privs and capabilities belong to a thread, and a thread can restrict only
+ * itself.  So each thread gets a signal, whose handler restricts it.  The handler makes system
+ * calls only, so it can safely interrupt any code.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -77,8 +76,8 @@ static void on_signal(int signal_number, siginfo_t *information, void *context)
 
     (void)signal_number;
     (void)context;
-    /* Another process may send the same signal.  Its signal is ignored.  If it made the state DONE, the
-     * list could be freed, and the old action set again, before the signal of this process arrives. */
+    /* Ignore the same signal of another process.  If it made the state DONE, the list could be
+     * freed, and the old action set again, before the signal of this process arrives. */
     if (information->si_code != SI_TKILL || information->si_pid != getpid())
         return;
     failed = restrict_thread();
@@ -92,10 +91,10 @@ static void on_signal(int signal_number, siginfo_t *information, void *context)
     errno = before;
 }
 
-/* Returns whether a thread has ended, or is so far in its end that it runs no handler.
+/* Returns whether a thread has ended, or will run no handler any more.
  *
- * A main thread that has ended remains until the process ends, and the kernel still accepts signals to
- * this thread.  But a thread that has ended has no current directory. */
+ * A main thread that has ended still accepts signals until the process ends.  But it has no current
+ * directory. */
 static int has_ended(DIR *tasks, pid_t thread)
 {
     char link[32], target[1];
@@ -104,8 +103,8 @@ static int has_ended(DIR *tasks, pid_t thread)
     return readlinkat(dirfd(tasks), link, target, sizeof target) < 0 && errno == ENOENT;
 }
 
-/* Returns whether a thread is among those that got the signal.  An item that is ENDED does not count,
- * because a new thread may have the same number. */
+/* Returns whether a thread got the signal.  ENDED items do not count, because a new thread may have
+ * the same number. */
 static int is_signalled(pid_t thread)
 {
     const struct signalled *item;
@@ -127,8 +126,8 @@ static int has_pending(void)
     return 0;
 }
 
-/* Wait until all handlers have finished, or their threads have ended; return 0, the errno of the
- * first thread that has failed, or ETIMEDOUT. */
+/* Wait until no handler is pending; return 0, the errno of the first thread that has failed, or
+ * ETIMEDOUT. */
 static int wait_for_handlers(DIR *tasks)
 {
     const struct timespec pause = {.tv_nsec = PAUSE_NANOSECONDS};
@@ -147,7 +146,7 @@ static int wait_for_handlers(DIR *tasks)
     return atomic_load(&failure);
 }
 
-/* Send the signal to a thread, unless the thread has ended; return 0, or an errno. */
+/* Send the signal to a thread, unless it has ended; return 0, or an errno. */
 static int send_signal(DIR *tasks, pid_t thread, int signal_number)
 {
     struct signalled *item;
@@ -168,10 +167,9 @@ static int send_signal(DIR *tasks, pid_t thread, int signal_number)
     return failed == ESRCH ? 0 : failed; /* ESRCH: the thread has ended */
 }
 
-/* Send the signal to all other threads, and list the threads again until a list has no new thread.
- * Return 0, or an errno.  `*threads` becomes the number of threads that were found, including this
- * one.  On return, also after an error, all handlers have finished, unless a thread has not reacted in
- * time: has_pending() then returns 1. */
+/* Send the signal to all other threads, until a list of the threads has no new one.  Return 0, or
+ * an errno.  `*threads` becomes the number of all threads.  On return all handlers have finished,
+ * or has_pending() returns 1. */
 static int restrict_others(DIR *tasks, int signal_number, size_t *threads)
 {
     pid_t own = (pid_t)syscall(SYS_gettid);
@@ -254,8 +252,8 @@ static PyObject *restrict_threads(PyObject *module, PyObject *arguments)
         failed = restrict_others(tasks, signal_number, &threads);
     Py_END_ALLOW_THREADS;
     closedir(tasks);
-    /* If a handler has not finished, the handler stays set: with the old action, which ends the
-     * process by default, a signal that is delivered late would end the process. */
+    /* If a handler has not finished, it stays set: the old action could end the process when the
+     * signal is delivered late. */
     if (!has_pending()) {
         sigaction(signal_number, &old, NULL);
         forget_threads();

@@ -1,7 +1,7 @@
 """Checks of a backing file before its name is written into an image.
 
-This module loads trio and numpy only for a backing file that is a URL, or that QEMU reads, because
-loading them takes longer than creating an image.
+trio and numpy are loaded only for a base that is a URL, or that QEMU reads, because loading them
+takes longer than creating an image.
 """
 
 from __future__ import annotations
@@ -49,16 +49,15 @@ class NewBase(NamedTuple):
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
     """Refuse a backing file that is the image itself, or whose chain contains the image.
 
-    `chain_paths` follows the chain by the names in the headers.  Whether the files of the chain can
-    be used as backing files is not tested here.
+    Only the names in the headers are followed.
 
     Args:
-        image: The file that will name the backing file; this file need not exist.
+        image: The file that will name the backing file; it need not exist.
         backing: Name of the backing file, see `backing_path`.
         directory: The working directory, as for `backing_path`.
 
     Raises:
-        BackingError: The image is the backing file, or a file of the backing file's chain.
+        BackingError: The image is the backing file, or a file of its chain.
     """
     about = f"{printable(image)}: backing file"
     path = backing_path(image, backing, directory)
@@ -80,12 +79,12 @@ def examine_base(image: str, backing: str, wanted: BackingFormat | None) -> NewB
     Args:
         image: Path of the new image.
         backing: Name of the backing file, see `backing_path`.
-        wanted: The format that the user has named; None if the user has named none.  Only ``raw``
-            accepts a file that is not QED; see `examine_foreign` for other formats.
+        wanted: The format that the user has named, or None.  Only ``raw`` accepts a file that is
+            not QED; see `examine_foreign` for other formats.
 
     Raises:
-        BackingError: The backing file is missing, cannot be read, is in a format that ``wanted``
-            does not accept, has an invalid header, or `refuse_backing_loop` refuses the file.
+        BackingError: The backing file cannot be read, is in a format that ``wanted`` does not
+            accept, has an invalid header, or is refused by `refuse_backing_loop`.
     """
     path = backing_path(image, backing)
     about, shown = f"{printable(image)}: backing file", printable(path)
@@ -113,31 +112,29 @@ def is_foreign_base(image: str, backing: str, wanted: BackingFormat | None) -> b
     Args:
         image: Path of the new image.
         backing: Name of the backing file, see `backing_path`; not a URL.
-        wanted: The format that the user has named; None if the user has named none.
+        wanted: The format that the user has named, or None.
 
     Raises:
-        BackingError: The user has named a format that only QEMU reads, and the first bytes of the
-            file do not have this format.
+        BackingError: ``wanted`` is a format that only QEMU reads, and the file does not have it.
     """
     path = backing_path(image, backing)
     return foreign_base_driver(path, wanted, f"{printable(image)}: backing file ") is not None
 
 
 def foreign_base_driver(path: str, wanted: BackingFormat | None, about: str = "") -> str | None:
-    """Return the format of a new backing file if only QEMU reads it, as QEMU calls it; else None.
+    """Return QEMU's name of the format of a new backing file that only QEMU reads; else None.
 
-    An image does not record which of these formats its backing file has.  Later the first bytes
-    alone decide, so a file whose first bytes do not have the format ``wanted`` is refused even if
-    QEMU could read the file, as a fixed VHD.
+    An image does not record this format, so later the first bytes alone decide.  A file whose
+    first bytes are not those of ``wanted`` is refused even if QEMU could read it, such as a fixed
+    VHD.
 
     Args:
         path: The path or URL of the backing file.
-        wanted: The format that the user has named; None if the user has named none.
+        wanted: The format that the user has named, or None.
         about: The beginning of the message.
 
     Raises:
-        BackingError: ``wanted`` is a format that only QEMU reads, and the file can be read and does
-            not have it.
+        BackingError: ``wanted`` is a format that only QEMU reads, and the file does not have it.
     """
     if wanted in ("raw", "qed") or is_url(path):
         return None
@@ -163,8 +160,7 @@ async def examine_foreign(image: str, backing: str, options: OpenOptions) -> New
     Args:
         image: Path of the new image.
         backing: Name of the backing file, see `backing_path`.
-        options: Which files the backing file itself may name.  The backing file may lie in any
-            directory, because the user names it.
+        options: Which files the backing file itself may name, and how they are read.
 
     Raises:
         BackingError: The backing file cannot be used, or `refuse_backing_loop` refuses it.
@@ -210,8 +206,8 @@ async def examine_url(
     Raises:
         RemoteError: The server cannot be reached, or does not serve the file.
         HostError: The cache cannot be opened, or this process has too many open descriptors.
-        BackingError: The URL is not valid or not allowed, or the file is in a format that
-            ``wanted`` does not accept, or has an invalid header.
+        BackingError: The URL is not valid or not allowed, the format is not accepted, or the
+            header is invalid.
     """
     # Imported late, because this module must not load trio.
     from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  late, see above
@@ -231,18 +227,10 @@ async def examine_url(
 def _examined(
     start: bytes, size: int, versions: BaseVersions, shown: str, wanted: BackingFormat | None
 ) -> NewBase:
-    """Return the size, the format and the version of a backing file.
-
-    Args:
-        start: The first `SIGNATURE_BYTES` of the file, or all bytes of a shorter file.
-        size: Length of the file in bytes.
-        versions: The version of the file.
-        shown: Name of the file in messages.
-        wanted: The format that the user has named, as for `examine_base`.
+    """Return the size, the format and the version of a backing file, which begins with ``start``.
 
     Raises:
-        ImageError: The file is in a format that ``wanted`` does not accept, or has an invalid
-            header.
+        ImageError: The format is not accepted, or the header is invalid.
     """
     if wanted == "raw":
         return NewBase(size, "raw", versions)
@@ -263,10 +251,7 @@ def _examined(
 
 
 def _is_same_file(first: str, second: str) -> bool:
-    """Return whether two paths lead to the same file; False if ``first`` is a URL.
-
-    The files need not exist.
-    """
+    """Return whether two paths, which need not exist, lead to the same file; False for a URL."""
     if is_url(first):
         return False
     return os.path.realpath(first) == os.path.realpath(second) or (

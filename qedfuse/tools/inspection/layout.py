@@ -1,8 +1,8 @@
 """The layout of a disk in its image, summarised for the picture that ``qedimg map`` draws.
 
 The file and the disk are each divided into cells of nearly equal length, and the clusters of each
-cell are counted.  All L2 tables are read, slice by slice, and numpy counts the entries of a slice
-in a few operations.  So a full disk of 1 TiB with 16.8 million entries takes about a second.
+cell are counted.  numpy counts a whole slice of a table in a few operations, so a full disk of 1
+TiB takes about a second.
 """
 
 from __future__ import annotations
@@ -41,17 +41,15 @@ class Layout:
         file_bytes: Size of the file.
         disk_bytes: Size of the disk.
         cluster_size: Bytes in a cluster.
-        has_base: Whether the image has a backing file, from which unallocated clusters are read.
+        has_base: Whether the image has a backing file.
         tables: For each cell of the file, the number of its clusters with the header or tables.
         data: For each cell of the file, the number of its clusters with data.
-        positions: For each cell of the file, where on the disk one of its data clusters lies: 0 is
-            the beginning of the disk, 1 is its end.  0 for a cell without data.
+        positions: For each cell of the file, where on the disk one of its data clusters lies, from
+            0 (beginning) to 1 (end); 0 for a cell without data.
         disk_data: For each cell of the disk, the number of its clusters with data.
         disk_zeros: For each cell of the disk, the number of its zero clusters.
-        runs: Number of runs of data.  A run is a sequence of clusters that are adjacent both on the
-            disk and in the file, in the same order.
-        bad: Number of invalid L1 and L2 entries, without the entries for ranges past the end of the
-            disk.  The other attributes leave invalid entries out.
+        runs: Number of runs of data: clusters that are adjacent both on the disk and in the file.
+        bad: Number of invalid L1 and L2 entries within the disk.  The other numbers leave them out.
     """
 
     file_clusters: int
@@ -131,13 +129,7 @@ class _Counter:
         )[: self.file_cells]
 
     def count_entries(self, first: int, values: Values, invalid: Mask) -> None:
-        """Count the L2 entries of a slice.
-
-        Args:
-            first: Index of the guest cluster of the first entry.
-            values: The entries.
-            invalid: Mask of the invalid entries.
-        """
+        """Count the L2 entries of a slice; ``first`` is the guest cluster of the first entry."""
         cells = self.disk_cells
         self.bad += int(invalid.sum())
         zeros = np.flatnonzero(values == ZERO) + first
@@ -151,7 +143,7 @@ class _Counter:
         cells = self.file_cells
         where = clusters * cells // self.file_clusters
         self.data += np.bincount(where, minlength=cells)
-        # Each cell gets the position of one of its clusters.  The mean of distant positions would
+        # Each cell gets the position of one of its clusters.  The mean of distant positions could
         # be a position whose data is not in the cell.
         self.positions[where] = guest / self.disk_clusters
         breaks = (np.diff(guest) != 1) | (np.diff(clusters) != 1)
@@ -190,7 +182,7 @@ async def read_layout(
     used_tables = -(-disk_clusters // entries)
 
     def count_bad(_code: Code, first: int, _values: Values, mask: Mask) -> None:
-        # L1 entries for ranges past the end of the disk are not used, and so not counted.
+        # L1 entries past the end of the disk do not count.
         counter.bad += int(mask[: max(0, used_tables - first)].sum())
 
     classifier = EntryClassifier(header, file.size())
@@ -202,7 +194,7 @@ async def read_layout(
     counter.count_tables((tables // np.uint64(size)).astype(np.int64), length)
     for number, (index, table) in enumerate(zip(indices.tolist(), tables.tolist(), strict=True), 1):
         start = index * entries
-        # L2 entries of clusters past the end of the disk are not used, and so not counted.
+        # L2 entries past the end of the disk do not count.
         wanted = max(0, min(entries, counter.disk_clusters - start)) * ENTRY_BYTES
         async for first, values in read_table(file, table, wanted):
             invalid = np.zeros(len(values), bool)
