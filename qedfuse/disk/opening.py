@@ -41,20 +41,17 @@ async def open_disk(
     """Open an image and its chain; close both cleanly at the end of the ``async with`` block.
 
     Args:
-        path: The path or URL of the image.  A QED image can be opened for reading and, if it is a
-            local file, for writing.  Two kinds of disks can only be read: a local image in a format
-            of QEMU other than QED and raw, and a raw disk that is an export of an NBD server.
+        path: The path or URL of the image.  Only a QED image in a local file can be opened for
+            writing.
         options: How to open the image; None for the defaults, which open it read-only.
-        inspector: Called if the image is opened for writing and its tables must not be
-            trusted before a check.  The inspector checks the image, and raises an error to
-            refuse it.  If None, such an image is refused.
+        inspector: Called if the image is opened for writing and its tables must not be trusted.
+            If None, such an image is refused.
         with_bases: Whether to open the bases.  Without its base an image can still be inspected,
-            compacted, emptied and given another base.  But unallocated ranges cannot be read, and
-            no data can be written.
+            compacted, emptied and given another base.
 
     Raises:
-        QedError: The options contradict each other, the image or a base cannot be opened or
-            locked or is refused, or at the close something could not be made durable.
+        QedError: The options contradict each other, a file cannot be opened or locked or is
+            refused, or at the close something could not be made durable.
     """
     options = options or OpenOptions()
     if options.writable and options.force_share:
@@ -79,9 +76,8 @@ async def open_disk_in(
     """Open the image in an open file, and its chain, as `open_disk` does.
 
     Args:
-        file: The open file, locked and writable as ``options`` say.  The file is closed at the end
-            of the block.  If an error is raised before the block begins, the file may still be
-            open, and the caller must close it.
+        file: The open file, locked and writable as ``options`` say.  It is closed at the end of the
+            block.  If an error is raised before the block begins, the caller must close it.
         path: The path or URL of the file.
         options: How to open the image.
         inspector: See `open_disk`.
@@ -106,13 +102,12 @@ async def open_disk_in(
         await _inspect(file, header, inspector)
     bases = await open_bases(path, file, header, options, store) if with_bases else []
     disk = Disk(file, header, bases, options, store, path)
-    # From here on the disk owns the files, and closes them at the end of the next block.
+    # From here on the disk owns the files, and closes them.
     async with disk.serving():
         if disk.scan_is_short:
-            # Before the scan has ended, the free clusters that the file had at opening are not
-            # known.  Without waiting, the first writes would make the file longer even if it has
-            # free clusters, for example those that a crash has leaked.  So each of several crashes
-            # would make the file longer.  A short scan takes only milliseconds, so wait for it.
+            # Before the scan has ended, the free clusters of the file are not known, so the first
+            # writes would make the file longer.  So each of several crashes would make the file
+            # longer.  A short scan takes only milliseconds.
             await disk.ensure_scanned()
         yield disk
 
@@ -121,15 +116,7 @@ async def open_disk_in(
 async def _open_foreign_disk(
     file: HostFile, driver: str, options: OpenOptions, store: SliceStore, path: str
 ) -> AsyncIterator[Disk]:
-    """Open a foreign image, as the base of an empty image in memory; see `open_disk`.
-
-    A foreign image is one in a format of QEMU other than QED and raw.
-
-    Raises:
-        UsageError: The options ask for writing, or the image is not a local file.
-        ForeignError: QEMU is not installed or fails, or the image is refused.
-        QedError: A file that the image names is refused, or a system call failed.
-    """
+    """Open an image in another format of QEMU, as the base of an empty image in memory."""
     if options.writable:
         msg = (
             f"{file.name}: found a {driver} image, which can only be read, expected QED (a mount "
@@ -147,11 +134,7 @@ async def _open_foreign_disk(
 async def _open_raw_disk(
     file: HostFile, options: OpenOptions, store: SliceStore, path: str
 ) -> AsyncIterator[Disk]:
-    """Open a disk whose bytes are those of a file, as the base of an empty image in memory.
-
-    Raises:
-        UsageError: The disk is larger than an image can be.
-    """
+    """Open a disk whose bytes are those of a file, as the base of an empty image in memory."""
     top = EmptyImage(file)
     disk = Disk(top, top.header, [RawLayer(file)], options, store, path)
     async with disk.serving():
@@ -161,14 +144,8 @@ async def _open_raw_disk(
 async def _inspect(file: HostFile, header: Header, inspector: Inspector | None) -> None:
     """Call the inspector if the tables of an image must not be trusted for writing.
 
-    The tables must not be trusted if NEED_CHECK is set, or if the length of the file is not a
-    multiple of the cluster size.  In the second case `FileLength.grow` would later cut off the
-    partial cluster at the end of the file.  If a table entry refers to this cluster, data would be
-    lost.  If the tables may be trusted, this function does nothing.
-
-    Raises:
-        NeedsCheckError: The tables must not be trusted, and there is no inspector.
-        QedError: The inspector refuses the image.
+    They must not be trusted if NEED_CHECK is set, or if the file ends with a partial cluster.
+    `FileLength.grow` would cut off this cluster, and a table entry may refer to it.
     """
     tail_bytes = header.geometry.in_cluster(file.size())
     if not header.need_check and not tail_bytes:

@@ -1,9 +1,7 @@
 """Calls on the host's files that may block, made by native threads without the GIL.
 
-The threads belong to a C extension (`_iothreads.c`).  A call by one of them costs less than
-half of what a call by a thread of trio costs.  The threads neither wait for the GIL nor take it
-from the event loop.  The extension is optional; without it `qedfuse.hostio.threadcalls` makes the
-calls.
+The threads belong to an optional C extension (`_iothreads.c`).  A call by one of them costs less
+than half of what a call by a thread of trio costs (`qedfuse.hostio.threadcalls`).
 """
 
 from __future__ import annotations
@@ -30,9 +28,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_THREADS: Final = 1024
-"""Maximum number of native threads; the same maximum holds for trio's threads of an event loop.
-`PosixFile` lets one file occupy at most 32, so 31 files that do not answer leave threads for
-another file."""
+"""Maximum number of native threads, and of trio's threads of an event loop.  `PosixFile` lets one
+file occupy at most 32, so 31 files that do not answer leave threads for another file."""
 
 
 _INTERFACE: Final = 1
@@ -57,8 +54,8 @@ def make_io_threads() -> IoThreads[Tag] | None:
 class NativeCalls:
     """Makes calls in the threads of the extension; see `HostCalls` for the methods.
 
-    A task that makes a call sleeps until the call is finished and `deliver` resumes the task.  A
-    cancelled task sleeps until then as well, because the thread uses the task's buffer.
+    A task that makes a call sleeps until `deliver` resumes it, even after a cancellation, because
+    the thread uses the task's buffer.
 
     Attributes:
         resuming: Number of tasks that `deliver` has made runnable, but that have not run yet.
@@ -116,8 +113,7 @@ class NativeCalls:
         self._threads.submit_export_read(fd, offset, view, ended, answer)
 
     # The methods below are protected from a KeyboardInterrupt between the submission of a call and
-    # the sleep of its task.  After such an interrupt, the end of the call would wake the task from
-    # a later sleep, while the task waits for something else.
+    # the sleep of its task.  Otherwise the end of the call would wake the task from a later sleep.
 
     @trio.lowlevel.enable_ki_protection
     async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:
@@ -156,11 +152,7 @@ class NativeCalls:
             await self._wait_delivered()
 
     async def _wait_delivered(self) -> tuple[int, float]:
-        """Sleep until the call of this task is delivered; return the call's result and its seconds.
-
-        Raises:
-            OSError: The kernel refused.
-        """
+        """Sleep until the call of this task is delivered; return its result and its seconds."""
         finished: Any = await trio.lowlevel.wait_task_rescheduled(_refuse_to_abort)
         self.resuming -= 1
         result, nanoseconds = finished

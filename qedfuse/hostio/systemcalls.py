@@ -1,9 +1,7 @@
 """System calls on files, as functions that may block.
 
-On failure all of them raise `OSError`, except those that examine the type of the file system:
-`waits_for_server`, `inline_flags` and `keeps_inode_numbers`.
-Most of them call the C library, because Python lacks the call or a part of its result.  `read_all`
-and `write_all` repeat preadv(2) and pwritev(2), which can transfer only a part of the data.
+On failure all of them raise `OSError`, except those that examine the type of the file system.
+Most of them call the C library, because Python lacks the call or a part of its result.
 """
 
 from __future__ import annotations
@@ -52,11 +50,9 @@ _SERVER_MAGICS: Final = frozenset(
 _MEMORY_MAGICS: Final = frozenset({0x01021994, 0x858458F6})
 """The ``f_type`` of tmpfs and ramfs, whose files are in memory only."""
 _FAT_MAGICS: Final = frozenset({0x4D44, 0x2011BAB0})
-"""The ``f_type`` of FAT and exFAT, which store no inode numbers: the kernel assigns new
-ones when it loads an inode."""
+"""The ``f_type`` of FAT and exFAT, which do not store inode numbers."""
 _STATFS_BYTES: Final = 256
-"""Length of the buffer for struct statfs, more than needed; the first field is ``f_type``, a
-long."""
+"""Length of the buffer for struct statfs, more than needed; the first field is ``f_type``."""
 
 _MAX_PARTS: Final = 1024
 """Maximum number of buffers in one call of pwritev(2) (IOV_MAX)."""
@@ -78,16 +74,13 @@ if _statx is not None:
 def size_and_blocks(fd: int) -> tuple[int, int]:
     """Return the length in bytes, and the ``st_blocks`` in units of 512 bytes, of an open file.
 
-    The values come from statx(2) without the times, and without a request to a server on a network.
-    If statx(2) cannot be called, the values come from fstat(2).
+    statx(2) reads them without the times, and without a request to a server on a network.
 
     Reading the times would make later writes slower.  Normally a write sets the time of the last
     tick of the kernel's clock, so most writes leave the times of the file unchanged.  But since
-    Linux 6.13, the first write after the times were read sets the exact time, and from then on no
-    file on the machine gets an older time.  So if each flush read the times of an image, the write
-    after each flush would change them, and the next fdatasync(2) would have to write the inode.  A
-    file in a file system on the exported disk would also get a new time with the write after each
-    flush, and the next fsync(2) there would have to commit this time.
+    Linux 6.13, the first write after the times were read sets the exact time.  So if each flush
+    read the times of an image, the write after each flush would change them, and the next
+    fdatasync(2) would have to write the inode.
 
     Raises:
         OSError: A system call failed.
@@ -103,10 +96,9 @@ def size_and_blocks(fd: int) -> tuple[int, int]:
 
 
 def waits_for_server(fd: int) -> bool:
-    """Return whether a call on an open file may wait for a server, for an unlimited time.
+    """Return whether a call on an open file may wait for a server (FUSE, NFS), without a limit.
 
-    The server is another process or another machine (FUSE, NFS).  Returns True also if fstatfs(2)
-    fails, because this call fails only in a file system that asks a server for the answer.
+    Returns True also if fstatfs(2) fails, which happens only if it asks a server.
     """
     magic = _file_system_magic(fd)
     return magic is None or magic in _SERVER_MAGICS
@@ -115,19 +107,14 @@ def waits_for_server(fd: int) -> bool:
 def inline_flags(fd: int) -> int:
     """Return the flags of preadv2(2) with which the event loop reads an open file without waiting.
 
-    The result is RWF_NOWAIT, with which a read fails if it would wait for a disk.  For tmpfs and
-    ramfs the result is 0: tmpfs refuses the flag (EOPNOTSUPP), and the files of both are in memory.
-    A read of a page of tmpfs that was swapped out waits, just as an access to swapped-out memory of
-    this process.
+    With RWF_NOWAIT a read fails if it would wait for a disk.  tmpfs refuses the flag (EOPNOTSUPP),
+    and the files of tmpfs and ramfs are in memory, so the result for both is 0.
     """
     return 0 if _file_system_magic(fd) in _MEMORY_MAGICS else os.RWF_NOWAIT
 
 
 def keeps_inode_numbers(fd: int) -> bool:
-    """Return whether a file keeps its inode number while no program has the file open.
-
-    Returns False also if fstatfs(2) fails.
-    """
+    """Return whether a file keeps its inode number while no program has it open."""
     magic = _file_system_magic(fd)
     return magic is not None and magic not in _FAT_MAGICS
 
@@ -155,8 +142,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def sync_file_range(fd: int, offset: int, length: int, flags: int) -> None:
     """Write a range of a file from the page cache to the disk (sync_file_range(2)).
 
-    ``flags`` is `SYNC_START`, to return without waiting for the disk, or `SYNC_AND_WAIT`.  Neither
-    makes anything durable.
+    ``flags`` is `SYNC_START` or `SYNC_AND_WAIT`.  Neither makes anything durable.
 
     Raises:
         OSError: The kernel refused, or an earlier write of these pages has failed.

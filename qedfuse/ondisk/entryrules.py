@@ -1,7 +1,7 @@
 """The validity of table entries, and what to report about invalid ones.
 
-This module applies the limits of `qedfuse.ondisk.entrylimits` to all entries of a slice.  It
-also finds the entries whose target overlaps an L2 table.
+This module applies the limits of `qedfuse.ondisk.entrylimits` to all entries of a slice, and also
+finds targets that overlap an L2 table.
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ class EntryRules:
     Attributes:
         limits: The limits that the header, the L1 table and the length of the file set.
         tables: File offsets of the L2 tables that targets must not overlap, ascending.
-        allow_cut_short: Whether a target that begins inside the file is allowed to end past the end
-            of the file.
+        allow_cut_short: Whether a target may begin inside the file and end past its end.
     """
 
     limits: EntryLimits
@@ -81,7 +80,7 @@ class EntryRules:
         return ~bad
 
     def invalid_mask(self, values: Values) -> Mask | None:
-        """Return for each entry whether it is invalid; None if no entry is invalid.
+        """Return for each entry whether it is invalid; None if no entry is.
 
         Markers, such as 0 for an unallocated cluster, count as valid.
         """
@@ -95,8 +94,7 @@ class EntryRules:
     def _are_surely_valid(self, offsets: Values) -> bool:
         """Return whether a quick test shows that all ``offsets`` are valid.
 
-        If the result is False, the caller must call `valid_mask`, which is slower.  The caller must
-        pass at least one offset, and no markers.
+        There must be at least one offset, and no markers.
         """
         limits = self.limits
         lowest = int(offsets.min())
@@ -113,12 +111,10 @@ class EntryRules:
     def violations(self, values: Values) -> Iterator[tuple[Violation, Mask]]:
         """Sort invalid entries by the first rule that each breaks; markers break no rule.
 
-        ``allow_cut_short`` is ignored here: a target that the end of the file cuts short is always
-        a violation.
+        ``allow_cut_short`` is ignored.
 
         Yields:
-            (violation, mask), for every violation in order.  The mask is True for each entry that
-            breaks the rule and no earlier one.
+            Every violation in order, with a mask of the entries that break it and no earlier one.
         """
         limits = self.limits
         left = values > limits.largest_marker
@@ -134,10 +130,7 @@ class EntryRules:
             left &= ~broken
 
     def table_containing(self, values: Values) -> NDArray[np.intp]:
-        """Return for each file offset the index in ``tables`` of the L2 table that contains it.
-
-        The result is -1 for an offset in no L2 table.
-        """
+        """Return for each file offset the index in ``tables`` of its table; -1 if it is in none."""
         if not len(self.tables):
             return np.full(len(values), -1)
         index = np.searchsorted(self.tables, values, "right") - 1
@@ -156,7 +149,7 @@ class EntryRules:
 
     def _any_over_table(self, offsets: Values) -> bool:
         """Return whether any of ``offsets`` lies in an L2 table; requires at least one table."""
-        # Sort the offsets first, because a search for sorted offsets is several times faster.
+        # A search for sorted offsets is several times faster.
         ordered = np.sort(offsets)
         before = self.tables.searchsorted(ordered, "right")
         inside = ordered - self.tables[before - 1] < np.uint64(self.limits.table_bytes)
@@ -193,6 +186,5 @@ class EntryRules:
             if broken[0] and not (violation is Violation.CUT_SHORT and self.allow_cut_short):
                 expected = self.expected(violation)
                 return f"found {value} ({violation.found}), expected {expected}"
-        # The entry breaks no rule now, but broke one when it was found invalid.  So the file has
-        # become longer since then, and the limits are those of the longer file.
+        # The entry was invalid when the file was shorter.
         return f"found {value}, which was outside the file, expected an offset inside it"

@@ -26,7 +26,7 @@ class Remains(enum.Enum):
     """What an upload that has ended has left in the store."""
 
     NOTHING = enum.auto()
-    """Nothing, as far as the upload knows: obstore does not report whether parts were removed."""
+    """Nothing, as far as the upload knows."""
     UNKNOWN = enum.auto()
     """The object, parts of it, or nothing: the store did not confirm the removal."""
     OBJECT = enum.auto()
@@ -59,9 +59,8 @@ class StoredObject:
     ) -> None:
         """Raise the error of a failed upload, unless the store has the content nevertheless.
 
-        If the store's response is lost, the request is repeated, although the store may have stored
-        the object.  The repeated request then fails: the store reports that the object exists, or
-        that the upload does not exist any more.
+        If the store's response was lost, the request was repeated.  The repeated request fails,
+        because the object exists already, or the upload does not exist any more.
 
         Raises:
             RemoteError: ``error``, or the store does not answer whether it has the content.
@@ -90,8 +89,7 @@ class StoredObject:
     def raise_failure(self, error: RemoteError | UsageError, *, has_parts: bool) -> NoReturn:
         """Raise the error of a failed upload; add to its message if the store may have parts.
 
-        obstore has tried to remove the parts, but does not report whether they were removed.  If
-        the store did not answer to the upload, it may not have answered to the removal either.
+        obstore has tried to remove the parts, but does not report whether they were removed.
 
         Args:
             error: The error.
@@ -110,13 +108,12 @@ class StoredObject:
         raise error
 
     def compare_or_delete(self, store: Store, etag: str) -> None:
-        """Compare the stored object with the content; if it differs, call `_delete`.
+        """Compare the stored object with the content; delete it if it differs.
 
         Raises:
-            RemoteError: The object differs, or the store does not answer.  The message says whether
-                the object is left.
-            StoppedError: `Upload.stop` was called.  If the upload must not replace an object,
-                `_delete` is called first.
+            RemoteError: The object differs, or the store does not answer.
+            StoppedError: `Upload.stop` was called.  If the upload must not replace an object, the
+                object is deleted first.
         """
         try:
             self._check.compare(etag)
@@ -143,8 +140,7 @@ class StoredObject:
     def _delete(self, store: Store, etag: str) -> None:
         """Delete the object if its entity tag is ``etag``; delete nothing if ``etag`` is empty.
 
-        Another tag means that another program has stored the object.  `remains` is UNKNOWN
-        afterwards if ``etag`` is empty, or if the store does not answer or refuses.
+        Another tag means that another program has stored the object.
         """
         self._remains = Remains.UNKNOWN
         try:
@@ -164,8 +160,7 @@ class StoredObject:
     def _delete_equal(self, store: Store) -> None:
         """Delete the object if it has the upload's content; `Upload.stop` does not end this call.
 
-        Without the response of the store, only a comparison shows that this upload has stored the
-        object.  `remains` is UNKNOWN afterwards if the store does not answer or refuses.
+        Only a comparison shows that this upload has stored the object.
         """
         try:
             etag = self._check.compare("", is_stoppable=False)

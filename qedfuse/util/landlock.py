@@ -1,11 +1,10 @@
 """The system calls of Landlock, by which a process gives up access to files and to TCP.
 
 A *ruleset* lists the access that stays permitted.  A thread that restricts itself by a ruleset, and
-every thread and process that it starts later, have no other access to files and to TCP.  Nothing
-lifts the restriction.
+every thread and process that it starts later, have no other access.
 
-`qedfuse.foreign.sandbox` imports this module in a script that runs without the packages of the
-installation.  So this module imports only a few modules of the standard library.
+`qedfuse.foreign.sandbox` imports this module in a script without the packages of the installation.
+So this module imports only a few modules of the standard library.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ NETWORK_VERSION = 4
 """The first version that can forbid TCP."""
 _BIND_TCP, _CONNECT_TCP = 1 << 0, 1 << 1
 _SCOPE_VERSION = 6
-"""The first version that can forbid two things: signals to processes outside of the sandbox, and
-connections to abstract sockets of such processes."""
+"""The first version that can forbid signals and abstract sockets across a sandbox's border."""
 SCOPE_ABSTRACT_SOCKETS, SCOPE_SIGNALS = 1 << 0, 1 << 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -74,9 +72,8 @@ class Ruleset:
 
         Args:
             version: The kernel's version of Landlock.
-            scopes: What the processes in the sandbox must not do to processes outside of it:
-                `SCOPE_SIGNALS`, `SCOPE_ABSTRACT_SOCKETS` or both.  Ignored if the kernel's version
-                cannot forbid them.
+            scopes: What the sandbox forbids towards processes outside of it, if the kernel can:
+                `SCOPE_SIGNALS`, `SCOPE_ABSTRACT_SOCKETS` or both.
 
         Raises:
             OSError: The kernel refused.
@@ -100,9 +97,7 @@ class Ruleset:
         Rights that the kernel's version does not know are left out.
 
         Raises:
-            OSError: The kernel refused, for example because ``rights`` has no right that its
-                version knows, or because ``fd`` is a file and ``rights`` has a right of
-                directories.
+            OSError: The kernel refused, for example a right of directories on a file.
         """
         rule = struct.pack("=Qi", rights & self._handled, fd)
         check_result(
@@ -110,12 +105,9 @@ class Ruleset:
         )
 
     def try_allow_path(self, path: str, rights: int) -> bool:
-        """Permit ``rights`` on the file or directory that a path leads to now.
+        """Permit ``rights`` on what a path leads to now; return False if it cannot be opened.
 
         For a file, the rights that only a directory can have are left out.
-
-        Returns:
-            False if the path cannot be opened; then nothing is permitted.
 
         Raises:
             OSError: The kernel refused the rule, for example because none of ``rights`` is left.
@@ -132,9 +124,7 @@ class Ruleset:
         return True
 
     def allow_connect(self, port: int) -> None:
-        """Permit connections to a TCP port of any host.
-
-        Does nothing if the kernel's version cannot forbid TCP.
+        """Permit connections to a TCP port of any host; do nothing if TCP cannot be forbidden.
 
         Raises:
             OSError: The kernel refused.

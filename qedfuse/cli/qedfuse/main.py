@@ -33,7 +33,7 @@ _MOUNT_HELPER_NAMES: Final = ("mount.qedfuse", "mount.fuse.qedfuse")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    If ``argv`` is None, the function takes the arguments of this process, and sets up its standard
+    Without ``argv`` the function takes the arguments of this process, and sets up its standard
     streams and its SIGINT handler.
 
     Raises:
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of the help or of statistics has closed the pipe, as head(1) does.  This is not
-        # a failure.
+        # The reader of the output has closed the pipe, as head(1) does.  This is not a failure.
         discard_unwritten(sys.stdout)
         return 0
     except Exception as error:
@@ -70,12 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _umount(words: Sequence[str]) -> int:
-    """Run ``qedfuse umount``; return the exit code.
-
-    Raises:
-        QedError: The arguments are invalid, or the unmount failed.
-        BrokenPipeError: The reader of the help has closed the pipe.
-    """
+    """Run ``qedfuse umount``; return the exit code."""
     arguments = parse_umount_arguments(words)
     if arguments.mountpoint is None:
         return _print(USAGE)
@@ -83,13 +77,7 @@ def _umount(words: Sequence[str]) -> int:
 
 
 def _stats(words: Sequence[str]) -> int:
-    """Run ``qedfuse stats``; return the exit code.
-
-    Raises:
-        QedError: The arguments are invalid, there is no mount, or the statistics cannot be read or
-            printed.
-        BrokenPipeError: The reader of stdout has gone.
-    """
+    """Run ``qedfuse stats``; return the exit code."""
     arguments = parse_stats_arguments(words)
     if arguments.is_help:
         return _print(USAGE)
@@ -97,12 +85,7 @@ def _stats(words: Sequence[str]) -> int:
 
 
 def _print(text: str) -> int:
-    """Print the help or the version to stdout; return 0.
-
-    Raises:
-        BrokenPipeError: The reader has closed the pipe.
-        HostError: stdout cannot be written to.
-    """
+    """Print the help or the version to stdout; return 0."""
     with writing_stdout():
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -110,10 +93,9 @@ def _print(text: str) -> int:
 
 
 def _print_message(message: str) -> None:
-    """Print a line to stderr; if stderr cannot be written to, do nothing.
+    """Print a line to stderr, without the queries of URLs, which can contain secrets.
 
-    Messages repeat arguments, so the queries of URLs, which can contain secrets, are left out.  A
-    lost line is acceptable, because the exit code reports the outcome as well.
+    A failure is ignored, because the exit code reports the outcome as well.
     """
     try:
         sys.stderr.write(f"qedfuse: {without_queries(message)}\n")
@@ -131,8 +113,7 @@ def _fail(message: str, code: int) -> int:
 def _fail_unexpectedly(error: Exception, hint: str) -> int:
     """Print a line about an exception that is not a `QedError`; return the exit code.
 
-    A removed working directory and a lack of descriptors have messages of their own.  Any other
-    exception is reported as a bug, with ``hint`` at the end of the line.
+    ``hint`` is added to the report of a bug.
     """
     explanation = explain_descriptor_limit(error)
     if explanation:

@@ -28,10 +28,7 @@ _DESTINATIONS: Final = {
 
 
 def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
-    """Declare ``--cluster-size``, ``--table-size`` and ``-o``.
-
-    ``more`` are further keys of ``-o``, whose values are sizes.
-    """
+    """Declare ``--cluster-size``, ``--table-size`` and ``-o``, with further keys for sizes."""
     parser.add_argument(
         "--cluster-size",
         metavar="SIZE",
@@ -56,10 +53,7 @@ def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser, flag: str, base_help: str) -> None:
-    """Declare ``flag`` or ``--base`` for a base, and ``-F`` for the base's format.
-
-    ``base_help`` is the help text of ``--base``.
-    """
+    """Declare ``flag`` or ``--base`` for a base, and ``-F`` for the base's format."""
     parser.add_argument(flag, "--base", metavar="BASE", help=base_help)
     parser.add_argument(
         "-F",
@@ -74,7 +68,7 @@ def add_base(parser: argparse.ArgumentParser, flag: str, base_help: str) -> None
 def given_geometry_flags(arguments: argparse.Namespace) -> str:
     """Return those options of `add_geometry` that were given, for a message; empty if none was.
 
-    The caller must call this before `take_options`, which sets the defaults.
+    Call this before `take_options`, which sets the defaults.
     """
     given = {
         "--cluster-size": arguments.cluster_size is not None,
@@ -87,8 +81,7 @@ def given_geometry_flags(arguments: argparse.Namespace) -> str:
 def warn_unless_qemu_opens(path: str, cluster_size: int, table_size: int) -> None:
     """Log a warning if QEMU refuses images of this geometry.
 
-    QEMU refuses tables of one cluster, and an L1 table whose L2 tables can address 2**64 bytes
-    or more.
+    QEMU refuses tables of one cluster, and an L1 table that can address 2**64 bytes or more.
 
     Args:
         path: The new image.
@@ -107,10 +100,7 @@ def warn_unless_qemu_opens(path: str, cluster_size: int, table_size: int) -> Non
 
 
 def _items(options: Iterable[str]) -> Iterator[str]:
-    """Yield the items of the values of ``-o``.
-
-    Commas separate items, and two commas stand for one comma in an item.
-    """
+    """Yield the items of the values of ``-o``; two commas stand for one comma in an item."""
     for text in options:
         for item in text.replace(",,", "\0").split(","):
             yield item.replace("\0", ",")
@@ -120,7 +110,6 @@ def find_base(options: Iterable[str]) -> str | None:
     """Return the last value of the key ``backing_file`` in ``-o``; None without this key.
 
     The options can be those of a foreign target format, which `take_options` does not parse.
-    qemu-img uses this key for every format that can have a base.
     """
     names = [item.partition("=")[2] for item in _items(options) if item.startswith("backing_file=")]
     return names[-1] if names else None
@@ -137,8 +126,8 @@ def take_options(arguments: argparse.Namespace, base_flag: str, *more: str) -> N
         more: Further keys, each with an attribute of the same name that holds a size.
 
     Raises:
-        UsageError: A key is unknown, a value is missing or invalid, ``-o`` contradicts itself
-            or another option, or a format is given without a base.
+        UsageError: A key or value is invalid, ``-o`` contradicts itself or another option, or a
+            format is given without a base.
     """
     names = _DESTINATIONS | {name: name for name in more}
     for item in _items(arguments.options):

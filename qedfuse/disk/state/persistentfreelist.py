@@ -1,9 +1,9 @@
 """The persistent free list of one opened image, from its opening to its close.
 
-While an open image is modified, its free clusters are known only in memory, in the allocator.
-The list in the file is made invalid before the first modification, so that a crash never leaves
-a valid list with clusters that are in use.  If there is no valid list, the next open scans the
-tables.  A clean close writes a list again, if the options say so.
+While an open image is modified, its free clusters are known only in memory.  The list in the file
+is made invalid before the first modification, so that a crash never leaves a valid list with
+clusters that are in use.  A clean close writes a list again, if the options say so.  Without a
+valid list, the next open scans the tables.
 
 A feature bit in the header says that the image has a valid list.  A descriptor in the header's
 cluster says where the list is.
@@ -15,9 +15,8 @@ cluster says where the list is.
     close               all tables durable, NEED_CHECK clear ->
                         list and descriptor -> datasync -> set the bit -> datasync
 
-If no table was changed, the list still contains exactly the free clusters, and no scan is needed.
-If data was only overwritten in place, there was a first write but no change of a table.  Then the
-close writes the old descriptor back and sets the bit again.
+If no table was changed, the list still contains exactly the free clusters.  Then the close only
+writes the old descriptor back and sets the bit again.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class PersistentFreeList:
     """Ensures that at any moment the list in the file is invalid or right.
 
     Attributes:
-        wanted: Whether a clean close writes a list if it can; constant after the end of `open`.
+        wanted: Whether a clean close writes a list if it can; constant after `open`.
     """
 
     def __init__(
@@ -70,11 +69,7 @@ class PersistentFreeList:
         scan: Scan,
         options: OpenOptions,
     ) -> None:
-        """Manage the list of ``layer``.
-
-        ``guard`` makes the list invalid before the first modification, with ``eraser`` as one
-        of its hooks.
-        """
+        """Manage the list of ``layer``; ``guard`` uses ``eraser`` before the first change."""
         self._layer = layer
         self._file = layer.file
         self._header_store = header_store
@@ -91,14 +86,12 @@ class PersistentFreeList:
     async def open(self) -> None:
         """Read the list of the image, or make it invalid if it is bad or not wanted.
 
-        If the list is valid and wanted, the scan is postponed.  If the list is bad or cannot
-        be read, a warning is logged.  If the image has no list but a list is requested, this
-        method only checks that the bytes for the descriptor are unused.
+        If the list is valid and wanted, the scan is postponed.  If the list cannot be read, a
+        warning is logged.
 
         Raises:
             UsageError: A list is requested, but the bytes for its descriptor are in use.
-            HostError: The host refused to read the bytes for the descriptor, or to make the list
-                invalid.
+            HostError: A system call failed.
         """
         header = self._header_store.value
         if self._option == "on":
@@ -133,13 +126,8 @@ class PersistentFreeList:
     async def save(self) -> None:
         """Write the list and set the bit in the header, if possible.
 
-        The caller must have made everything else durable, and must ensure that no other task
-        uses the image.
-
-        Nothing is written if no list is wanted, if the list in the file is still valid, or if the
-        state of the image does not allow a list (`_at_rest`).  If tables have changed, a new list
-        is written, unless `_free_runs` returns None.  If the list cannot be written, a warning is
-        logged; the image is sound without a list, and the next open scans.
+        Everything else must be durable, and no other task may use the image.  If the list cannot be
+        written, a warning is logged; the image is sound without a list.
 
         Raises:
             HostError: A datasync failed, or the header could not be written.
@@ -154,10 +142,8 @@ class PersistentFreeList:
         try:
             await refuse_occupied_descriptor(self._file, self._header_store.value)
             if unchanged_list:
-                # Only the descriptor was erased, so the clusters that hold the list still
-                # have their content, and the old descriptor suffices.  A new list cannot be
-                # written, because without a scan the allocator does not know the free
-                # clusters.
+                # Only the descriptor was erased, so the list in the file is still right.  Without a
+                # scan the allocator does not know the free clusters, so no new list is possible.
                 await self._file.pwrite(DESCRIPTOR_OFFSET, unchanged_list.descriptor)
             elif runs is not None:
                 await write_list(self._file, self._header_store.value, runs)
@@ -168,16 +154,13 @@ class PersistentFreeList:
             return
         await self._writeback.barrier()
         await self._header_store.change(lambda header: header.with_free_list(value=True))
-        # This barrier only saves a scan.  Without it a power failure could lose the bit, and
-        # the next open would scan.
+        # Without this barrier a power failure could lose the bit, which would only cost a scan.
         await self._writeback.barrier()
 
     def _at_rest(self) -> bool:
-        """Return whether NEED_CHECK is clear, and the tables and the file's end allow a list.
+        """Return whether NEED_CHECK is clear, the tables are durable, and the file has no tail.
 
-        The tables must be durable and undamaged, and the file must have no unused tail.
-        The clusters of an unused tail would be missing in the list, and so would be leaked
-        until the next scan.
+        The clusters of an unused tail would be missing in the list, and so would be leaked.
         """
         return (
             self._file.size() == self._allocator.end
@@ -188,11 +171,7 @@ class PersistentFreeList:
         )
 
     def _free_runs(self) -> Runs | None:
-        """Return all runs of free clusters.
-
-        Returns None if not all free clusters are known, if no cluster is free, or if there are
-        too many free clusters or runs.
-        """
+        """Return all runs of free clusters; None if a list is impossible or would be empty."""
         allocator = self._allocator
         if (
             not allocator.scan_complete

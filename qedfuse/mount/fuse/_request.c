@@ -1,9 +1,9 @@
 /*
  * Request objects: requests of the kernel that are answered outside of libfuse's call.
  *
- * While the session exists, each request is answered exactly once: if a Request object is freed
- * without an answer, EINTR is sent, so that the kernel does not wait forever.  After the end of the
- * session the object sends no answer, because libfuse frees the requests with their session.
+ * While the session exists, each request is answered exactly once: if a Request is freed without an
+ * answer, EINTR is sent.  After the end of the session the object sends no answer, because libfuse
+ * frees the requests with their session.
  */
 
 #include "_extraops.h"
@@ -32,11 +32,10 @@ unsigned long current_session(void)
 }
 
 /*
- * Normally the event loop answers a request.  But it can pass the capsule of a deferred read
- * (request_capsule()) to a thread without the GIL, which reads the data (hostio/_iothreads.c).
- * If the thread has read all bytes, the thread answers.  Otherwise the thread does not use the
- * Request, and the event loop must answer.  Both know the result of the read, so both know which of
- * them answers.  Hence they never use `request` concurrently.
+ * Normally the event loop answers a request.  But it can pass the capsule of a deferred read to a
+ * thread without the GIL, which reads the data (hostio/_iothreads.c).  If the thread has read all
+ * bytes, it answers; otherwise the event loop must answer.  Both know the result of the read, so
+ * they never use `request` concurrently.
  */
 typedef struct {
     PyObject_HEAD
@@ -48,8 +47,7 @@ typedef struct {
 
 static PyTypeObject *request_type;
 
-/* Called by the thread that has read the data, without the GIL.  Answers the read if all of its
- * bytes were read. */
+/* Called by the thread that has read the data, without the GIL. */
 static void complete_read(struct answer *answer, const void *data, long long result)
 {
     Request *self = (Request *)((char *)answer - offsetof(Request, answer));

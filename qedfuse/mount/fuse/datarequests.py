@@ -1,7 +1,5 @@
 """Answering the reads, writes and fsyncs that the C extension passes on before pyfuse3 gets them.
 
-The extension is the one that `qedfuse.mount.fuse.extraops` loads.
-
 A long read whose data is in the host's page cache is answered with the pages of the cache, without
 a copy into this process.  A read that must wait for the host's disk is *deferred*: a native thread
 reads the data and answers the kernel, without the event loop and without a task of pyfuse3.  All
@@ -45,10 +43,9 @@ class DataRequests:
 
         Args:
             operations: The handlers of the requests of the mount.
-            reply_from_file: Takes a descriptor and a file offset.  Answers with the bytes there the
-                read that is being handled, and returns True.  Returns False, and has not answered,
-                if that would wait or is not possible.
-            defer_read: Returns an object that answers the read which is being handled.
+            reply_from_file: Answers the present read with the bytes at an offset of a descriptor;
+                returns False if that would wait or is not possible.
+            defer_read: Returns an object that answers the present read.
             nursery: Runs the tasks of `answer_slowly`.
         """
         self._disk_of = operations.fast.disk_of
@@ -87,15 +84,15 @@ class DataRequests:
         return content
 
     def _defer(self, exported: ExportedDisk, handle: int, offset: int, size: int) -> bool:
-        """Defer the read that is being handled, if possible; return whether that was done."""
+        """Defer the present read, if possible; return whether that was done."""
         read = _DeferredRead(self, exported, handle, offset, size)
         try:
             exported.disk.try_start_read(offset, size, read.take_answer, read.ended)
         except Exception:
             if not read.is_taken:
                 raise
-            # No thread reads, but the read was already taken from pyfuse3.  A result that is not
-            # the size makes `_answer` answer the read.
+            # No thread reads, but pyfuse3 does not get the read any more.  Any result that is not
+            # the size makes `_answer` answer it.
             read.ended(-1)
         return read.is_taken
 
@@ -105,21 +102,18 @@ class DataRequests:
         return {inode: exported.disk.tables_for_reads() for inode, exported in disks.items()}
 
     async def drain(self) -> None:
-        """Wait until the threads have ended all deferred reads.
-
-        The caller must ensure that no request arrives meanwhile.
-        """
+        """Wait until all deferred reads have ended; no request may arrive meanwhile."""
         while self._deferred:
             await self._drained.wait()
 
     def take_read(self) -> Request:
-        """Keep pyfuse3 from getting the present read; return the object that answers the read."""
+        """Keep the present read from pyfuse3; return the object that answers the read."""
         pending = self._defer_read()
         self._deferred += 1
         return pending
 
     def read_ended(self, read: _DeferredRead, pending: Request | None) -> None:
-        """Note that the thread of the deferred read ``read`` has ended its work.
+        """Note that the thread of a deferred read has ended.
 
         ``pending`` is the object that must still answer the read; None if the thread answers.
         """
@@ -135,10 +129,7 @@ class DataRequests:
         self._nursery.start_soon(self._answer, pending, handle, offset, size)
 
     async def _answer(self, pending: Request, handle: int, offset: int, size: int) -> None:
-        """Answer a read on the slow path.
-
-        The slow path reads the bytes again, and reports an error if that fails as well.
-        """
+        """Answer a read on the slow path, which reads the bytes again."""
         try:
             content = await self._operations.read_slowly(handle, offset, size)
         except FUSEError as error:
@@ -181,12 +172,9 @@ class _DeferredRead:
         return self.pending.capsule()
 
     def ended(self, result: int) -> None:
-        """Note that the thread has ended its work.
+        """Note that the thread has ended with a number of bytes, or a negative errno.
 
-        Args:
-            result: The number of bytes that the thread has read, or a negative errno.  If all bytes
-                were read, the thread itself answers.  Otherwise the slow path answers and counts
-                the read.
+        If all bytes were read, the thread answers; otherwise the slow path answers and counts.
         """
         if result == self.size:
             self._counters.count(READ, self.size, self._start)

@@ -58,7 +58,7 @@ class FallocateLseek:
             operations: The handlers of the other requests of the mount.
             laundering: Makes the kernel write back its dirty pages.
             size_fixup: Gets a request when the kernel may have cached a wrong size of a disk.
-            nursery: Runs the tasks; to be cancelled before the connection to the kernel is closed.
+            nursery: Runs the tasks; cancel it before the connection to the kernel is closed.
         """
         self._operations = operations
         self._laundering = laundering

@@ -1,34 +1,26 @@
 """Negotiating FUSE INIT, the first request of the kernel, with changes to request and reply.
 
-In the request the kernel offers features, and libfuse selects some of them.  libfuse selects
-``FUSE_ATOMIC_O_TRUNC`` whenever the kernel offers it, so this module removes the feature from
-the request.  With this feature the kernel sets the cached size of a file to 0 when the file is
-opened with O_TRUNC.  But a disk keeps its size, and with the write-back cache the kernel ignores
-the size that the server reports.  So the kernel would show an empty file.  It would even fill the
-page around each small write with zeros, because it reads no page past the cached size.
-
-Without this feature the kernel sends a truncation after the open.  The server can refuse the
-truncation (`qedfuse.mount.fuse.truncation`).  If the server accepts the truncation, the kernel
-takes the size from the reply.
+In the request the kernel offers features.  This module removes ``FUSE_ATOMIC_O_TRUNC``, because
+libfuse selects it whenever it is offered.  With this feature the kernel sets the cached size of a
+file to 0 when the file is opened with O_TRUNC.  But a disk keeps its size, and with the write-back
+cache the kernel ignores the size that the server reports.  So the kernel would show an empty file,
+and would fill the page around each small write with zeros.  Without the feature the kernel sends a
+truncation after the open (`qedfuse.mount.fuse.truncation`).
 
 This module also changes four values in libfuse's reply:
 
-- ``max_background``.  The kernel sends reads and writes for which no process waits
-  synchronously (read-ahead, write-back, asynchronous O_DIRECT) as background requests.  By
-  default the kernel has at most 12 of them in flight.  So a program with a queue depth of 16
-  would have only 12 requests in flight, and a long read-ahead would be cut short.  The kernel
-  accepts a larger value from an unprivileged user too, up to a limit of its own.
-- ``congestion_threshold``, the number of background requests in flight from which on the kernel
-  treats the mount as congested.  It is three quarters of ``max_background``, as by default.
-- ``max_readahead``.  The kernel reads ahead at most this number of bytes.  For an unprivileged
-  user, who cannot write to ``/sys`` (`qedfuse.mount.system.readahead`), this value is the only
-  way to lower the read-ahead.
-- ``time_gran``, the granularity of times.  With the write-back cache the kernel maintains the
-  times of a file.  If the times have changed, the kernel sends them before the next fsync(2),
-  which costs a request.  With a coarse granularity the times change less often.
+- ``max_background``: how many reads and writes for which no process waits synchronously may be in
+  flight, by default 12.  With 12 a program with a queue depth of 16 and a long read-ahead would
+  wait.
+- ``congestion_threshold``: from how many of these on the kernel treats the mount as congested.
+- ``max_readahead``, which an unprivileged user cannot lower in ``/sys``
+  (`qedfuse.mount.system.readahead`).
+- ``time_gran``, the granularity of times.  With the write-back cache the kernel maintains the times
+  of a file, and sends changed times before the next fsync(2), which costs a request.  With a coarse
+  granularity the times change less often.
 
-pyfuse3 has no interface for these changes.  So while FUSE INIT is negotiated, libfuse gets a
-socket in place of the device, and the request and the reply pass through this module.
+pyfuse3 has no interface for these changes.  So libfuse gets a socket in place of the device
+meanwhile, and the request and the reply pass through this module.
 """
 
 from __future__ import annotations
@@ -46,11 +38,9 @@ from qedfuse.errors import FuseError
 from qedfuse.mount.system.privileges import FUSE_DEVICE
 from qedfuse.util.backgroundtasks import background_tasks
 
-# linux/fuse.h, a stable interface.
-# The request: struct fuse_in_header (40 bytes), and the first fields of struct fuse_init_in: major,
-# minor, max_readahead and flags.
-# The reply: struct fuse_out_header (16 bytes), and the first fields of struct fuse_init_out: the
-# same four, max_background, congestion_threshold, max_write and time_gran.
+# linux/fuse.h, a stable interface.  The structs are fuse_in_header, the first fields of
+# fuse_init_in (major, minor, max_readahead, flags), fuse_out_header, and the first fields of
+# fuse_init_out (the same four, max_background, congestion_threshold, max_write, time_gran).
 _IN_HEADER: Final = struct.Struct("=IIQQIIII")
 _INIT_IN: Final = struct.Struct("=IIII")
 _OUT_HEADER: Final = struct.Struct("=IiQ")
@@ -58,20 +48,20 @@ _INIT_OUT: Final = struct.Struct("=IIIIHHII")
 _FUSE_INIT: Final = 26
 _ATOMIC_O_TRUNC: Final = 1 << 3
 _MAX_MESSAGE_BYTES: Final = 1 << 20
-"""Size of the buffer for the INIT request and for the reply.  The kernel refuses a read(2) with a
-buffer that is too small for the largest request that is possible before the reply."""
+"""Size of the buffer for the request and for the reply.  The kernel refuses a read(2) with a buffer
+that is too small for the largest possible request."""
 
 _MAX_BACKGROUND_REQUESTS_OF_ONE_DISK: Final = 64
 """Maximum number of background requests in flight for a mount of one disk.
 
-With a larger number, the requests of a program that makes few requests would wait longer behind
-those of other programs.  Twice the number was not faster when it was measured."""
+With more, the requests of a program that makes few requests would wait longer behind those of
+others.  Twice the number was not faster when it was measured."""
 MAX_BACKGROUND_REQUESTS_OF_SEVERAL_DISKS: Final = 4096
 """Maximum number of background requests in flight for a mount of several disks.
 
-The kernel counts the requests of all disks together.  If an image does not answer, the requests to
-its disk stay in flight, and if they reached this number, all disks would wait.  The number is high,
-because the write-back of one disk can have some thousand requests in flight."""
+The kernel counts the requests of all disks together.  If the requests to an image that does not
+answer reached this number, all disks would wait.  The write-back of one disk can have some thousand
+requests in flight."""
 
 TIME_GRANULARITY_NS: Final = 100_000_000
 """The granularity of the times that the kernel maintains for a disk, in nanoseconds."""
@@ -104,8 +94,8 @@ def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
 
     Args:
         message: The reply.
-        readahead: Maximum read-ahead in bytes; if the value in the reply is lower, that value
-            stays.  None for the value in libfuse's reply.
+        readahead: Maximum read-ahead in bytes, if the value in the reply is not lower; None for
+            the value in the reply.
         disks: Number of disks of the mount.
     """
     if len(message) < _OUT_HEADER.size + _INIT_OUT.size:
@@ -132,19 +122,17 @@ def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
 async def negotiate_init(fd: int, readahead: int | None = None, disks: int = 1) -> None:
     """Let libfuse negotiate FUSE INIT, and change the request and the reply on their way.
 
-    The caller must call this after `pyfuse3.init` and before it calls `pyfuse3.main`.  As soon as
-    the kernel has the reply, it accepts system calls on the mount.
+    Call this between `pyfuse3.init` and `pyfuse3.main`.  As soon as the kernel has the reply, it
+    accepts system calls on the mount.
 
     Args:
         fd: The descriptor of libfuse's connection to the kernel.
-        readahead: Maximum read-ahead in bytes; None for the value in libfuse's reply.  See
-            `patch_reply`.
+        readahead: Maximum read-ahead in bytes, as for `patch_reply`.
         disks: Number of disks of the mount.
 
     Raises:
         FuseError: The first request is not an INIT request, a message cannot be passed on, or no
-            descriptor is free.  ``fd`` refers to the device again, as before the call, but the
-            mount cannot be used.
+            descriptor is free.  The mount cannot be used.
     """
     try:
         with ExitStack() as stack:
@@ -162,10 +150,9 @@ async def negotiate_init(fd: int, readahead: int | None = None, disks: int = 1) 
             async with background_tasks() as nursery:
                 nursery.start_soon(pyfuse3.main)
                 await trio.lowlevel.wait_readable(proxy_end)
-                # libfuse has replied.  The tasks of pyfuse3 now wait until ``fd``, which is the
-                # socket, can be read.  These tasks must end before ``fd`` becomes the device again.
-                # If they went on, the event loop would still wait for the socket and not for the
-                # device.
+                # libfuse has replied.  The tasks of pyfuse3 now wait for the socket.  They must end
+                # before ``fd`` becomes the device again.  Otherwise the event loop would still wait
+                # for the socket.
                 nursery.cancel_scope.cancel()
             os.write(device, patch_reply(proxy_end.recv(_MAX_MESSAGE_BYTES), readahead, disks))
     except OSError as error:

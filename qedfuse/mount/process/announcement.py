@@ -1,7 +1,7 @@
 """Announcing a mount to other processes: pid file, mount record and service manager.
 
-All paths are resolved before the mount exists.  If the serving process resolved a path later, and
-the path led through the mount, the process would wait forever for its own reply.
+All paths are resolved before the mount exists.  If the server resolved a path later, and the path
+led through the mount, the server would wait forever for its own reply.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ _NO_RECORD = "%s: qedfuse umount will not find this mount's process"
 class Announcement:
     """Announces one mount.
 
-    The caller must make this object before the mount exists.  The caller must call `withdraw`
-    after the mount has ended, or has failed to begin.
+    Make this object before the mount exists, and call `withdraw` after its end.
     """
 
     def __init__(
@@ -51,8 +50,8 @@ class Announcement:
             sources: The sources, for the mount record.
             option_strings: The options, for the mount record.
             pidfile: The path of the pid file; None to write no pid file.
-            ready: Called by the method `ready`, to report to the process that waits for the mount.
-                It raises QedError if that process has ended.
+            ready: Called by the method `ready`; raises QedError if the process that waits for the
+                mount has ended.
 
         Raises:
             HostError: The pid file is refused, as in `PidFile`.
@@ -77,8 +76,7 @@ class Announcement:
     def write_record(self, device: str) -> None:
         """Write the mount record, with the present time as the mount time; log a failure.
 
-        The mount works without a record.  If the constructor could not open a directory for the
-        record, it has logged the reason, and this method does nothing.
+        Without a directory for the record, this method does nothing.
 
         Args:
             device: The device number of the mount, ``MAJOR:MINOR``.
@@ -99,8 +97,8 @@ class Announcement:
     def statistics_socket(self) -> socket.socket | None:
         """Make the socket for ``qedfuse stats``; the caller must call `write_record` before.
 
-        Returns None if there is no record, or if the socket cannot be made.  The reason why the
-        socket cannot be made is logged.
+        Returns None if there is no record.  Also returns None, and logs the reason, after a
+        failure.
         """
         if self._record is None or not self._record.is_written:
             return None
@@ -120,10 +118,9 @@ class Announcement:
             self._pidfile.write()
 
     def needed_files(self) -> Iterator[tuple[int, int]]:
-        """Yield a descriptor of each file or directory that `withdraw` uses, and the rights on it.
+        """Yield a descriptor of each file that `withdraw` uses, with the rights of Landlock needed.
 
-        The rights are those of Landlock that `withdraw` needs.  The caller must not use a
-        descriptor after it has requested the next one, because the descriptor may be closed then.
+        A descriptor is valid only until the next one is requested.
         """
         if self._record is not None:
             yield self._record.directory, CHANGE_FILES
@@ -134,8 +131,7 @@ class Announcement:
         """Announce that the disks can be used.
 
         Raises:
-            QedError: The process that waited for the mount has ended.  The pid file has been
-                written, and `withdraw` removes it.
+            QedError: The process that waited for the mount has ended.
         """
         self._ready()
         self._manager.notify("READY=1")
@@ -145,17 +141,13 @@ class Announcement:
         self._manager.notify("STOPPING=1")
 
     def withdraw(self, failure: str | None, exit_code: int) -> None:
-        """Remove the pid file, and the mount record if nothing failed.
+        """Remove the pid file, and the mount record if nothing failed; close everything.
 
-        Also disconnect from the service manager, and close what the constructor has opened.  The
-        caller must call this last, after the images have been closed, because a missing mount
-        record means that the images were closed safely.
+        Call this last, because a missing mount record means that the images were closed safely.
 
         Args:
-            failure: What failed; None if nothing failed.  After a failure the mount record is
-                kept, and the failure is added to the record.
-            exit_code: The exit code of the process, which is added to the record together with
-                the failure; ignored if nothing failed.
+            failure: What failed, which is added to the mount record; None if nothing failed.
+            exit_code: The exit code of the process, added together with the failure.
         """
         self._manager.close()
         if self._pidfile is not None:

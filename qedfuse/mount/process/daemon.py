@@ -1,9 +1,7 @@
 """Running the server in the background; the command returns when the disk can be used.
 
-The process forks before there is an event loop or a second thread, because neither survives a
-fork.  The child mounts, serves and prints errors, and reports through a pipe when the disk can be
-used.  The parent waits for the report.  If the child ends before the report, the parent exits with
-the child's exit code.  If this code is 0, or a signal killed the child, the parent exits with 32.
+The process forks before there is an event loop or a second thread, because neither survives a fork.
+The child mounts and serves, and reports through a pipe when the disk can be used.
 
 If the command fails or is interrupted, the user expects that nothing is mounted.  So the parent
 forwards signals to the child, and the child undoes the mount if the parent has ended.
@@ -35,29 +33,23 @@ _MOUNT_FAILED_EXIT_CODE: Final = 32
 _INTERRUPTED_EXIT_CODE: Final = 130
 """The exit code of the parent if it has forwarded a signal to the child."""
 _FORWARDED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The signals that the parent handles while it waits.  The parent forwards the first one to the
-child, as SIGTERM."""
+"""The signals that the parent handles while it waits; it forwards the first one as SIGTERM."""
 
 
 def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     """Run ``serve`` in a child; return in the parent when the child is ready or has ended.
 
-    If the parent gets SIGINT, SIGTERM or SIGHUP while it waits, it sends SIGTERM to the child.  The
-    parent then waits until the child has ended or has reported that the disk can be used.  A second
-    signal has its default action on the parent.
+    If the parent gets a signal while it waits, it sends SIGTERM to the child and goes on waiting.
+    A second signal has its default action on the parent.
 
     Args:
-        serve: Called in the child; returns the exit code of the child.  The argument of ``serve``
-            is a function that ``serve`` must call when the disk can be used.  Until that call the
-            child keeps the standard streams and all other descriptors of the caller.
+        serve: Called in the child with a function that it must call when the disk can be used;
+            returns the exit code of the child.  Until that call the child keeps all descriptors.
 
     Returns:
-        The exit code for the caller's process:
-
-        - 0 if the disk can be used.
-        - 130 if a signal was forwarded.
-        - 32 if the child was killed, or ended with 0 before the disk could be used.
-        - Otherwise the exit code of the child.
+        The exit code for the caller's process: 0 if the disk can be used, 130 if a signal was
+        forwarded, 32 if the child was killed or ended with 0 too early, otherwise that of the
+        child.
 
     Raises:
         HostError: /proc is not mounted, or the host refuses a process.
@@ -84,8 +76,8 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
         with _forwarded_signals(child, mask):
             return _wait(child, reading)
     except KeyboardInterrupt:
-        # The parent waits until the child has ended, because the child's messages must precede the
-        # prompt of the shell.  The wait ends earlier only if the child has just become ready.
+        # Wait until the child has ended or is ready, because its messages must precede the prompt
+        # of the shell.
         _read_report(reading)
         return _INTERRUPTED_EXIT_CODE
     finally:
@@ -94,15 +86,9 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
 
 @contextmanager
 def _forwarded_signals(child: int, mask: Iterable[int]) -> Iterator[None]:
-    """Unblock signals; forward to the child the first one that arrives in the ``with`` block.
+    """Unblock signals; forward the first one in the ``with`` block, and raise KeyboardInterrupt.
 
-    In the parent the first signal raises KeyboardInterrupt, and further signals have their default
-    action.  The child has a session of its own, so the terminal sends signals to the parent only,
-    and the parent must forward them.
-
-    Args:
-        child: The pid of the child.
-        mask: The signal mask to restore.
+    The child has a session of its own, so the terminal sends signals to the parent only.
     """
 
     def forward(_number: int, _frame: object) -> None:
@@ -131,27 +117,18 @@ def _be_child(
     mask: Iterable[int],
     inherited: Iterable[int],
 ) -> NoReturn:
-    """Serve in the child, and exit.  This function never returns.
-
-    Args:
-        serve: The argument of `run_in_background`.
-        writing: The end of the pipe to which the report is written.
-        mask: The signal mask before the fork, which is restored.
-        inherited: The descriptors of the caller, which are closed when the disk can be used.
-    """
+    """Serve in the child, and exit."""
     code = 70  # for an exception that leaves ``serve``
     try:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        # The child leaves the caller's working directory.  Otherwise the file system of that
-        # directory could not be unmounted while the child runs.
+        # So that the file system of the caller's working directory can be unmounted.
         os.chdir("/")
 
         def ready() -> None:
-            # Inherited descriptors are closed.  Otherwise a program that waits for the end of an
-            # inherited pipe, or for an inherited lock, would wait as long as the child runs.  The
-            # descriptors are not closed earlier, because the user may have named a source or the
-            # pid file by a descriptor (/dev/fd/N).
+            # Without this, a program that waits for the end of an inherited pipe, or for an
+            # inherited lock, would wait as long as the child runs.  The descriptors are not closed
+            # earlier, because the user may have named a source or the pid file by one (/dev/fd/N).
             discard_standard_streams()
             close_descriptors(inherited)
             try:
@@ -170,17 +147,14 @@ def _be_child(
 
 
 def _wait(child: int, reading: int) -> int:
-    """Wait until the child is ready or has ended; return the exit code for the parent.
-
-    If the child was killed, or ended with 0 before it was ready, a message is printed.
-    """
+    """Wait until the child is ready or has ended; return the exit code for the parent."""
     if _read_report(reading):
-        # The disk is mounted, and stays mounted.  A signal to this process could not change that,
-        # but would make the process exit with a failure.  So signals are blocked.
+        # The disk is mounted, and stays mounted.  So a signal must not end this process
+        # with a failure.
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
         return 0
-    # After waitpid(2) has returned, another process may get the pid of the child.  Signals are
-    # blocked before the call, so that no signal is forwarded to that process.
+    # After waitpid(2) another process may get the pid of the child.  Signals are blocked before, so
+    # that none is forwarded to that process.
     signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
     _pid, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)

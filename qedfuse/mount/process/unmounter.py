@@ -47,7 +47,7 @@ class Unmounter(Protocol):
     def connect_system_log(self) -> None:
         """Make the handler of the system log connect in a way that works in a sandbox.
 
-        To be called after the server has entered its sandbox.
+        Call this after the server has entered its sandbox.
         """
 
     def unmount(self, *, lazy: bool = False) -> None:

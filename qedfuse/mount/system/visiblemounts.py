@@ -1,8 +1,7 @@
 """Finding the mounts of one file system, even bind mounts and copies in other mount namespaces.
 
-A new mount namespace, such as that of a container or of a systemd service, begins with a copy
-of every mount.  A file system and its server end only when the last mount of the file system is
-unmounted.
+A new mount namespace, such as that of a container, begins with a copy of every mount.  A file
+system and its server end only when the last of its mounts is unmounted.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _MAX_LISTED_MOUNTS: Final = 5
-"""Maximum number of mounts that `describe_visible_mounts` lists; further ones are only counted."""
+"""Maximum number of mounts that `describe_visible_mounts` lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +28,8 @@ class VisibleMount:
     Attributes:
         path: The mountpoint, as the process sees it.
         pid: The pid of the process; None for the caller itself.
-        command: The name of the process (proc_pid_comm(5)); ``ended`` if the process has ended
-            during the search; empty for the caller itself.
+        command: The name of the process (proc_pid_comm(5)); ``ended`` if it has ended; empty for
+            the caller itself.
     """
 
     path: str
@@ -48,21 +47,18 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
     """List the mounts of a file system that the caller or other processes see.
 
     The mounts that the caller sees come first.  Each further mount is listed with one process that
-    sees the mount, the one with the lowest pid.  Two kinds of mounts are left out:
+    sees it, the one with the lowest pid.  Two kinds of mounts are left out:
 
-    - Mounts in other namespaces that the kernel normally unmounts together with a mount M that the
-      caller sees.  These are the peer group of M (`MountEntry.peer_group`), the slaves of this
-      group, and all mounts to which the unmount of such a slave propagates.  The kernel does not
-      unmount a bind mount in the peer group if the bind mount lies on a mount without peers.  But
-      this function leaves out such a bind mount as well.  A call after the unmount of M lists it.
+    - Mounts in other namespaces that the kernel normally unmounts together with a mount that the
+      caller sees: those of its peer group (`MountEntry.peer_group`), and those to which its unmount
+      propagates.
     - Mounts that are visible only to processes that the caller may not inspect.
 
     Args:
         device: The device number of the file system, ``MAJOR:MINOR``.
-        original: A mount of the file system, as the mount table showed it earlier.  If the file
-            system has ended since, the kernel may have given its device number to another file
-            system.  So mounts with another source or owner than ``original`` are left out.  None
-            for no comparison.
+        original: A mount of the file system, as the mount table showed it earlier; None for no
+            comparison.  Mounts with another source or owner are left out, because the device
+            number may belong to another file system by now.
 
     Raises:
         HostError: /proc is not mounted.
@@ -91,15 +87,10 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
 
 
 def _reached_groups(own: Iterable[MountEntry], others: Iterable[MountEntry]) -> set[int]:
-    """Return the peer groups to which unmounts of the mounts ``own`` propagate.
-
-    Args:
-        own: The mounts that the caller sees.
-        others: Further mounts of the same file system.
-    """
+    """Return the peer groups to which unmounts of the mounts ``own`` propagate."""
     reached = {entry.peer_group for entry in own} - {0}
     while True:
-        # A slave can be in a second peer group.  The unmounts propagate to this group as well.
+        # A slave can be in a second peer group, to which the unmounts propagate as well.
         slaves = {entry.peer_group for entry in others if entry.master in reached}
         if slaves <= reached | {0}:
             return reached
@@ -109,9 +100,8 @@ def _reached_groups(own: Iterable[MountEntry], others: Iterable[MountEntry]) -> 
 def describe_visible_mounts(device: str, original: MountEntry | None = None) -> str | None:
     """Describe on one line where a file system is mounted; None if no mount of it is visible.
 
-    At most `_MAX_LISTED_MOUNTS` mounts are listed.  If there are more, the line ends with the
-    number of mounts that it does not list.  The arguments and the errors are those of
-    `find_visible_mounts`.
+    At most `_MAX_LISTED_MOUNTS` mounts are listed, and the others are counted.  For arguments and
+    errors see `find_visible_mounts`.
     """
     mounts = find_visible_mounts(device, original)
     if not mounts:
@@ -124,22 +114,19 @@ def describe_visible_mounts(device: str, original: MountEntry | None = None) -> 
 def _namespace_and_root(process: str) -> tuple[str, str]:
     """Return the mount namespace and the root directory of a process.
 
-    Processes with the same result see the same mounts.  If one of the two links below /proc cannot
-    be read, the result differs from that of every other process.
+    Processes with the same result see the same mounts.
     """
     try:
-        # The links are read and not followed, because the target of the second one may be a
-        # mount that does not answer.
+        # The links are read and not followed, because a target may be a mount that does not answer.
         return os.readlink(f"/proc/{process}/ns/mnt"), os.readlink(f"/proc/{process}/root")  # noqa: PTH115
     except OSError:
         return process, ""
 
 
 def _mounts(device: str, pid: int | None, original: MountEntry | None) -> list[MountEntry]:
-    """List the mounts of a file system that the process ``pid`` sees; None is the caller.
+    """List the mounts of a file system that the process ``pid`` (None: the caller) sees.
 
-    The other arguments and the errors are those of `find_visible_mounts`.  If the process has
-    ended, or the caller may not inspect the process, the result is empty.
+    The list is empty if the process has ended, or may not be inspected.
     """
     try:
         entries = read_mounts(pid)
@@ -154,7 +141,7 @@ def _mounts(device: str, pid: int | None, original: MountEntry | None) -> list[M
 
 
 def _command(pid: int) -> str:
-    """Return the name of a process, without a line end; ``ended`` if no process has the pid."""
+    """Return the name of a process; ``ended`` if there is no such process."""
     try:
         name = os.fsdecode(Path(f"/proc/{pid}/comm").read_bytes())
     except OSError:

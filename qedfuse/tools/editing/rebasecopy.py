@@ -44,10 +44,7 @@ class RebaseCopy:
         self._new = new
         self._bases = [Chain(chain.layers[1:]) for chain in (self._old, new) if chain.has_base]
         self._data_at = [-1] * len(self._bases)
-        """For each chain in `_bases` the guest offset of the data that was found last.
-
-        -1 before the first search; the size of the image's disk if no data follows.
-        """
+        """For each chain in `_bases` the guest offset of the data that was found last."""
         self._cluster_size = disk.header.geometry.cluster_size
         self._step_bytes = max(_COMPARE_CHUNK_BYTES, self._cluster_size)
         self.copied_bytes = 0
@@ -57,8 +54,7 @@ class RebaseCopy:
         """Copy the clusters that differ, in all ranges that the image does not store itself.
 
         Args:
-            progress: Called with the guest offset that the copy has reached, and the size of
-                the disk; None for no reports.
+            progress: Called with the guest offset that the copy has reached, and the disk's size.
 
         Raises:
             CorruptImageError: A table entry of the image or of a base is bad.
@@ -85,21 +81,13 @@ class RebaseCopy:
     async def _next_data_cluster(self, start: int) -> int:
         """Return the guest offset of the first cluster with data in the old or the new bases.
 
-        The search begins at ``start``, the beginning of a cluster.  From one call to the next
-        ``start`` must not decrease.  Bad table entries count as data.
-
-        If no data follows in any base, the result is the size of the disk, rounded down to whole
-        clusters, but at least ``start``.  So a partial last cluster counts as data, and the caller
-        compares the cluster.  If a base is longer than the disk, the result may lie past the end
-        of the disk.
-
-        Raises:
-            HostError: The host cannot read a table or a base.
+        From one call to the next ``start``, the beginning of a cluster, must not decrease.  Bad
+        table entries and a partial last cluster count as data.  The result may lie past the end of
+        the disk.
         """
         for index, chain in enumerate(self._bases):
-            # The chain is searched only if the data found last lies before ``start``.  Data at
-            # or past ``start`` is still the first such data, because the search that found it
-            # began at or before ``start``.
+            # Data that was found at or past ``start`` is still the first such data, because its
+            # search began at or before ``start``.
             if self._data_at[index] < start:
                 found = await next_data(chain, start)
                 self._data_at[index] = self._disk.size if found is None else found
@@ -109,8 +97,7 @@ class RebaseCopy:
     async def _is_shared(self, start: int, end: int) -> bool:
         """Return whether the bases of both chains store a range as the same bytes of the same file.
 
-        Only tables are read.  If the result is False, the contents may still be equal, so the
-        caller must compare them.
+        If not, the contents may still be equal.
         """
         old = await self._old.extents(start, end - start, depth=1)
         new = await self._new.extents(start, end - start, depth=1)
@@ -134,9 +121,9 @@ class RebaseCopy:
         if old == new:
             return
         data, zeros = memoryview(old), bytes(size)
-        # Adjacent clusters of one kind form a run.  `run_is_zero` is the kind: None for clusters
-        # that are equal in both chains.  For clusters that differ: True if the old bases have
-        # zeros, else False.  A run of clusters that differ is written by one call.
+        # Adjacent clusters of one kind form a run, which is written by one call.  The kind is
+        # `run_is_zero`: None for clusters that do not differ, otherwise whether the old bases have
+        # zeros.
         run_start, run_is_zero = start, None
         # One more iteration, past the last cluster, ends the last run.
         for at in range(start, end + size, size):
@@ -150,10 +137,7 @@ class RebaseCopy:
                 run_start, run_is_zero = at, is_zero
 
     async def _write(self, start: int, content: memoryview, *, zero: bool) -> None:
-        """Write clusters to the image, as data or as zero clusters.
-
-        Only the last cluster of the disk may be partial.
-        """
+        """Write clusters as data or as zero clusters; only the disk's last one may be partial."""
         if zero:
             await self._disk.write_zero_clusters(start, len(content))
             self.zero_bytes += len(content)
@@ -174,8 +158,8 @@ class RebaseCopy:
             await self._disk.write_zero_clusters(start, end - start)
             self.zero_bytes += end - start
         elif differs:
-            # Only one sector is written.  This write allocates the cluster, and the disk
-            # fills the rest of the cluster from the old base (copy-on-write).
+            # Writing one sector allocates the cluster, and the disk fills the rest of the cluster
+            # from the old base (copy-on-write).
             await self._disk.write(start, await self._old.read(start, SECTOR, depth=1))
             self.copied_bytes += end - start
         await trio.lowlevel.checkpoint()

@@ -26,15 +26,12 @@ class Backup:
     in decimal, then the old bytes and the new bytes in hexadecimal.  The last line has the word
     "complete", the number of ranges, and the length of the image before and after the repair.
 
-    The file is created by the first call of `save`.  An existing file is never overwritten,
-    and a backup that is not complete is removed at the end of the ``with`` block.  The backup
-    gets the owner and mode of the image, as far as permitted, so that the same users can read
-    both files.
+    An existing file is never overwritten, and a backup that is not complete is removed at the end
+    of the ``with`` block.  The backup gets the owner and mode of the image, as far as permitted.
 
     Attributes:
         path: Path of the backup; the first call of `save` appends a number if the file exists.
-        complete: Whether all ranges are saved and durable; False until `finish` has made them
-            durable, and always False if no range was saved.
+        complete: Whether all ranges are saved and durable.
     """
 
     def __init__(self, path: str, image: os.stat_result) -> None:
@@ -60,14 +57,12 @@ class Backup:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the backup, and remove it unless it is complete; do nothing if no file exists.
+        """Close the backup, and remove it unless it is complete.
 
-        Raises nothing, because an error from here would replace an error of the block.  If the host
-        refuses to remove an incomplete backup, the file stays, and an undo refuses it.
+        Raises nothing, because an error from here would replace an error of the block.
         """
         if self._file is not None:
-            # The close may write buffered bytes.  An error of this write is ignored, because a
-            # complete backup is durable already, and any other backup is removed here.
+            # An error of this close is ignored, because a complete backup is durable already.
             with contextlib.suppress(OSError):
                 self._file.close()
             if not self.complete:
@@ -75,9 +70,7 @@ class Backup:
                     os.unlink(self.path)  # noqa: PTH108  a name, not a Path
 
     def save(self, offset: int, old: bytes, new: bytes) -> None:
-        """Save the old and the new bytes of a range that the repair will change.
-
-        The caller must not change the range before `finish` has returned.
+        """Save a range that the repair will change after `finish`.
 
         Args:
             offset: File offset of the range.
@@ -95,9 +88,7 @@ class Backup:
             self._saved_ranges += 1
 
     def finish(self, before: int, after: int) -> None:
-        """Complete the backup and make it durable.
-
-        If no range was saved, nothing is done: there is no file, and `complete` stays False.
+        """Complete the backup and make it durable; do nothing if no range was saved.
 
         Args:
             before: Length of the image before the repair, in bytes.
@@ -126,16 +117,11 @@ class Backup:
             raise HostError.from_os(error, printable(self.path), "cannot save tables") from error
 
     def _create(self) -> BinaryIO:
-        """Create a file under an unused name, with the image's owner and mode; set `path`.
-
-        Raises:
-            OSError: A system call failed.  No file is left, unless removing it fails too.
-        """
+        """Create a file under an unused name, with the image's owner and mode; set `path`."""
         fd, number, wanted = -1, 1, self.path
         while fd < 0:
             try:
-                # The mode is 0600 until `copy_owner_and_mode` has run, because the image may
-                # be private.
+                # 0600 until `copy_owner_and_mode` has run, because the image may be private.
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                 fd = os.open(self.path, flags, 0o600)
             except FileExistsError:
@@ -155,8 +141,8 @@ class Backup:
 def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
     """Give a new file the image's owner, group, and permissions to read and write.
 
-    The owner and the group are set as far as permitted.  If the group cannot be set, the
-    permissions of the group are left out, because they would apply to another group.
+    If the group cannot be set, its permissions are left out, because they would apply to another
+    group.
 
     Raises:
         OSError: A system call failed, except for a lack of permission to set the owner or group.

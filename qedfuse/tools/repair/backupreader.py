@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     SavedRange = tuple[int, bytes, bytes]  # file offset, old bytes, new bytes
 
 _MAX_LINE_BYTES: Final = 16 << 20
-"""Maximum length of a line.  A range is at most a slice of a table, so a repair writes lines of at
-most about 256 KiB."""
+"""Maximum length of a line.  A repair writes lines of at most about 256 KiB, for a slice."""
 
 
 class BackupReader:
@@ -37,9 +36,8 @@ class BackupReader:
     def __init__(self, path: str) -> None:
         """Open a backup and examine all of it; the caller must call `close`.
 
-        In a valid backup the first range is the header.  All other ranges lie between the header
-        and the end that the image had before the repair, and do not overlap.  They consist of whole
-        entries, except that a range up to that end of the image may end within an entry.
+        The first range must be the header.  The others must lie after the header, not overlap, and
+        consist of whole entries, except at the end that the image had before the repair.
 
         Raises:
             UsageError: The file is not a backup, or is damaged or not complete.
@@ -96,12 +94,7 @@ class BackupReader:
             self._refuse(f"overlapping ranges at {first} and {second}", "separate ones")
 
     def _parse(self) -> Iterator[SavedRange]:
-        """Yield the saved ranges, and set `count` and the lengths at the end; see `ranges`.
-
-        Raises:
-            UsageError: The file is not a backup, or is damaged or not complete.
-            OSError: The host cannot read the file.
-        """
+        """Yield the saved ranges, and set `count` and the lengths at the end; see `ranges`."""
         self._file.seek(0)
         if self._file.readline(len(FIRST_LINE) + 1) != FIRST_LINE + b"\n":
             msg = f"{self.name}: found another kind of file, expected the backup of a repair"
@@ -128,16 +121,7 @@ class BackupReader:
         self._refuse("an incomplete or damaged backup", "a complete one")
 
     def _check_range(self, number: int, offset: int, length: int) -> None:
-        """Refuse a range that a repair does not save.
-
-        Args:
-            number: How many ranges precede the range in the backup.
-            offset: File offset of the range.
-            length: Length of the range in bytes.
-
-        Raises:
-            UsageError: The range is not one of a backup.
-        """
+        """Refuse the range with the index ``number`` if a repair does not save such a range."""
         if not number:
             if (offset, length) != (0, HEADER_BYTES):
                 found = f"a first range of {length} bytes at {offset}"
@@ -149,21 +133,13 @@ class BackupReader:
             )
 
     def _refuse(self, found: str, expected: str) -> NoReturn:
-        """Refuse the backup.
-
-        Raises:
-            UsageError: Always.
-        """
+        """Raise `UsageError` for this backup."""
         msg = f"{self.name}: found {found}, expected {expected}"
         raise UsageError(msg)
 
 
 def _parse_decimal(word: bytes) -> int:
-    """Return the number that a word of decimal digits stands for, at most `MAX_OFFSET`.
-
-    Raises:
-        ValueError: The word has other characters, or the number is greater.
-    """
+    """Return the number in a word; raise ValueError if it is invalid or above `MAX_OFFSET`."""
     if not word.isdigit() or len(word) > len(str(MAX_OFFSET)) or int(word) > MAX_OFFSET:
         raise ValueError
     return int(word)

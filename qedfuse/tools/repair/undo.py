@@ -17,20 +17,15 @@ if TYPE_CHECKING:
     from qedfuse.tools.repair.backupreader import SavedRange
 
 _POISON_BYTES: Final = POISON_ENTRY.to_bytes(ENTRY_BYTES, "little")
-"""A value that some L1 entries of an overlay have during a repair.
-
-If the repair is interrupted, these entries keep the value.
-"""
+"""A value that an interrupted repair can leave in L1 entries of an overlay."""
 
 
 async def undo_repair(file: HostFile, backup_path: str) -> int:
     """Restore all bytes that a repair changed, and the length of the image.
 
-    The undo is correct only if nothing has changed the image since the repair.  So before anything
-    is written, all saved ranges (the header among them) and the length of the image are compared
-    with the backup.  If one of them shows a change that the repair did not make, an error is
-    raised and nothing is written.  A change of other bytes, such as data that a guest has
-    written, is not detected.  After a crash the undo can be run again.
+    Before anything is written, the saved ranges and the length of the image are compared with the
+    backup.  A change of other bytes, such as data that a guest has written, is not detected.  After
+    a crash the undo can be run again.
 
     Args:
         file: The image, open for writing and locked.
@@ -41,10 +36,8 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 
     Raises:
         CorruptImageError: The image has changed since the repair.  Nothing was written.
-        UsageError: The file is not a backup, or is damaged or incomplete, or states ranges or
-            lengths that no repair saves.  Nothing was written.
-        ImageError: The backup is not a regular file, the header in the backup or in the image is
-            invalid, or the backup states a length that does not hold the image's L1 table.
+        UsageError: The file is not a backup, or is damaged or incomplete.  Nothing was written.
+        ImageError: The backup is not a regular file, or a header or the stated length is invalid.
             Nothing was written.
         HostError: A system call failed.  The undo can be run again.
     """
@@ -58,33 +51,29 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 async def _restore(file: HostFile, backup: BackupReader) -> int:
     """Verify all saved ranges, then restore them; return the number of ranges.
 
-    The order of the writes ensures two things.  The undo can be run again after a crash.  And at
-    no moment does a read through an entry return a copy that the repair has made for another entry.
+    The undo can be run again after a crash, and no read returns the data of another cluster.
     """
     bytes_before, bytes_after = backup.bytes_before, backup.bytes_after
     for saved in backup.ranges():
         await _verify(file, saved)
     header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
-    # A repair begins only if the whole L1 table lies in the file, so a backup that states a shorter
-    # length is wrong.
+    # A repair begins only if the whole L1 table lies in the file.
     header.check_fits(bytes_before, backup.name)
     if not bytes_before <= file.size() <= bytes_after:
         expected = f"{bytes_before} to {bytes_after} bytes"
         raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
-    # A file that is longer than before the repair, but shorter than after it, is left by a repair
-    # that was interrupted.  Then NEED_CHECK is set.
+    # A length between these two is left by a repair that was interrupted.  Then NEED_CHECK is set.
     if not header.need_check and file.size() not in (bytes_before, bytes_after):
         expected = f"{bytes_before} or {bytes_after} bytes"
         raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
     # NEED_CHECK is set first, so that after a crash every program checks the image.
     await file.pwrite(0, build_header(header.with_need_check(value=True)))
     await file.datasync()
-    # The file is truncated before the entries are restored.  The truncation removes the copies of
-    # clusters that the repair has appended.  If the entries were restored first, an old entry
-    # that pointed past the end of the file would now point to one of the copies.  A read through
-    # this entry would return the data of another cluster.  In the chosen order, an entry that
-    # points to a copy points past the end of the file until the entry is restored.  A read
-    # through this entry fails until then.
+    # Truncate the file before restoring the entries.  The truncation removes the copies of clusters
+    # that the repair has appended.  If the entries were restored first, an old entry that pointed
+    # past the end of the file would now point to a copy, and return the data of another cluster.
+    # In this order, a read through an entry that points to a copy fails until the entry is
+    # restored.
     await file.truncate(bytes_before)
     await file.datasync()
     old_header = b""
@@ -94,28 +83,17 @@ async def _restore(file: HostFile, backup: BackupReader) -> int:
         else:
             old_header = old
     await file.datasync()
-    # The old header is restored last, so NEED_CHECK stays set until everything else is durable.
+    # Last, so that NEED_CHECK stays set until everything else is durable.
     await file.pwrite(0, old_header)
     await file.datasync()
     return backup.count
 
 
 async def _verify(file: HostFile, saved: SavedRange) -> None:
-    """Refuse a range if an entry in it has neither its old nor its new value.
+    """Refuse a range if an entry in it has neither its old nor its new value, nor `_POISON_BYTES`.
 
-    The old value is the one before the repair, and the new value the one after the repair.
-    The on-disk descriptor of a free list, which has no entries, is compared in pieces as long as
-    an entry.
-
-    `_POISON_BYTES`, which an interrupted repair can leave in an L1 entry, is accepted as well.
-    Of the header (the range at offset 0), only the fields that a repair does not change are
-    compared.
-
-    Raises:
-        CorruptImageError: The range differs.
-        ImageError: The range is the header, and the header in the image or in the backup is
-            invalid.
-        HostError: The host cannot read the range.
+    The descriptor of a free list is compared in pieces as long as an entry.  Of the header (offset
+    0), only the fields that a repair does not change are compared.
     """
     offset, old, new = saved
     found = bytes(await file.pread(offset, len(old)))
@@ -139,14 +117,7 @@ def _without_changed_fields(raw: bytes, name: str) -> Header:
 
 
 def _changed_message(file: HostFile, what: str, found: str, expected: str) -> str:
-    """Return the message that the image has changed since the repair.
-
-    Args:
-        file: The image.
-        what: What has changed, for example ``header``.
-        found: The present value.
-        expected: The value that an unchanged image would have.
-    """
+    """Return the message that the image has changed since the repair."""
     return (
         f"{file.name}: nothing was restored: {what}: found {found}, expected {expected}; "
         "the image has changed since the repair"
