@@ -28,14 +28,9 @@ def shortened(text: str, limit: int) -> str:
 def printable(name: str | bytes | os.PathLike[str]) -> str:
     r"""Return a file name on one line, without characters that control a terminal.
 
-    An empty name becomes two quotes, so that a reader sees it.  If all characters of the name are
-    printable, the name is returned unchanged.  In any other name, each backslash is doubled, and
-    these characters are replaced as in a Python string:
-
-    - control characters, by ``\n``, ``\xNN`` or the like
-    - undecodable bytes, by ``\xNN``
-    - other unprintable characters and lone surrogates, by the shortest of ``\xNN``, ``\uNNNN`` and
-      ``\UNNNNNNNN`` that can express the character
+    An empty name becomes two quotes.  A name without unprintable characters is returned unchanged.
+    In any other name, each backslash is doubled, and unprintable characters are replaced as in a
+    Python string, undecodable bytes by ``\xNN``.
     """
     raw = os.fspath(name)
     text = os.fsdecode(raw)
@@ -56,8 +51,8 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
 def without_queries(message: str) -> str:
     """Return a message with ``...`` for the user and the query of each URL in it.
 
-    A user (with the password) and a query can be secrets.  Two kinds of queries are kept, because
-    they are not secret: the version of an object, and the query for an NBD server.
+    The version of an object, and the query for an NBD server, are kept, because they are not
+    secret.
     """
     if "://" not in message:
         return message

@@ -1,11 +1,9 @@
 """Finding out from QEMU where the files of a chain have the bytes of the disk.
 
 ``qemu-img map`` runs in a sandbox like that of qemu-nbd, and prints one JSON object per line.  The
-output is not trusted: each range must begin where the range before it ends, and what lies past the
-end of a file is left to QEMU.
-So a hostile image that takes over the program gains nothing: the output can only name other ranges
-of the files of the image's own chain.  A hostile image that takes over qemu-nbd could serve these
-ranges as the disk without any map.
+output is not trusted.  But a hostile image that takes over the program gains nothing: the output
+can only name other ranges of the files of the image's own chain, which qemu-nbd could serve as
+well.
 """
 
 from __future__ import annotations
@@ -28,15 +26,14 @@ _PROGRAM: Final = "qemu-img"
 _MAX_CPU_SECONDS: Final = 60
 """Maximum processor time of the program."""
 _CHUNK_BYTES: Final = 1 << 16
-"""Maximum number of bytes of the program's output that one call reads.  The output is refused if
-more bytes than this follow the last line break that was read."""
+"""Maximum number of bytes that one call reads, and about the maximum length of a line."""
 
 
 def start_mapping(graph: Graph, name: str, output: int) -> subprocess.Popen[bytes]:
     """Start ``qemu-img map``, which prints to the descriptor ``output``.
 
-    Returns the process, for whose end the caller must wait.  The kernel kills the program when the
-    calling thread ends.
+    The caller must wait for the end of the returned process.  The kernel kills it when the calling
+    thread ends.
 
     Raises:
         ForeignError: The program is not installed.
@@ -55,8 +52,8 @@ def fill_map(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] 
     Args:
         run_map: The map, which must be empty.
         output: The program's output.
-        files: For each image of the chain, from the top one down: the number of the file that has
-            the image's data, and the file's length in bytes.  None if only QEMU can read the data.
+        files: For each image of the chain, from the top one down: the number and the length in
+            bytes of the file that has its data.  None if only QEMU can read the data.
 
     Raises:
         ForeignError: The output is not a map of a disk.
@@ -76,17 +73,13 @@ def fill_map(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] 
 
 
 def _objects(output: BinaryIO) -> Iterator[dict[str, Any]]:
-    """Yield the objects of the program's output.
-
-    Raises:
-        ValueError: A line is not one object of JSON, or is too long.
-    """
+    """Yield the objects of the program's output; raise ValueError for other output."""
     rest = b""
     while data := output.read(_CHUNK_BYTES):
         lines, newline, rest = (rest + data).rpartition(b"\n")
         if newline:
-            # The output is an array.  So the first line begins with a bracket, the last line ends
-            # with a bracket, and each line before the last ends with a comma.
+            # The output is an array: brackets at its ends, and a comma after each line but the
+            # last.
             text = lines.strip().removeprefix(b"[").removesuffix(b"]").removesuffix(b",")
             yield from json.loads(b"[" + text + b"]")
         elif len(rest) > _CHUNK_BYTES:

@@ -19,10 +19,9 @@ _MAX_STATUS_BYTES: Final = 1 << 30
 
 
 class AlignedRead:
-    """The read requests for a range.
+    """The read requests for a range, aligned to the minimum block of the export.
 
-    The requests are aligned to the minimum block of the export.  If the range is not aligned, the
-    requests read a larger range into a bounce buffer.
+    If the range is not aligned, the requests read a larger range into a bounce buffer.
 
     Attributes:
         requests: The requests, in ascending order of their offsets.
@@ -55,7 +54,7 @@ class AlignedRead:
     def finish(self) -> None:
         """Copy the bytes of the range from the bounce buffer, if there is one.
 
-        Before this call, the caller must wait for the replies to all requests.
+        The replies to all requests must have arrived.
 
         Raises:
             ReplyError: The server has answered a request with an error.
@@ -68,10 +67,6 @@ class AlignedRead:
 
 
 def block_status(export: Export, offset: int) -> BlockStatus:
-    """Return a request for the extents from ``offset`` on.
-
-    The request begins at ``offset``, rounded down to a multiple of the minimum block, and covers at
-    most `_MAX_STATUS_BYTES`.
-    """
+    """Return a request for the extents from ``offset`` on, rounded down to the minimum block."""
     aligned_start = offset // export.min_block_bytes * export.min_block_bytes
     return BlockStatus(aligned_start, min(_MAX_STATUS_BYTES, export.size - aligned_start))

@@ -1,8 +1,7 @@
 """The messages of the NBD protocol as bytes: constants, requests, and the texts of errors.
 
-The specification is ``doc/proto.md`` of https://github.com/NetworkBlockDevice/nbd.  Most names are
-those of the specification without ``NBD_``.  Names of replies also lack ``TYPE_`` or ``REPLY_``:
-`REPLY_NONE` is ``NBD_REPLY_TYPE_NONE``.
+The specification is ``doc/proto.md`` of https://github.com/NetworkBlockDevice/nbd.  The names are
+those of the specification, shortened: `REPLY_NONE` is ``NBD_REPLY_TYPE_NONE``.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ REPLY_ERROR_OFFSET: Final = REPLY_IS_ERROR + 2
 STATE_ZERO: Final = 2
 """The flag of ``base:allocation`` for a range that reads as zeros."""
 ALLOCATION: Final = b"base:allocation"
-"""The metadata context that this client uses.  The context reports which ranges are allocated, and
-which ranges read as zeros."""
+"""The metadata context that reports which ranges are allocated, and which read as zeros."""
 
 MAX_STRING_BYTES: Final = 4096
 """Maximum length of a string of the protocol, such as the name of an export."""

@@ -50,16 +50,15 @@ def is_qed(start: bytes | bytearray) -> bool:
 def is_luks(start: bytes | bytearray) -> bool:
     """Return whether a file with these first bytes is encrypted by LUKS.
 
-    For QEMU, LUKS is an image format.  But a raw disk that a guest has encrypted begins with
-    the same bytes, so `foreign_format` does not report LUKS.
+    For QEMU, LUKS is an image format.  But a raw disk that a guest has encrypted begins with the
+    same bytes.
     """
     return start.startswith(_LUKS)
 
 
 def foreign_format(start: bytes | bytearray) -> str | None:
-    """Return the name of a file's format if it is one of the formats in `_FOREIGN`; else None.
+    """Return the name of a file's format in `_FOREIGN`; None for QED, LUKS and what counts as raw.
 
-    None means that the file is QED or LUKS, or that it counts as raw.  ``start`` holds the first
-    `SIGNATURE_BYTES` of the file, or all bytes of a shorter file.
+    ``start`` holds the first `SIGNATURE_BYTES` of the file, or all bytes of a shorter file.
     """
     return next((name for at, magic, name in _FOREIGN if start.startswith(magic, at)), None)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 ReadDisk: TypeAlias = Callable[[int, int], Awaitable[bytes]]
-"""Returns the bytes of a range of the disk.  The arguments are the guest offset and the length of
-the range, which must lie within the disk."""
+"""Returns the bytes of a range within the disk, by its guest offset and its length."""
 
 Scheme: TypeAlias = Literal["dos", "gpt"]
 """The kind of a partition table, by the name that sfdisk uses."""
@@ -25,13 +24,11 @@ class Partition:
         number: The number by which Linux names the partition's device: 1 for ``sda1``.
         start: Guest offset of the first byte.
         length: Length in bytes, at least one sector.
-        type: The type, as sfdisk writes it: one or two hexadecimal digits (``dos``), or a UUID
-            (``gpt``).
+        type: The type, as sfdisk writes it: one or two hexadecimal digits, or a UUID (``gpt``).
         uuid: The UUID of the partition; empty for ``dos``.
         name: The name that is stored in the table; empty for ``dos``.
         bootable: Whether the table marks the partition as bootable (``dos``).
-        is_container: Whether the partition is an extended one, which only contains logical
-            partitions.
+        is_container: Whether the partition only contains logical partitions.
     """
 
     number: int

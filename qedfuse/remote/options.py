@@ -32,10 +32,9 @@ class Deadlines:
     Attributes:
         connect_seconds: Maximum time to connect.
         attempt_seconds: Maximum time of one attempt, connecting included.  For an NBD server:
-            maximum time of the handshake, connecting not included, and maximum time without a
-            received byte while a reader waits for a reply.
-        total_seconds: Failed attempts of a request are repeated for this time; the last attempt may
-            end later.  A read from an NBD server fails after this time, even during an attempt.
+            maximum time of the handshake, and of a wait for the next byte of a reply.
+        total_seconds: For how long failed attempts are repeated; the last one may end later.  A
+            read from an NBD server fails after this time, even during an attempt.
     """
 
     connect_seconds: float = 5.0
@@ -44,10 +43,7 @@ class Deadlines:
 
     @classmethod
     def limited(cls, connect_seconds: float, attempt_seconds: float, total_seconds: float) -> Self:
-        """Return deadlines that are consistent, by reducing those that are too long.
-
-        An attempt gets at most ``total_seconds``, and connecting at most the time of an attempt.
-        """
+        """Return deadlines that are consistent, by reducing those that are too long."""
         attempt_seconds = min(attempt_seconds, total_seconds)
         return cls(min(connect_seconds, attempt_seconds), attempt_seconds, total_seconds)
 
@@ -57,21 +53,18 @@ class RemoteOptions:
     """How remote files are read.
 
     Attributes:
-        cache_directory: The directory of the cache; None for the default directory of the user.  If
-            the default directory cannot be used, there is no cache.
-        cache_bytes: Maximum disk space of the cache; None for no maximum.  In both cases the cache
-            leaves a part of the file system free.
+        cache_directory: The directory of the cache; None for the default directory of the user.
+        cache_bytes: Maximum disk space of the cache; None for no maximum.
         deadlines: How long to wait for a server.
         allow_http: Whether ``http://`` is allowed to other machines.
-        allow_unpinned: Whether to read an object for which the server reports neither a strong
-            entity tag nor the time of the last change.  A change of such an object is noticed only
-            if the size changes.
+        allow_unpinned: Whether to read an object whose version the server does not report.  A
+            change of such an object is noticed only if the size changes.
         allowed: The prefixes of the URLs that images may name as backing files, and to which web
             servers may redirect.
-        credentials: Name and value of each variable in the credentials file.  The variables take
-            precedence over those of the environment.
-        credentials_file: The file from which ``credentials`` were read.  The file is read again
-            when a server refuses the credentials.  None for no file.
+        credentials: Name and value of each variable in the credentials file.  They take precedence
+            over those of the environment.
+        credentials_file: The file from which ``credentials`` were read, and are read again when a
+            server refuses them; None for no file.
     """
 
     cache_directory: str | None = None

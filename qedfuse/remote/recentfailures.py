@@ -1,8 +1,7 @@
 """The units (the pieces in which a remote file is fetched) whose fetch has recently failed.
 
 After a failed read-ahead, the kernel sends a second read, for the page that the program needs, and
-a file system on a loop device sends a third.  These reads must not each wait for the whole time
-limit.
+a file system on a loop device a third.  These reads must not each wait for the whole time limit.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ _RECENT_SECONDS: Final = 1.0
 """For how many seconds a failure is remembered."""
 _MAX_REPEATED_SECONDS: Final = 3.0
 """A unit that fails again and again is remembered for at most this time after its first failure.
-Without this limit, a reader that repeats failed reads without a pause would always get an early
-error, and would never again wait for the whole time limit."""
+Without this limit, a reader that repeats failed reads would never again wait for the whole time
+limit."""
 
 
 class RecentFailures:
@@ -28,8 +27,7 @@ class RecentFailures:
     def __init__(self) -> None:
         """Begin without failures."""
         self._lock = threading.Lock()
-        # For each unit, the times of its first and its last recent failure.  The units are in the
-        # order of their last failures.
+        # The times of the first and the last recent failure of each unit, in the order of the last.
         self._times: dict[int, tuple[float, float]] = {}
 
     def record(self, first: int, last: int) -> None:

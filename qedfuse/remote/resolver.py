@@ -1,8 +1,7 @@
 """Looking up the addresses of a host, and connecting to one of them, in bounded time.
 
-getaddrinfo(3) has no deadline: if no name server answers, the function blocks for tens of seconds.
-So getaddrinfo(3) is called in a separate thread, which continues when the caller's time is over.
-Concurrent lookups of the same host and port share one thread.
+getaddrinfo(3) has no deadline, so it is called in a separate thread, which continues when the
+caller's time is over.  Concurrent lookups of the same host and port share one thread.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class _Lookup:
     Attributes:
         ended: Set when the lookup has ended; the other attributes are then final.
         addresses: The addresses; empty before the end and after an error.
-        error: The error of the lookup; None before the end and after success.
+        error: The error of the lookup, or None.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -72,8 +71,7 @@ class Resolver:
 
         Raises:
             TimeoutError: The name servers did not answer within ``seconds``.
-            OSError: The lookup failed, for example because there is no such host, or no thread can
-                be started.
+            OSError: The lookup failed, or no thread can be started.
         """
         host = host.strip("[]")
         with suppress(OSError, UnicodeError):
@@ -89,11 +87,7 @@ class Resolver:
         return lookup.addresses
 
     def _start(self, host: str, port: int) -> _Lookup:
-        """Start a lookup in a thread; return the lookup.  The caller holds the lock.
-
-        Raises:
-            OSError: No thread can be started.
-        """
+        """Start a lookup in a thread, and return it; the caller must hold the lock."""
         lookup = _Lookup(host, port)
 
         def run() -> None:
@@ -115,16 +109,14 @@ RESOLVER: Final = Resolver()
 def connect_to_any(addresses: Sequence[SocketAddress], end: float) -> socket.socket:
     """Connect to the first address that accepts; return the socket.
 
-    The addresses are tried in their order.  The time that is left is divided equally among the
-    addresses that are left.
+    The addresses are tried in their order.  The time that is left is divided among those left.
 
     Args:
         addresses: The addresses.
         end: The deadline, as a value of ``time.monotonic()``.
 
     Raises:
-        OSError: No address accepts; the error is that of the last address that was tried, or
-            TimeoutError if the time was over before the first one.
+        OSError: No address accepts; the error is that of the last address that was tried.
     """
     failure: OSError = TimeoutError()
     for number, (family, kind, protocol, _, address) in enumerate(addresses):

@@ -1,7 +1,4 @@
-"""A client that stands in for one whose configuration is not valid.
-
-With it, an object that the cache has is read even though its credentials cannot be used.
-"""
+"""A client in place of one without a valid configuration, for objects that the cache has."""
 
 from __future__ import annotations
 
@@ -41,8 +38,7 @@ class UnconfiguredClient:
             failure: The error of `make_client`, with an UnusableError as its cause.
 
         Raises:
-            UnusableError: The variables name no endpoint that the options allow, so they do not
-                identify the store.
+            UnusableError: The variables name no endpoint that the options allow.
         """
         self.failure = failure
         self._address = address

@@ -1,9 +1,9 @@
 """Distinguishing an object's own blocks of zeros from holes of the data file that caches it.
 
-`qedfuse.remote.unitfile` explains the units and the data file.  The kernel returns zeros for a hole
-without reading from the disk, and a failed write can leave a hole where the object has data.  So
-zeros from the data file are valid only in a block that is recorded as all zeros.  The record is
-made when a unit was fetched, or when its content was compared with the checksum.
+The kernel returns zeros for a hole without reading from the disk, and a failed write can leave a
+hole where the object has data.  So zeros from the data file are valid only in a block that is
+recorded as all zeros.  The record is made when a unit (`qedfuse.remote.unitfile`) was fetched, or
+compared with the checksum.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ _ZEROS: Final = bytes(BLOCK_BYTES)
 
 
 class ZeroBlocks:
-    """Which blocks of an object are known to be all zeros.
-
-    Threads may call the methods concurrently.
+    """Which blocks of an object are known to be all zeros.  Threads may use it concurrently.
 
     Attributes:
-        masks: For each unit, a 64-bit number with one bit for each block.  The bit is set if the
-            block is known to be all zeros.  Empty if the host has no memory for the numbers.
+        masks: For each unit, a 64-bit number with a bit for each block that is known to be all
+            zeros.  Empty if the host has no memory for the numbers.
     """
 
     def __init__(self, units: int) -> None:
@@ -50,7 +48,7 @@ class ZeroBlocks:
     def may_have_holes(self, offset: int, view: memoryview) -> bool:
         """Return whether a block was read as zeros, but is not recorded as a block of zeros.
 
-        Of a block that the read covers in part, only the bytes that were read are examined.
+        If the read covers a block in part, only that part is examined.
 
         Args:
             offset: The offset of the read in the object.

@@ -1,8 +1,7 @@
 """Whether other work waits for the event loop besides the task that runs now.
 
-A task that polls keeps all other tasks from running.  So does a task that makes a long system call,
-such as a datasync, in the event loop's own thread.  Therefore, before a task polls or makes such a
-call, the task asks the `LoopLoad` whether other work waits.
+A task that polls, or makes a long system call in the event loop's own thread, keeps all other tasks
+from running.  Before that, it asks the `LoopLoad` whether other work waits.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ class LoopLoad:
     """Knows what other work waits for one event loop; see `loop_load`.
 
     Attributes:
-        polled_reads: How many reads of host files are being retried now.  While there are any,
-            no task should keep the event loop busy for long, because the task that retries
-            needs the event loop.
+        polled_reads: How many reads of host files are being retried now, by tasks that need the
+            event loop.
         fetched_reads: How many reads wait for a thread that needs the GIL and is not a thread of
             trio, such as a thread that asks a server.
     """
@@ -42,25 +40,18 @@ class LoopLoad:
     def has_running_threads(self) -> bool:
         """Return whether a thread of trio is running, or `fetched_reads` is more than 0.
 
-        If the result is True, the caller must not poll, for two reasons.  While a task polls, the
-        event loop does not notice that the thread has finished.  And an event loop that never
-        sleeps starves the thread of the GIL.
+        Then the caller must not poll.  While a task polls, the event loop does not notice that the
+        thread has finished.  And an event loop that never sleeps starves the thread of the GIL.
         """
         return self._threads.borrowed_tokens > 0 or self.fetched_reads > 0
 
     def has_requests(self) -> bool:
-        """Return whether a request waits that no task has taken yet.
-
-        Returns False outside any `request_source`.
-        """
+        """Return whether a `request_source` has a request that no task has taken yet."""
         return self._has_request()
 
     @contextmanager
     def request_source(self, has_request: Callable[[], bool]) -> Iterator[None]:
-        """Make `has_requests` ask a source of requests inside the ``with`` block.
-
-        ``has_request`` returns whether the source has a request that no task has taken yet.
-        """
+        """Make `has_requests` ask a source of requests inside the ``with`` block."""
         before, self._has_request = self._has_request, has_request
         try:
             yield
@@ -74,9 +65,8 @@ _load: Final = trio.lowlevel.RunVar[LoopLoad]("load")
 def loop_load() -> LoopLoad:
     """Return the load of the event loop that runs in this thread.
 
-    Each event loop has a load of its own, because several event loops can run in one process:
-    `qedfuse.open` runs one for each open file.  Code that needs the load for every request
-    should keep the object, because finding it takes time.
+    Each event loop has a load of its own, because several can run in one process.  Code that needs
+    the load for every request should keep the object, because finding it takes time.
 
     Raises:
         RuntimeError: No event loop runs in this thread.

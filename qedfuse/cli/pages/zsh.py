@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 
 
 _ACTIONS: Final = {"file": "_files", "directory": "_files -/", "mount-options": "_mount_options"}
-"""The action that completes a value without fixed words, by the kind of the value.
-
-A value of a kind that is missing here is not completed.
-"""
+"""The action that completes a value without fixed words; other kinds are not completed."""
 
 
 def script(program: Program) -> str:
@@ -84,7 +81,7 @@ def _option(option: Option, program: str) -> str:
     """Return the specification of an option."""
     value = ""
     if option.value is not None:
-        # The name of the shell function for mount options contains the name of the program.
+        # The name of the shell function contains the name of the program.
         action = _action(option.value).replace("_mount_options", f"_{program}_mount_options")
         value = f":{_plain(option.value.name)}:{action}"
     text = f"[{_escaped(option.help)}]{value}"

@@ -91,13 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace, on_progress: Progress) -> Comparison | str:
-    """Compare the disks, and return the result.
-
-    If both disks can be opened but one cannot be read, return an error message instead.
-
-    Raises:
-        QedError: A disk cannot be opened.
-    """
+    """Compare the disks, and return the result; if a disk cannot be read, return a message."""
     from qedfuse.errors import QedError  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.tools.copying.compare import compare  # noqa: PLC0415
     from qedfuse.tools.source.source import open_source  # noqa: PLC0415

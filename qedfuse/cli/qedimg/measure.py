@@ -97,12 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace, spec: ImageSpec) -> Measurement:
-    """Return the measurement of a new disk, or of a copy of the source.
-
-    Raises:
-        UsageError: Both a source and a size were given, or neither.
-        QedError: The source or the base cannot be opened or read.
-    """
+    """Return the measurement of a new disk, or of a copy of the source."""
     from qedfuse.tools.copying.measure import measure, measure_empty  # noqa: PLC0415  imported late: --help must not load it
 
     if (arguments.size is None) == (arguments.source is None):

@@ -1,8 +1,8 @@
 """Creating an empty image, for the toolbox, the mount and the Python API.
 
-The image has a temporary name until the image is complete and durable.  So at any moment the
-final name refers to the old file, to no file, or to a complete image.  There is one exception: on
-a file system without hard links the name may refer to an empty file for a moment (`NewFile`).
+The image has a temporary name until it is complete and durable.  So the final name always refers to
+the old file, to no file, or to a complete image.  Only on a file system without hard links may it
+refer to an empty file for a moment (`NewFile`).
 """
 
 from __future__ import annotations
@@ -45,16 +45,14 @@ async def create_image(
 
     Args:
         path: The new file; an existing one is refused unless ``overwrite`` is given.
-        size: Size of the disk in bytes; is rounded up to whole sectors, and may be 0.
+        size: Size of the disk in bytes, rounded up to whole sectors; may be 0.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
-        backing: Name of the backing file that the image stores, see `backing_path`.  The
-            backing file is not opened.  None or empty for no backing file.
-        backing_is_raw: Whether the backing file is raw.  If True, the image forbids programs to
-            probe the backing file's format.  Has no effect without a backing file.
-        overwrite: Whether to replace an existing file.  The call fails if another process has
-            that file open as an image.  The new file gets the permissions of the old one and, as
-            far as the host permits, its owner.
+        backing: Name of the backing file that the image stores, see `backing_path`; None or empty
+            for no backing file.  The file is not opened.
+        backing_is_raw: Whether the image says that its backing file is raw.
+        overwrite: Whether to replace an existing file, which no process may have open as an image.
+            The new file gets its permissions and, as far as the host permits, its owner.
         mode: Permissions of the new file if it replaces none; the umask is subtracted.
         versions: The versions of the backing files, which the image remembers; None to remember
             those that are found when the image is first opened for writing.
@@ -62,13 +60,11 @@ async def create_image(
     Raises:
         UsageError: A size is out of its range, the name of the backing file cannot be stored,
             or the file exists and ``overwrite`` is False.
-        ImageError: ``overwrite`` is True, and the existing file is not a regular file.
-        ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
-            image, or has created another file of that name during the call.
-        HostError: A system call failed.  If the new file had its final name before the failure, for
-            example if only making the name durable failed, the file keeps that name.  Otherwise an
-            existing file is unchanged, and no new file is left behind; but a file system without
-            hard links may keep an empty file (`NewFile`).
+        ImageError: The existing file is not a regular file.
+        ImageInUseError: Another process has the old file open as an image, or has created another
+            file of that name during the call.
+        HostError: A system call failed.  Normally an existing file is unchanged then, and no new
+            file is left behind.  If only making the name durable failed, the new file stays.
     """
     header = new_header(size, cluster_size, table_size, backing, backing_is_raw=backing_is_raw)
     await run_in_thread(
@@ -95,23 +91,17 @@ def make_image(
         header: A header that `new_header` has built.
         backing: Name of the backing file that the image stores, for which ``header`` was
             built; None or empty for no backing file.
-        overwrite: Whether to replace an existing file.  The call fails if another process has
-            that file open as an image.
+        overwrite: Whether to replace an existing file, which no process may have open as an image.
         mode: Permissions of the new file if it replaces none; the umask is subtracted.
-        fill: Called with the temporary name of the empty image, before the image gets the
-            name ``path``.  If ``fill`` raises an error, no new file is left behind.
-        versions: The versions of the backing files, which the image remembers; None to remember
-            those that are found when the image is first opened for writing.
+        fill: Called with the temporary name of the empty image.
+        versions: The versions of the backing files, as for `create_image`.
 
     Raises:
         UsageError: The file exists and ``overwrite`` is False.
-        ImageError: ``overwrite`` is True, and the existing file is not a regular file.
-        ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
-            image, or has created another file of that name during the call.
-        HostError: A system call failed, or the file system is full.  If the new file had its final
-            name before the failure, for example if only making the name durable failed, the file
-            keeps that name.  Otherwise an existing file is unchanged, and no new file is left
-            behind; but a file system without hard links may keep an empty file (`NewFile`).
+        ImageError: The existing file is not a regular file.
+        ImageInUseError: Another process has the old file open as an image, or has created another
+            file of that name during the call.
+        HostError: A system call failed, as for `create_image`.
     """
     record = NewRecord(backing or "", versions)
     with ExitStack() as stack:
@@ -130,11 +120,7 @@ def make_image(
 
 
 def _write_empty(path: str, header: Header, backing: bytes, record: NewRecord) -> None:
-    """Write the header and the backing name into an empty file; the L1 table is a hole.
-
-    Raises:
-        HostError: A system call failed.
-    """
+    """Write the header and the backing name into an empty file; the L1 table is a hole."""
     try:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC), "r+b") as file:
             os.ftruncate(file.fileno(), header.l1_end)

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 class EmptyImage(ReadOnlyFile):
     """An image without data clusters and without a backing name, to stand above a disk in a chain.
 
-    The image describes a disk of the same size.  It has the name and the attributes of the file
-    that stores the disk below.
+    Its disk has the same size.  The image has the name and the attributes of the file below.
 
     Attributes:
         path: The path of the disk below.

@@ -35,9 +35,8 @@ def lacks_path(name: bytes) -> bool:
 def backing_path(image: str, name: str, directory: str = "") -> str:
     """Return the path or URL of the backing file that an image names, without any I/O.
 
-    A plain name that is not absolute is relative to the directory of the image.  If ``image`` is a
-    URL, this directory is a URL as well, without the query of ``image``.  A path after ``file:``
-    that is not absolute is relative to the working directory, as in QEMU.
+    A relative name is relative to the directory of the image, which can be a URL.  A relative path
+    after ``file:`` is relative to the working directory, as in QEMU.
 
     Args:
         image: The path or URL of the image.
@@ -56,14 +55,11 @@ def backing_path(image: str, name: str, directory: str = "") -> str:
 def chain_paths(image: str, directory: str = "") -> Iterator[str]:
     """Yield the paths of the bases of an image, from the first down, by reading headers only.
 
-    The chain ends with a file that gives no further path: it is raw, has no base, cannot be read,
-    has an invalid header, stores a name with a NUL byte, or is a URL, which is not opened.  The
-    path of this last file is yielded too, and may lead to no file.  If the image itself is such a
-    file, no path is yielded.  At most `MAX_CHAIN_DEPTH` + 1 paths are yielded, also if
-    the chain is a loop.  Bases that a policy forbids are yielded as well.
+    The chain ends with a file that is raw, has no base, cannot be read or parsed, or is a URL.  The
+    path of this last file is yielded too, and may lead to no file.  At most `MAX_CHAIN_DEPTH` + 1
+    paths are yielded, also if the chain is a loop.
 
-    Names after ``file:`` are relative to ``directory``, or to the working directory of the process
-    if ``directory`` is empty.
+    Names after ``file:`` are relative to ``directory``, as for `backing_path`.
     """
     path = image
     for _ in range(MAX_CHAIN_DEPTH + 1):
@@ -77,10 +73,9 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
 
 
 def _base_of(path: str) -> tuple[str, bool]:
-    """Return the name of an image's base, and whether the image's header says the base is raw.
+    """Return the name of an image's base, and whether the header says that the base is raw.
 
-    The name is empty if the file is a URL, cannot be read, is not a QED image, has no base, or
-    stores a name with a NUL byte.  If the name is empty, the second value has no meaning.
+    The name is empty if there is none, or if the file cannot be used.
     """
     if is_url(path):  # a URL is not opened here
         return "", True

@@ -1,9 +1,8 @@
 """The reverse map: which L2 entries refer to the clusters of a range of the file.
 
-The format does not record which entry refers to a cluster, so all tables may have to be read.
-If the caller knows how many entries to expect, the reading ends when all have been found.
-In most cases the range is at the end of the file, and the tables that refer to clusters there also
-lie near the end.  So the last table of the file is read first, to find the entries early.
+The format does not record which entry refers to a cluster, so all tables may have to be read.  The
+reading ends when the expected number of entries has been found.  Usually the range is at the end of
+the file, and the tables that refer to it are near.  So the last table of the file is read first.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import QedLayer
 
 _READ_BYTES: Final = 1 << 20
-"""Maximum number of bytes of a table that are read in one call.  Other tasks may run between two
-calls."""
+"""Maximum number of bytes of a table that one call reads; other tasks run between the calls."""
 
 
 class ReverseMap(NamedTuple):
@@ -46,16 +44,15 @@ async def build_reverse_map(
 ) -> ReverseMap:
     """Return the L2 entries that refer to file offsets from ``low`` up to ``high``, exclusive.
 
-    The caller must ensure that no table is dirty, and that no other task changes a table
-    before this function has returned.
+    No table may be dirty, and no other task may change a table meanwhile.
 
     Args:
         layer: The image.
         low: File offset of the first cluster.
         high: File offset just past the last cluster.
-        expected: How many such entries a sound image has; the reading ends after the table
-            in which the last of them was found.  With None all entries of the image are read
-            and validated, and an invalid entry marks the image as damaged, wherever it points.
+        expected: How many such entries a sound image has; the reading ends when they are found.
+            With None all entries of the image are read and validated, and an invalid one marks the
+            image as damaged.
 
     Raises:
         CorruptImageError: An entry does not point to the start of a cluster, or two entries
@@ -89,11 +86,7 @@ async def _read(
 ) -> NDArray[np.uint64]:
     """Read ``length`` bytes of entries of a table, beginning at the file offset ``offset``.
 
-    With ``validated`` the entries must be one slice.  They are read through the table cache,
-    which marks the image as damaged if an entry is invalid.
-
-    Raises:
-        HostError: The host cannot read the table, or the file ends within it.
+    With ``validated`` these are one slice, which is read through the table cache.
     """
     if not validated:
         raw = await layer.file.pread(offset, length)
@@ -113,12 +106,7 @@ async def _read(
 def _in_order(
     layer: QedLayer, clusters: list[NDArray[np.uint64]], entries: list[NDArray[np.uint64]]
 ) -> ReverseMap:
-    """Join the arrays of all slices, and sort them in the order of the clusters.
-
-    Raises:
-        CorruptImageError: An entry does not point to the start of a cluster, or two entries
-            point to the same cluster.
-    """
+    """Join the arrays of all slices in the order of the clusters; refuse entries that are wrong."""
     if not clusters:
         return ReverseMap(np.empty(0, np.uint64), np.empty(0, np.uint64))
     found, owners = np.concatenate(clusters), np.concatenate(entries)

@@ -1,12 +1,11 @@
 """Epochs: which requests may still use a cluster that has lost its reference.
 
 A request looks up in which clusters its bytes are, and then waits for the host.  Meanwhile a
-cluster that the request has found may lose its reference.  Requests that began before the loss may
-still read or write the cluster, so the cluster may be used again only when all of them have ended.
-Requests that begin later do not find the cluster.  The method is epoch-based reclamation; the wait
-for the requests is the grace period of read-copy-update (RCU).
+cluster that it has found may lose its reference.  So the cluster may be used again only when all
+requests that began before the loss have ended.  Later requests do not find the cluster.  The method
+is epoch-based reclamation; the wait is the grace period of read-copy-update (RCU).
 
-Each request belongs to the epoch in which it began.  Only `Epochs.wait` waits.
+Each request belongs to the epoch in which it began.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class Epoch:
     Attributes:
         closed: Whether the epoch has ended, so that no further request enters it.
         drained: The event that the requests of this epoch, and of the epochs before it, have
-            ended; None until a task waits for the event.
+            ended; None until a task waits for it.
         requests: How many requests of this epoch have not ended yet.
     """
 
@@ -75,7 +74,7 @@ class Epochs:
     async def wait(self, epoch: Epoch) -> None:
         """Wait until `is_drained` is true for ``epoch``.
 
-        The caller must have left its epoch (`leave`); otherwise it could wait for itself.
+        The caller must have left its own epoch.
         """
         if self.is_drained(epoch):
             return

@@ -1,9 +1,8 @@
 """A flush: one write-back cycle, and then `Reclaim.run` for the clusters that the cycle frees.
 
-A module that needs only durability calls `MetadataWriteback.barrier`, which takes no lock, so
-that the caller may hold any lock.  The caller of a flush must not hold a lock of `Reclaim`,
-`FileLength`, `FirstWriteGuard` or `HeaderStore`, because the flush takes these locks.  The rules
-D1, D4 and D7 are in docs/durability.md, and S3 is in docs/space.md.
+The caller of a flush must not hold a lock of `Reclaim`, `FileLength`, `FirstWriteGuard` or
+`HeaderStore`, because the flush takes these locks; `MetadataWriteback.barrier` takes none.  The
+rules D1, D4 and D7 are in docs/durability.md, and S3 is in docs/space.md.
 """
 
 from __future__ import annotations
@@ -45,9 +44,7 @@ class Flusher:
     def try_flush(self) -> bool:
         """Flush without waiting; return whether that succeeded.
 
-        Returns False in two cases: `MetadataWriteback.try_write_back` returns False, or there is
-        space to reclaim and anything was written since the opening.  After False the caller must
-        use `flush`.
+        After False the caller must use `flush`.
         """
         if not self._writeback.try_write_back() or (
             self._writeback.cycles and self._reclaim.pending
@@ -59,8 +56,7 @@ class Flusher:
     async def flush(self) -> None:
         """Make everything durable that was written before the call, and reclaim space (D1, S3).
 
-        `Reclaim.run` frees clusters of the quarantine and returns free space to the host, as
-        far as it can now.
+        Space is reclaimed as far as that is possible now.
 
         Raises:
             HostError: The host refused to make the writes durable; see
@@ -68,8 +64,7 @@ class Flusher:
             ReadOnlyError: The disk has become read-only during the call.
         """
         await self._writeback.write_back()
-        # Do not change the image if nothing was written since it was opened.  The scan for free
-        # clusters may have found some, but they are reclaimed only after the first change.
+        # Without a write since the opening, the image must not be changed.
         if self._writeback.cycles and self._reclaim.pending:
             await self._reclaim.run()
         self._listener()
@@ -77,8 +72,7 @@ class Flusher:
     async def run(self) -> None:
         """Flush ``period`` seconds after a change, again and again; a background task (D4).
 
-        Returns only when the disk has become read-only.  Logs an error unless the previous
-        flush failed with the same error.
+        Returns only when the disk has become read-only.
         """
         logged = ""
         while True:
@@ -90,9 +84,8 @@ class Flusher:
                 if self._reclaim.pending:
                     self._writeback.wake()
             except QedError as error:
-                # No caller waits for this flush, so the error is only logged.  After a failed
-                # write the next flush tries again.  After a failed datasync each later flush
-                # fails (D7).
+                # After a failed write the next flush tries again.  After a failed datasync each
+                # later flush fails (D7).
                 if str(error) != logged:
                     logged = str(error)
                     log.error("%s (while writing back tables)", error)  # noqa: TRY400

@@ -1,8 +1,7 @@
 """Operations on many L2 tables: find those that hold data, and mark clusters of tables as owned.
 
-An L1 table can be 1 GiB long and point to 134 million tables, all of them holes of a sparse
-file.  So these functions process arrays of tables instead of single tables, and let other
-tasks run between two steps.
+An L1 table can point to 134 million tables, all of them holes of a sparse file.  So these functions
+process arrays of tables, and let other tasks run between two steps.
 """
 
 from __future__ import annotations
@@ -28,9 +27,8 @@ async def holding_data(
 ) -> NDArray[np.bool_]:
     """Return for each table whether it holds data; if not, it is a hole of the host's file.
 
-    ``tables`` are the file offsets of tables that do not overlap, in ascending order.  The host is
-    queried at most once for each table that holds data, once for each gap with data between two
-    tables, and once at the end.  Tables that are holes cost no queries.
+    ``tables`` are the file offsets of tables that do not overlap, in ascending order.  Tables that
+    are holes cost no queries to the host.
 
     Raises:
         HostError: A system call failed.
@@ -53,9 +51,7 @@ async def holding_data(
 
 
 async def claim_tables(owners: OwnerBitmap, tables: NDArray[np.uint64], geometry: Geometry) -> None:
-    """Mark the clusters of the tables at file offsets ``tables`` as owned.
-
-    Clusters past the end of the file are ignored.
+    """Mark the clusters of the tables at file offsets ``tables``, except past the end, as owned.
 
     Raises:
         NeedsCheckError: See `OwnerBitmap.claim`.

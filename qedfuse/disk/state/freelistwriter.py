@@ -36,8 +36,8 @@ class DescriptorEraser:
     """Erases the descriptor of the list that an image had when it was opened.
 
     Attributes:
-        has_descriptor: Whether a descriptor is left to be erased: the image had a list when it
-            was opened, and `erase` has not succeeded yet.
+        has_descriptor: Whether the image had a list when it was opened, and `erase` has not
+            succeeded yet.
     """
 
     def __init__(
@@ -52,9 +52,8 @@ class DescriptorEraser:
     async def erase(self) -> None:
         """Erase the descriptor; do nothing if `has_descriptor` is False.
 
-        The caller must have durably cleared the header's bit for the list.  The erasing itself
-        need not be made durable, because without the bit no program reads a descriptor that a
-        crash has left (see `erase_descriptor`).
+        The header's bit for the list must be durably cleared.  The erasing itself need not be
+        durable, because without the bit no program reads the descriptor.
 
         Raises:
             HostError: A system call failed.
@@ -68,12 +67,10 @@ class DescriptorEraser:
 async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     """Raise if a new descriptor would overwrite the backing file name or unknown data.
 
-    A descriptor fills one sector.  Unknown data are bytes in this sector that are not all zeros and
-    do not begin as a descriptor does.  If the header's bit says that the image has a list, the
-    bytes in the sector are not examined.
+    If the header's bit says that the image has a list, the bytes are not examined.
 
     Raises:
-        UsageError: The backing file name or unknown data lie in the sector.
+        UsageError: The backing file name or unknown data lie in the descriptor's sector.
         HostError: The host cannot read the file.
     """
     where = f"bytes {DESCRIPTOR_OFFSET} to {DESCRIPTOR_END - 1} of the header's cluster"
@@ -83,8 +80,7 @@ async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     elif not header.has_free_list and not can_be_replaced(
         await file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)
     ):
-        # Another program, which does not know the feature bit of the list, may have put its
-        # own data into the sector.  That data must not be overwritten.
+        # Another program, which does not know the list, may have put its own data there.
         found = "unknown data"
     if found:
         msg = f"{file.name}: free list: found {found} in {where}, expected unused bytes"
@@ -95,11 +91,11 @@ async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
     """Write a list and its descriptor.
 
     The caller must set the header's bit for the list only after a datasync that covers all writes
-    of this function.  The order of these writes does not matter, because no program reads the list
-    while the bit is clear.
+    of this function.  Their order does not matter, because no program reads the list while the bit
+    is clear.
 
-    The list does not make the file longer, because it lies in the lowest free clusters.  The free
-    clusters always suffice: each run has at least one, and a list cluster holds many runs.
+    The list lies in the lowest free clusters, so the file does not become longer.  The free
+    clusters suffice, because each run has at least one cluster, and a list cluster holds many runs.
 
     Args:
         file: The image, which must end where its last cluster in use ends.
@@ -136,9 +132,8 @@ def _lowest(runs: Runs, count: int) -> NDArray[np.uint64]:
 async def erase_descriptor(file: HostFile, header: Header) -> None:
     """Overwrite the descriptor of an invalid list with zeros, as an additional safeguard.
 
-    A crash may lose this write.  The old descriptor is not used again even then, provided that
-    all programs set the header's bit only after a datasync that covers a new descriptor.
-    Does nothing if the backing file name overlaps the descriptor.
+    A crash may lose this write.  Even then the old descriptor is not used, because programs set the
+    header's bit only after a datasync that covers a new descriptor.
 
     Raises:
         HostError: A system call failed.

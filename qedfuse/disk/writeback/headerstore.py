@@ -1,18 +1,16 @@
 """The header of an open image: a value in memory, and the same 64 bytes in the file.
 
-A change of the header takes effect in memory when the new header has been written or, if the
-caller passes a barrier, when the new header is durable.  Until then, and if the change fails,
-memory holds the old header.  So a change that was reported as failed does not come back with
-a later write of the header.
+A change takes effect in memory when the new header has been written or, with a barrier, when it is
+durable.  If the change fails, memory keeps the old header.  So a change that was reported as failed
+does not come back with a later write.
 
 A write that failed may have changed the file nonetheless.  Therefore the old header is written
-again immediately, and the next change writes the header once more.  The next change alone would
-not suffice: if the disk has become read-only, no change follows, and the next open could find,
-for example, a size that was reported as refused.
+again immediately, and the next change writes the header once more.  The next change alone would not
+suffice: if the disk has become read-only, no change follows, and the next open could find a size
+that was reported as refused.
 
 If the host's power fails after a failed datasync, the file may hold the old header or the new one.
-This cannot be prevented.  If the two differ in the size of the disk, the content up to the smaller
-size is the same with both.
+If the two differ in the size of the disk, the content up to the smaller size is the same with both.
 """
 
 from __future__ import annotations
@@ -41,18 +39,17 @@ class HeaderStore:
 
     Attributes:
         value: The header after the last change that succeeded.
-        persisted: Whether the file is known to hold ``value``.  False while a change is being
-            written, and after a failed change until another change has succeeded.
+        persisted: Whether the file is known to hold ``value``.  False during a change, and after a
+            failed change until another change has succeeded.
     """
 
     def __init__(self, file: HostFile, header: Header) -> None:
         """Hold ``header``, which was read from ``file``."""
         self._file = file
         self._lock = trio.Lock()
-        # A change can also write a trailer: bytes directly behind the header.  While such a change
-        # runs, this attribute holds the previous bytes between the header and the end of its
-        # sector.  If the change fails, the bytes are kept until a change has succeeded,
-        # and each write of the header without a trailer restores them.  Empty at other times.
+        # A change can also write a trailer: bytes directly behind the header, up to the end of its
+        # sector.  From then on until a change has succeeded, this attribute holds the previous
+        # bytes.  Each write of the header without a trailer restores them.  Empty at other times.
         self._trailer_to_restore = b""
         self.value = header
         self.persisted = True
@@ -66,8 +63,7 @@ class HeaderStore:
     ) -> bool:
         """Write the header that ``edit`` returns; return whether ``only_if`` allowed that.
 
-        The header is written only if it differs from the old one, if there is a trailer, or if
-        the last change failed.  While the header is being written, `value` is the old header and
+        The header is written only if that is needed.  Meanwhile `value` is the old header and
         `persisted` is False.
 
         Args:
@@ -76,18 +72,15 @@ class HeaderStore:
                 False, nothing is changed.  Without ``trailer`` no other task runs between
                 this call and the moment when `persisted` becomes False.
             trailer: Bytes that are written directly behind the header in the same write.
-                They must end within the sector.  If empty, the bytes there do not change,
-                except that bytes which a failed change has overwritten are restored.
-            barrier: Awaited after the write, to make the header durable.  Without a barrier
-                the change takes effect when the header is written, and is durable after the
-                next datasync.
+                They must end within the sector.
+            barrier: Awaited after the write, to make the header durable.
 
         Returns:
             True if `value` is the new header now, False if ``only_if`` returned False.
 
         Raises:
-            HostError: The host refused to read the bytes behind the header, or refused the write or
-                the barrier.  `value` is the old header.
+            HostError: The host refused to read, to write or to make durable.  `value` is the old
+                header.
         """
         async with self._lock:
             if not only_if():

@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 
 _MILLISECONDS_PER_SECOND: Final = 1000
 _OTHER_MOUNTS_REPORT_SECONDS: Final = 1.0
-"""Time after which the reason of a long wait is reported, if the file system is mounted elsewhere
-as well.  If the caller's time limit is not longer than this, nothing is reported."""
+"""Time after which the reason of a wait is reported, if the file system is mounted elsewhere."""
 _REPORT_SECONDS: Final = 10.0
-"""Time after which the reason of a long wait is reported if no other mount of the file system is
-visible.  If the caller's time limit is not longer than this, nothing is reported then."""
+"""Time after which the reason of a wait is reported in any case."""
 
 
 def open_server(record: MountRecord) -> int | None:
@@ -42,9 +40,8 @@ def open_server(record: MountRecord) -> int | None:
                 return None
             name = f"process {record.pid}"
             raise HostError.from_os(error, name, "cannot wait for its end") from error
-        # The start time is compared after the open, because before the open the process could
-        # still end, and a later process could get its pid.  If the start time matches now, the
-        # descriptor is that of the process that wrote the record.
+        # Before the open the process could still end, and a later process could get its pid.  If
+        # the start time matches now, the descriptor is that of the process that wrote the record.
         if has_ended(record):
             return None
         undo.pop_all()
@@ -57,7 +54,7 @@ class ServerProcess:
     def __init__(self, pidfd: int, pid: int, entry: MountEntry) -> None:
         """Use the process ``pid``, which served the mount ``entry``, and is open as ``pidfd``.
 
-        The caller must close the descriptor when it no longer uses this object.
+        The caller must close the descriptor.
         """
         self._pidfd = pidfd
         self._pid = pid
@@ -68,10 +65,8 @@ class ServerProcess:
 
         Args:
             seconds: The time limit; None for no limit; 0 to return immediately.
-            report: Called at most once, with a line about why the process has not ended.  The
-                call is made after `_OTHER_MOUNTS_REPORT_SECONDS` if the file system is mounted
-                elsewhere as well, and otherwise after `_REPORT_SECONDS`.  If the time limit is
-                over by then, there is no call.
+            report: Called at most once, with a line about why the process has not ended, if the
+                wait is long.
         """
         start = time.monotonic()
         reported = False
@@ -88,10 +83,7 @@ class ServerProcess:
         return self._has_ended(None if seconds is None else start + seconds - time.monotonic())
 
     def _has_ended(self, seconds: float | None) -> bool:
-        """Wait for at most ``seconds``; return whether the process has ended.
-
-        None means no limit, and 0 or less means not to wait.
-        """
+        """Wait for at most ``seconds`` (None: no limit); return whether the process has ended."""
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         return bool(
@@ -116,7 +108,6 @@ class ServerProcess:
         except HostError:
             found = None
         if found is not None and found.record.pid != self._pid:
-            # The file system is gone, and the kernel has given its device number to a new mount,
-            # whose record was found.
+            # The file system is gone, and its device number belongs to a new mount.
             return None
         return describe_visible_mounts(self._entry.device, self._entry)

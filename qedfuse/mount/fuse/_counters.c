@@ -3,8 +3,8 @@
  * (RequestCounters in requestcounters.py, which describes the cells).
  *
  * Reading the clock twice costs almost a percent of a short request.  So of the requests that are
- * answered in one step only one in SAMPLING is timed, and its time also counts for the requests that
- * follow it.  A request that waits for the host's disk is always timed.
+ * answered in one step only one in SAMPLING is timed, and its time also counts for those that
+ * follow.  A request that waits for the host's disk is always timed.
  *
  * Everything happens in the thread of the event loop, with the GIL held.
  */
@@ -53,7 +53,7 @@ static uint64_t *cells_of(struct disk_counters *disk, enum operation operation)
     return (uint64_t *)disk->cells.buf + operation * CELLS;
 }
 
-/* Counts a request of `size` bytes in the cells of its operation.  `bucket` is the bucket of its time. */
+/* Counts a request of `size` bytes in the cells of its operation, and in the bucket of its time. */
 static void add(uint64_t *cells, size_t size, uint64_t nanoseconds, unsigned int bucket)
 {
     cells[REQUESTS]++;
@@ -62,8 +62,8 @@ static void add(uint64_t *cells, size_t size, uint64_t nanoseconds, unsigned int
     cells[HISTOGRAM + bucket]++;
 }
 
-/* Returns the bucket of a time.  Bucket 0 has the times below 1 microsecond, bucket n those from 2**(n-1)
- * to below 2**n microseconds, and the last bucket also all longer times. */
+/* Returns the bucket of a time: 0 below 1 microsecond, n from 2**(n-1) to below 2**n microseconds,
+ * and the last one also for all longer times. */
 static unsigned int bucket_of(uint64_t nanoseconds)
 {
     uint64_t microseconds = nanoseconds / 1000;

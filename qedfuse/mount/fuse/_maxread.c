@@ -1,13 +1,13 @@
 /*
  * Limits the length of the kernel's reads to the maximum length of a reply that can be spliced.
  *
- * A reply to a longer read does not fit into a pipe, so its data would be copied twice (_splice.c).  Two
- * reads whose replies are spliced take less time than one read of twice the length whose reply is not.
- * Writes keep their length: their data is copied in any case, and fewer requests cost less.
+ * A reply to a longer read does not fit into a pipe, so its data would be copied twice (_splice.c).
+ * Two spliced reads take less time than one read of twice the length that is not spliced.  Writes
+ * keep their length: their data is copied in any case, and fewer requests cost less.
  *
- * The kernel learns the limit from a mount option, and libfuse demands that the file system repeats it
- * in FUSE INIT.  So this module adds the option to the arguments that pyfuse3 passes to libfuse, and
- * sets the same number when libfuse calls on_init() (_dataops.c).
+ * The kernel learns the limit from a mount option, and libfuse demands that the file system repeats
+ * it in FUSE INIT.  So this module adds the option to the arguments of libfuse, and sets the same
+ * number in on_init() (_dataops.c).
  *
  * The functions that other files call are described in _extraops.h.
  */

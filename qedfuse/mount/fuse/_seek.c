@@ -1,13 +1,12 @@
 /*
  * Answers lseek(2) with SEEK_DATA and SEEK_HOLE by the tables that are in memory.
  *
- * An image without a base has data exactly where an L2 entry is neither 0 nor that of a zero cluster.  So
- * a search looks at the entries, from the one of the first cluster on.  Where an L1 entry is 0, there is
- * no L2 table, and the whole range of the entry is a hole.
+ * An image without a base has data exactly where an L2 entry is neither 0 nor that of a zero
+ * cluster.  Where an L1 entry is 0, there is no L2 table, and the whole range of the entry is a
+ * hole.
  *
  * The search is left to Python (fallocate.py) if the disk has a base, if a slice (part) of a table
- * is not in memory or has an invalid entry, if too many slices must be searched, or if may_seek
- * (set_handler()) does not permit the search.
+ * is not in memory or has an invalid entry, or if the search is too long or not permitted.
  */
 
 #include "_readview.h"
@@ -23,9 +22,9 @@
 /* The largest entry that does not locate data: that of a zero cluster. */
 #define ZERO_ENTRY 1
 
-/* Sets `slice` to the entries of the slice that begins at a file offset, and releases the entries
- * that `slice` had before.  Returns 1.  If the slice is not in memory or has an invalid entry,
- * returns 0, and an exception may be set.  The caller must release `slice` in both cases. */
+/* Sets `slice` to the entries of the slice at a file offset, and releases its old entries.  Returns
+ * 0 if the slice is not in memory or has an invalid entry; an exception may be set then.  The
+ * caller must release `slice` in both cases. */
 static int get_slice_at(ReadView *view, uint64_t offset, Py_buffer *slice)
 {
     PyObject *key = Py_BuildValue("(OK)", view->cache_key, (unsigned long long)offset);
@@ -41,8 +40,7 @@ static int get_slice_at(ReadView *view, uint64_t offset, Py_buffer *slice)
 }
 
 /* Returns the index of the first entry that locates data; if `for_data` is 0, of the first that
- * locates none.  Only the entries from `first` up to `end`, exclusive, count; returns `end` if none
- * matches. */
+ * locates none.  Entries from `first` to before `end` count; returns `end` if none matches. */
 static uint64_t first_entry(const uint64_t *entries, uint64_t first, uint64_t end, int for_data)
 {
     uint64_t at = first, count;
@@ -59,9 +57,9 @@ static uint64_t first_entry(const uint64_t *entries, uint64_t first, uint64_t en
     return at;
 }
 
-/* Finds the first data, or the first hole if `for_data` is 0, from a guest offset on and below `limit`,
- * which is at most the size of the disk.  Returns 1 and sets `found` to its guest offset, or to `limit` if
- * there is none.  Returns 0 if Python must search; an exception may be set then. */
+/* Finds the first data, or the first hole if `for_data` is 0, from a guest offset on and below
+ * `limit`.  Returns 1 and sets `found` to its guest offset, or to `limit` if there is none.
+ * Returns 0 if Python must search; an exception may be set then. */
 static int search(ReadView *view, uint64_t start, uint64_t limit, int for_data, uint64_t *found)
 {
     const uint64_t slice_mask = ((uint64_t)1 << view->slice_bits) - 1;

@@ -1,10 +1,10 @@
 /*
- * Replies with the pages of a file, which the kernel takes from its page cache (splice(2)).  So the
- * data is copied once instead of twice.
+ * Replies with the pages of a file, which the kernel takes from its page cache (splice(2)), so that
+ * the data is copied once instead of twice.
  *
  * A file that caches a remote file (CheckedUnits in hostio/pagesource.py) may be cut at any time.
- * So its pages are put into a pipe of this module first, and the length of the file is checked
- * (keeps_length()) before libfuse passes the pages of the pipe on.
+ * So its pages are put into a pipe first, and the length of the file is checked (keeps_length())
+ * before libfuse passes the pages on.
  *
  * Everything happens in the thread of the event loop, with the GIL held.  The functions that other
  * files call are described in _extraops.h.
@@ -16,8 +16,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Capacity of the pipe in bytes: enough for the pages of the longest reply, which can begin and end
- * within a page. */
+/* Capacity of the pipe in bytes: enough for the longest reply, which can begin within a page. */
 #define PIPE_BYTES (2 * MAX_SPLICE_BYTES)
 
 static int can_splice; /* whether libfuse may splice in this session */
@@ -28,9 +27,8 @@ int may_splice(size_t size)
     return can_splice && can_count_pages() && size >= MIN_SPLICE_BYTES && size <= MAX_SPLICE_BYTES;
 }
 
-/* Returns whether the page cache holds all of a range, so that a reply with these pages does not
- * wait for the disk.  Returns 0 also if the file ends within the range, or if a system call for this
- * test fails. */
+/* Returns whether the page cache holds all of a range, so that a reply does not wait for the disk;
+ * 0 also if the file is too short or a system call fails. */
 static int is_cached(int fd, off_t offset, size_t size)
 {
     struct statx status;

@@ -1,20 +1,18 @@
 """The launderer: a helper process that makes the kernel write back and drop pages of a disk.
 
-The kernel writes back and drops pages when a process sends the notification
-FUSE_NOTIFY_INVAL_INODE.  A process sends a notification by a write(2) to a descriptor of
-``/dev/fuse``, the connection to the kernel.  This write(2) returns only when the server has
-answered the kernel's write requests for the pages.  Until then the process that called write(2)
-cannot end, not even by SIGKILL, and the connection cannot end either.  If the server itself called
-write(2) and were then killed, the server would never end, and the programs that use the disk would
-wait forever.
+The kernel writes back and drops pages after the notification FUSE_NOTIFY_INVAL_INODE, a write(2) to
+the connection (``/dev/fuse``).  This write(2) returns only when the server has answered the
+kernel's write requests for the pages.  Until then the process that called it cannot end, not even
+by SIGKILL, and the connection cannot end either.  If the server itself called write(2) and were
+then killed, it would never end, and the programs that use the disk would wait forever.
 
-Therefore the launderer calls write(2), on a second descriptor of the connection.  When the
-server has ended, the launderer answers the remaining requests of the kernel with errors until
-the write(2) returns.  Then the launderer ends, and the connection ends with it.
+Therefore the launderer calls write(2), on a second descriptor of the connection.  When the server
+has ended, the launderer answers the remaining requests of the kernel with errors until the write(2)
+returns.  Then it ends, and the connection ends with it.
 
 The files of the interpreter may lie under the mountpoint.  A program that started after mounting
-could read these files, and wait for a reply of the server while the server waits for the program.
-Therefore the launderer is forked before the mount exists, and executes no program.
+could read these files, and wait for the server while the server waits for the program.  Therefore
+the launderer is forked before the mount exists, and executes no program.
 """
 
 from __future__ import annotations
@@ -54,12 +52,9 @@ ANSWER: Final = struct.Struct("=i")
 class Launderer(HelperProcess):
     """The launderer as the server sees it: a child process and a socket to it.
 
-    The server sends messages through the socket.  The first message is any one byte together
-    with the descriptor of the connection to the kernel (SCM_RIGHTS), and gets no answer.  Each
-    further message is one notification for the kernel, which the launderer answers with an
-    `ANSWER`.  The server must not send a notification before it has the answer to the previous
-    one.  A launderer whose write(2) still waits for the kernel ends only when write(2) has
-    returned.
+    The first message is one byte with the descriptor of the connection to the kernel (SCM_RIGHTS),
+    and gets no answer.  Each further message is one notification, which is answered with an
+    `ANSWER`.  The server must wait for the answer before it sends the next one.
     """
 
     def __init__(self) -> None:
@@ -74,12 +69,7 @@ class Launderer(HelperProcess):
 def _serve(commands: socket.socket) -> None:
     """Pass the server's notifications to the kernel until the server closes its socket.
 
-    If a write(2) to the kernel is still waiting when the socket is closed, the kernel's requests
-    are answered with errors until the write(2) has returned.  If the server closes its socket
-    before it has sent the descriptor of the connection, nothing is done.
-
-    Raises:
-        OSError: The host refuses the second descriptor or the thread.
+    If a write(2) is still waiting then, the kernel's requests are answered with errors.
     """
     _byte, received, _flags, _address = socket.recv_fds(commands, 1, 1)
     if not received:
@@ -96,10 +86,7 @@ def _serve(commands: socket.socket) -> None:
 
 
 def _send_notifications(device: int, commands: socket.socket) -> None:
-    """Write notifications to the kernel, one at a time; return when the socket is closed.
-
-    Each notification is answered with the errno of its write(2), or with 0 (`ANSWER`).
-    """
+    """Write notifications to the kernel, one at a time; return when the socket is closed."""
     while message := commands.recv(_MAX_NOTIFICATION_BYTES):
         error_number = 0
         try:
@@ -115,9 +102,8 @@ def _send_notifications(device: int, commands: socket.socket) -> None:
 def _fail_requests(device: int, worker: threading.Thread) -> None:
     """Answer requests of the kernel with ECONNABORTED until the worker thread has ended.
 
-    The caller must call this only after the server has closed the socket.  While the socket is
-    open, the thread does not end after a write(2), but waits for the next notification.  During
-    that wait this function would fail requests that the server can answer.
+    The server must have closed the socket.  Otherwise the thread would wait for a notification, and
+    requests that the server can answer would fail meanwhile.
     """
     ready = select.poll()
     ready.register(device, select.POLLIN)

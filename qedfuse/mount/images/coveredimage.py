@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 def refuse_image_as_mountpoint(mountpoint: str, sources: Sequence[str]) -> None:
     """Refuse a mountpoint that is an image, unless it is one of the sources.
 
-    ``qedfuse a.qed b.qed`` would hide ``b.qed`` below the disk of ``a.qed``, although the user
-    probably wanted to mount both.  A user who names the same image twice wants to mount the disk
-    over its own image, which the FUSE exports of QEMU permit as well.
+    ``qedfuse a.qed b.qed`` would hide ``b.qed``, although the user probably wanted to mount both.
+    A user who names the same image twice wants to mount the disk over its own image.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.
@@ -45,13 +44,7 @@ def refuse_image_as_mountpoint(mountpoint: str, sources: Sequence[str]) -> None:
 
 
 def _image_format(path: str) -> str | None:
-    """Return the format of an image, from its first bytes; None for anything else.
-
-    None also means that the file cannot be read, or that a file system is mounted on it.
-
-    Raises:
-        HostError: /proc is not mounted.
-    """
+    """Return the format of an image, from its first bytes; None for anything else."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode) or find_mount(path) is not None:
             return None
@@ -68,13 +61,7 @@ def _image_format(path: str) -> str | None:
 
 
 def _is_mountpoint_like(path: str) -> bool:
-    """Return whether a source is an empty file or a directory without images, like a mountpoint.
-
-    Returns False if the source is missing or inaccessible.
-
-    Raises:
-        HostError: /proc is not mounted.
-    """
+    """Return whether a source is an empty file or a directory without images, like a mountpoint."""
     try:
         status = os.stat(path)  # noqa: PTH116  str paths
         if not stat.S_ISDIR(status.st_mode):

@@ -1,12 +1,12 @@
 """Protection of the serving process while the machine is short of memory.
 
 To free memory the kernel writes dirty pages back.  If the pages belong to a mounted disk, their
-writeback needs the serving process.  If this process itself then waits for free memory, or is
-throttled because it dirties pages, the kernel and the process wait for each other forever.
-``PR_SET_IO_FLUSHER`` (prctl(2)) marks the calling thread as part of the kernel's writeback path.
-The kernel then allocates memory for the thread without starting I/O (``GFP_NOIO``), and throttles
-the thread by the state of the host's own disk only.  New threads and child processes inherit the
-mark.  So the server must call `protect_from_memory_pressure` before it has a second thread.
+writeback needs the server.  If the server then waits for free memory, or is throttled because it
+dirties pages, the kernel and the server wait for each other forever.  ``PR_SET_IO_FLUSHER``
+(prctl(2)) marks the calling thread as part of the kernel's writeback path.  The kernel then
+allocates memory for the thread without starting I/O (``GFP_NOIO``), and throttles it by the state
+of the host's own disk only.  New threads and child processes inherit the mark.  So the server must
+call `protect_from_memory_pressure` before it has a second thread.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Final
 
 OOM_SCORE_ADJ: Final = -500
-"""The OOM score adjustment of the process.  With this value the OOM killer subtracts half of the
-machine's memory and swap space from what the process uses.  So the OOM killer chooses other
-processes first, but can still choose a server that leaks memory."""
+"""The OOM score adjustment of the process.  The OOM killer subtracts half of the machine's memory
+from what the process uses.  So it chooses other processes first, but can still choose a server that
+leaks memory."""
 
 _PR_SET_IO_FLUSHER: Final = 57  # linux/prctl.h, Linux 5.6 and newer
 _OOM_SCORE_ADJ_FILE: Final = Path("/proc/self/oom_score_adj")
@@ -31,9 +31,8 @@ _prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
 def protect_from_memory_pressure(oom_score_adj: Path = _OOM_SCORE_ADJ_FILE) -> str | None:
     """Mark the calling thread as part of the kernel's writeback path, if the kernel permits this.
 
-    If the user is root, the OOM score adjustment of the process is also lowered to
-    `OOM_SCORE_ADJ`.  A value other than the default 0 is not changed, because the administrator may
-    have set it.
+    For root, the OOM score adjustment of the process is also lowered to `OOM_SCORE_ADJ`, if the
+    administrator has not set it.
 
     Args:
         oom_score_adj: The file with the process's OOM score adjustment.

@@ -23,16 +23,14 @@ READ: Final = READ_FILE | READ_DIRECTORY
 CHANGE_TREE: Final = CHANGE_FILES | MAKE_DIRECTORY | REMOVE_DIRECTORY | RENAME_BETWEEN_DIRECTORIES
 """Rights on a directory of files and directories that the server makes, changes and removes."""
 SERVE: Final = READ | WRITE_FILE | TRUNCATE
-"""Rights on the mount itself.  The server opens files of the mount to make the kernel write back
-dirty pages, and to correct the size of a file."""
+"""Rights on the mount itself, whose files the server opens to launder them and correct sizes."""
 SERVE_FILE: Final = SERVE & ~READ_DIRECTORY
 """Rights on the mount itself if the mountpoint is a file."""
 
 _SYSTEM_FILES: Final = (
     *(("/dev/null", READ_FILE | WRITE_FILE), ("/dev/urandom", READ_FILE)),
-    # /proc has the mount table, and the threads and descriptors of this process.  Landlock keeps
-    # this process from inspecting processes outside of the sandbox, so the right to read /proc
-    # gives no access to their memory, environment and files.
+    # Landlock keeps this process from inspecting processes outside of the sandbox, so the right to
+    # read /proc gives no access to their memory, environment and files.
     *(("/proc", READ), ("/sys/fs/cgroup", READ), ("/sys/devices/system/cpu", READ)),
     # Libraries that the C library loads when they are needed.
     *((path, READ) for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib")),
@@ -44,9 +42,8 @@ _RESOLVER_FILES: Final = (
     *("/etc/services", "/etc/protocols", "/etc/networks"),
     *("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf", "/run/connman"),
 )
-"""What getaddrinfo(3) reads.  If /etc/resolv.conf is a link, it leads to a file in one of the
-directories below /run.  That file is replaced when the network changes, so the whole directory may
-be read."""
+"""What getaddrinfo(3) reads.  If /etc/resolv.conf is a link into a directory below /run, the file
+there is replaced when the network changes, so the whole directory may be read."""
 _CERTIFICATES: Final = (
     *("/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/usr/share/ca-certificates"),
     *("/usr/local/share/ca-certificates", "/usr/share/ssl", "/etc/crypto-policies"),
@@ -63,8 +60,7 @@ expires, and Landlock would not permit the new file.  So the whole directory may
 def system_files() -> Iterator[tuple[str, int]]:
     """Yield what every server may open: a path, and the rights on it and on all files below it.
 
-    As a precaution, they include the modules of Python and qedfuse, although no module should be
-    loaded while a mount is served.
+    As a precaution, they include the modules of Python and qedfuse.
     """
     yield from _SYSTEM_FILES
     package = __file__.removesuffix("/mount/sandbox/allowedfiles.py")
@@ -73,10 +69,7 @@ def system_files() -> Iterator[tuple[str, int]]:
 
 
 def _site_packages() -> list[str]:
-    """Return the directories of ``sys.path`` with installed packages.
-
-    Directories with other names, such as those that a user adds by PYTHONPATH, are left out.
-    """
+    """Return the directories of ``sys.path`` with installed packages; not those of PYTHONPATH."""
     import sys  # noqa: PLC0415  only here
 
     return [path for path in sys.path if path.endswith(("/site-packages", "/dist-packages"))]
@@ -84,8 +77,6 @@ def _site_packages() -> list[str]:
 
 def network_files(variables: Iterable[tuple[str, str]]) -> Iterator[tuple[str, int]]:
     """Yield what a server that reads remote files may open in addition to `system_files`.
-
-    The items have the same form as those of `system_files`.
 
     Args:
         variables: The variables of the environment and of a file with credentials.

@@ -23,18 +23,17 @@ class ServerNeeds:
     Attributes:
         mountpoint: The mountpoint, absolute and free of symbolic links.
         is_directory: Whether the mountpoint is a directory.
-        modes: The modes that the process may pass to chmod(2); empty if it never calls chmod(2).
-            The process sets the mode that a disk's file already has, because the reply to chmod(2)
-            corrects the size that the kernel has cached (`SizeFixup`).
+        modes: The modes that the process may pass to chmod(2): those that the files of the disks
+            have already (`SizeFixup`).
         writable: Whether the mount can be written to.
         uses_servers: Whether a file of a chain is on a web server, object store or NBD server.
         addresses: The addresses of the sources that are URLs, and the prefixes of the URLs that
-            images may name as backing files; empty if ``uses_servers`` is False.
+            images may name as backing files.
         variables: The variables of the environment and of a file with credentials.
         cache_directory: The directory of the cache for remote files; None for no cache.
         credentials_file: A file with credentials, which another program may replace.
-        socket_directory: The descriptor of the directory from which the socket for metrics is
-            removed at the end; None for no such socket.
+        socket_directory: The descriptor of the directory of the socket for metrics; None for no
+            socket.
     """
 
     mountpoint: str
@@ -66,8 +65,7 @@ def server_needs(
         sources: The images, or directories of images: absolute paths or URLs.
         options: The options of the mount.
         is_directory: Whether the mountpoint is a directory.
-        mode: The permissions of the disks.  A disk that is read-only in a writable mount has the
-            same permissions without those for writing.
+        mode: The permissions of the disks.
         uses_servers: Whether a file of a chain is on a web server, object store or NBD server.
         socket_directory: The descriptor of the directory of the socket for metrics; None for no
             such socket.
@@ -95,10 +93,7 @@ def server_needs(
 
 
 def _default_cache_directory() -> str | None:
-    """Return the user's directory for the cache; None if the user has no home directory.
-
-    If the result is None, the mount has no cache.  The reason was logged when the image was opened.
-    """
+    """Return the user's directory for the cache; None if the user has no home directory."""
     from qedfuse.remote.cacheroot import default_directory  # noqa: PLC0415  only for remote files
 
     try:

@@ -1,7 +1,7 @@
 """The system calls that a server in a sandbox may make.
 
-The names are those of libseccomp.  `CallFilter` ignores a name that libseccomp does not know, or
-that the architecture lacks.  So the lists can contain both old and new names of a call.
+The names are those of libseccomp.  `CallFilter` ignores names that libseccomp or the architecture
+lacks, so the lists can contain both old and new names of a call.
 """
 
 from __future__ import annotations
@@ -60,22 +60,20 @@ IOCTLS: Final = {
     "FS_IOC_FIEMAP": 0xC020660B,
     "FUSE_DEV_IOC_CLONE": 0x8004E500,
 }
-"""The commands of ioctl(2) that are permitted.  On a few architectures, on which qedfuse is not
-tested, the kernel has other numbers for these commands, so the commands fail."""
+"""The commands of ioctl(2) that are permitted, with the numbers of most architectures."""
 
 CONNECT: Final = ("connect", "bind", "sendto", "sendmmsg")
-"""Calls with the address of a socket.  These calls are permitted only if a file is on a server or
-is served by qemu-nbd.  With these calls an attacker could make other services of the host do what
-the sandbox forbids.  sendto(2) without an address is always permitted."""
+"""Calls with the address of a socket, permitted only if a file is on a server or is served by
+qemu-nbd.  With these calls an attacker could make other services of the host do what the sandbox
+forbids.  sendto(2) without an address is always permitted."""
 
 NOT_IMPLEMENTED: Final = ("clone3",)
-"""Calls that fail with ENOSYS.  After this error the C library starts threads by clone(2).  A
-filter can read the flags of clone(2), but not those of clone3(2), which lie in memory."""
+"""Calls that fail with ENOSYS, so that the C library uses clone(2).  A filter cannot read the flags
+of clone3(2), which lie in memory."""
 
 KILL: Final = ("kill", "pidfd_send_signal")
 """Calls that end qemu-nbd."""
 
 CHMOD: Final = ("chmod", "fchmodat", "fchmodat2")
-"""Calls that set the permissions of a file by its name.  The server of a writable mount calls them
-for a file of the mount, with the permissions that the file already has.  From the reply the kernel
-takes over the size of the file (`SizeFixup`)."""
+"""Calls that set the permissions of a file by its name.  The server of a writable mount sets the
+permissions that the file already has, so that the kernel takes over its size (`SizeFixup`)."""

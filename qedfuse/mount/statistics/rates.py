@@ -1,8 +1,4 @@
-"""Hit rates of a disk, computed from its counters in a document of statistics.
-
-For the rates of an interval, the caller passes the differences between the counters of two
-documents.
-"""
+"""Hit rates of a disk, computed from its counters or from the differences of two documents."""
 
 from __future__ import annotations
 
@@ -12,15 +8,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 ONE_STEP_OPERATIONS: Final = ("read", "write", "flush")
-"""The operations that can be answered in one step, without waiting.  A discard always gets a task
-of its own."""
+"""The operations that can be answered in one step, without waiting."""
 
 
 def hit_rates(disk: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the hit rates of a disk, from 0 to 1.
+    """Return the hit rates of a disk, from 0 to 1; None for a rate without requests.
 
-    Each rate is the share of hits in the requests or reads that the rate counts; None if there were
-    none.  These are the hits:
+    These are the hits:
 
     - ``fast_path``: reads, writes and flushes that were answered in one step, without waiting.
     - ``table_cache``: reads, writes and discards for which no slice of a table had to be loaded.
@@ -56,7 +50,6 @@ def _requests(requests: Mapping[str, Any], names: Iterable[str]) -> int:
 def _share(hits: int, total: int) -> float | None:
     """Return a rate from 0 to 1; None if ``total`` is 0.
 
-    ``hits`` may be less than 0: some callers subtract misses from requests, and one request can
-    cause several misses.
+    ``hits`` may be less than 0, because one request can cause several misses.
     """
     return max(0.0, min(1.0, hits / total)) if total > 0 else None

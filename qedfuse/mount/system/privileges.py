@@ -18,8 +18,7 @@ _SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/s
 def find_fusermount() -> str | None:
     """Return the path of fusermount3, which mounts for ordinary users; None if it is missing.
 
-    The directories in PATH are searched first, and then the directories of the system, because
-    mount(8) sets a PATH of its own, which may lack the directory of fusermount3.
+    After PATH the directories of the system are searched, because mount(8) sets a PATH of its own.
     """
     return shutil.which("fusermount3") or shutil.which("fusermount3", path=_SYSTEM_PATH)
 
@@ -27,8 +26,7 @@ def find_fusermount() -> str | None:
 def can_gain_privileges() -> bool:
     """Return whether a program that this process starts can gain privileges, as fusermount3 must.
 
-    A program gains privileges by its set-user-ID bit or its file capabilities.  The result is also
-    True if /proc is not mounted.
+    The result is also True if /proc is not mounted.
     """
     try:
         return "\nNoNewPrivs:\t1\n" not in Path("/proc/self/status").read_text("ascii", "replace")
@@ -39,17 +37,15 @@ def can_gain_privileges() -> bool:
 def check_privileges(*, for_others: bool, user: int | None = None) -> None:
     """Refuse a mount for which the user lacks a privilege or a program.
 
-    The kernel or fusermount3 would refuse such a mount later.  The message of the error names the
-    remedy.
+    The message of the error names the remedy.
 
     Args:
         for_others: Whether ``allow_other`` or ``allow_root`` is set.
         user: The user id of the user who mounts; None for the user of this process.
 
     Raises:
-        PrivilegeError: The FUSE device is missing or cannot be opened.  Or, if the user is not
-            root: fusermount3 is missing, or ``for_others`` is True and fuse.conf lacks the line
-            ``user_allow_other``.
+        PrivilegeError: The FUSE device cannot be opened.  Or, if the user is not root: fusermount3
+            is missing, or ``for_others`` is True and fuse.conf does not permit it.
     """
     try:
         os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
@@ -81,11 +77,7 @@ def check_privileges(*, for_others: bool, user: int | None = None) -> None:
 
 
 def _is_allow_other_permitted() -> bool:
-    """Return whether fuse.conf has the line ``user_allow_other``.
-
-    Like fusermount3, this function ignores the indentation of the line.  A file that cannot be read
-    counts as a file without the line.
-    """
+    """Return whether fuse.conf has the line ``user_allow_other``; False if it cannot be read."""
     try:
         with Path(FUSE_CONF).open(encoding="utf-8", errors="replace") as conf:
             return any(line.strip() == "user_allow_other" for line in conf)

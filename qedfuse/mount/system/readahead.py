@@ -1,13 +1,10 @@
 """The kernel's read-ahead on a mount, for sequential readers of a disk.
 
-Each read request costs the server a fixed time, in addition to the time for the bytes.  With a
-read-ahead of 128 KiB, the kernel's default, a program that reads 512 KiB causes four requests
-instead of one.
+Each read request costs the server a fixed time.  With a read-ahead of 128 KiB, the kernel's
+default, a program that reads 512 KiB causes four requests instead of one.
 
-The read-ahead is a property of the mount.  In its first request, FUSE INIT, the kernel offers its
-own read-ahead.  If the server replies with a lower value, the kernel uses the lower value; a higher
-value has no effect.  So an unprivileged server can lower the read-ahead but never raise it
-(`qedfuse.mount.fuse.fuseinit`).  Only root can raise the read-ahead, by writing to a file below
+The read-ahead is a property of the mount.  An unprivileged server can lower it in FUSE INIT but
+never raise it (`qedfuse.mount.fuse.fuseinit`).  Only root can raise it, by writing to a file below
 ``/sys``.
 
 An open file keeps the read-ahead that the mount had when the file was opened.  Therefore the
@@ -21,19 +18,18 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 Readahead: TypeAlias = int | Literal["kernel"] | None
-"""The option ``readahead``: a number of bytes, ``kernel`` to keep the kernel's own read-ahead,
-or None (the user did not set the option) for `DEFAULT_READAHEAD_BYTES`."""
+"""The option ``readahead``: a number of bytes, ``kernel`` to keep the kernel's own read-ahead, or
+None for `DEFAULT_READAHEAD_BYTES`."""
 
 DEFAULT_READAHEAD_BYTES: Final = 1 << 19
 """The read-ahead that a mount gets without the option ``readahead``.
 
 This is the maximum length of a read that the C extension answers by splicing pages of the host's
 page cache (``MAX_SPLICE_BYTES`` in ``_extraops.h``).  A longer read-ahead gains nothing, because
-the extension limits all read requests to this length (``_maxread.c``).  With a shorter read-ahead
-the kernel would send more requests."""
+the extension limits all read requests to this length (``_maxread.c``)."""
 
 _BDI: Final = Path("/sys/class/bdi")
-"""The directory in which the kernel has a directory for each backing device, such as a mount."""
+"""The directory with a directory for each backing device, such as a mount."""
 _KIB: Final = 1024
 
 
@@ -51,16 +47,14 @@ def readahead_bytes(option: Readahead) -> int | None:
 def set_readahead(device: str, option: Readahead, bdi: Path = _BDI) -> str | None:
     """Set the kernel's read-ahead on a mount, unless the kernel refuses.
 
-    A failure is returned and not raised, because the mount works with any read-ahead.
-
     Args:
         device: The device number of the mount, ``MAJOR:MINOR``.
         option: The value of the option ``readahead``.
-        bdi: The directory in which the kernel has a directory for each backing device.
+        bdi: The directory with a directory for each backing device.
 
     Returns:
-        None if the mount has the wanted read-ahead now, or if ``option`` is ``kernel``.  After a
-        failure, one line with the reason and the command by which root can set the read-ahead.
+        None after a success, or if ``option`` is ``kernel``.  After a failure, one line with the
+        reason and the command by which root can set the read-ahead.
     """
     wanted_bytes = readahead_bytes(option)
     if wanted_bytes is None:

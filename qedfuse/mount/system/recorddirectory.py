@@ -1,7 +1,4 @@
-"""The directories of mount records (`mountrecord`).
-
-`open_directory` refuses a directory if other users than the mount's user can write to it.
-"""
+"""The directories of mount records (`mountrecord`), to which only the mount's user can write."""
 
 from __future__ import annotations
 
@@ -16,14 +13,12 @@ from qedfuse.errors import PrivilegeError
 from qedfuse.text import printable
 
 NO_RECORD: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
-"""The errors of open(2) for a directory or a file that is missing or of the wrong type.  After any
-other error there may be a record that cannot be read."""
+"""The errors of open(2) for a directory or a file that is missing or of the wrong type."""
 
 
 STATISTICS_SUFFIX: Final = ".stats"
-"""The suffix of the socket for a mount's statistics.  The socket lies beside the record of the
-mount and has the name of the record with this suffix, such as ``0:42.1234.stats``.
-`qedfuse.mount.system.statisticssocket` makes the socket."""
+"""The suffix of the socket for a mount's statistics, which lies beside the mount's record.  An
+example is ``0:42.1234.stats``."""
 
 
 def remove_socket(directory: int, record: str) -> None:
@@ -50,15 +45,12 @@ def record_directories(user: int) -> list[Path]:
 
 
 def open_directory(path: Path, user: int, *, make: bool) -> int:
-    """Open a directory of records, if only ``user`` can write to the directory.
+    """Open a directory of records, if only ``user`` can write to it; return a descriptor.
 
     Args:
         path: The directory.
         user: The user who must own the directory.
         make: Whether to make the directory if it is missing.
-
-    Returns:
-        A descriptor of the directory.
 
     Raises:
         OSError: The directory cannot be made or opened, or the path is not a directory.

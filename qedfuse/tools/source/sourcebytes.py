@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 async def read_bytes(source: Source, start: int, length: int) -> bytes:
     """Return ``length`` bytes of a disk at guest offset ``start``.
 
-    The caller must pass a range that lies within the disk.  The range should be small, because the
-    whole result is in memory, and nothing is read ahead.
+    The range must lie within the disk, and should be small, because the whole result is in memory.
 
     Raises:
         CorruptImageError: A table entry for part of the range is invalid.
