@@ -105,8 +105,8 @@ async def open_disk_in(
     # From here on the disk owns the files, and closes them.
     async with disk.serving():
         if disk.scan_is_short:
-            # Before the scan has ended, the free clusters of the file are not known, so the first
-            # writes would make the file longer.  So each of several crashes would make the file
+            # Until the scan has ended, free clusters of the file, such as those that a crash has
+            # leaked, are not known.  So writes after each of several crashes would make the file
             # longer.  A short scan takes only milliseconds.
             await disk.ensure_scanned()
         yield disk

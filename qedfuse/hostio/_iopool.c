@@ -6,9 +6,9 @@
  * event loop (the collector) then takes all calls from the list.
  *
  * The fields of a struct job belong to the submitter until it is queued, then to the thread that
- * makes the call, and then to the collector.  A read with an answer (_iothreads.c) belongs to the
- * collector and to the thread that answers.  When both are done with it, a thread with the GIL
- * releases it.
+ * makes the call, and then to the collector.  At its end a read with an answer (_iothreads.c)
+ * belongs both to the collector and to the thread that answers.  When both are done with it, a
+ * thread with the GIL releases it.
  * The pool's mutex protects struct pool, except the atomic fields.  The eventfd is read and written
  * without the mutex, and is closed when the pool is closed and no thread is writing to it.
  */
@@ -290,8 +290,7 @@ int pool_queue(struct pool *pool, struct job *job, struct list *garbage)
     pool->threads--;
     pool->references--;
     pool->coming--;
-    /* If another thread runs, it takes the job.  If none runs, one may have taken the job already.
-     * */
+    /* If another thread runs, it takes the job; if none runs, one may have taken it already. */
     if (pool->threads || !withdraw(pool, job))
         failed = 0;
     pthread_mutex_unlock(&pool->mutex);

@@ -10,8 +10,8 @@ the end, the steps have this order:
    because a missing record means that all earlier steps have succeeded.
 
 Before the mount is ready, a signal cancels the session.  While the disks are served, a signal
-unmounts (`qedfuse.mount.shutdown`).  While the disks are being closed, it only ends the compaction,
-so that no signal prevents a clean close.  After that, the process ignores signals.
+unmounts (`qedfuse.mount.shutdown`).  While the disks are being closed, a signal only ends the
+compaction, so that the close stays clean.  After that, the process ignores signals.
 """
 
 from __future__ import annotations
@@ -143,8 +143,7 @@ class _Session:
         Args:
             request: The arguments of the mount.
             ready: Called when the disks can be used.
-            protection_failure: Why the process is not protected from memory pressure; None if it
-                is, or for a fake mount.
+            protection_failure: Why the process is not protected from memory pressure, or None.
             launderer: The launderer; None if there is none.
             unmounter: The unmounter; None if there is none.
         """

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
-"""Maximum pause between two attempts to unmount while the mount is in use.  The kernel does not
-report when a process leaves a working directory in the mount."""
+"""Maximum pause between two attempts to unmount while the mount is in use.  The server must try
+again, because the kernel does not report when a process leaves a working directory in the mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0
 """Maximum time for which a forced unmount waits until all data is durable.  The unmount also
 waits for a write-back cycle that is running then."""

@@ -232,7 +232,7 @@ class Connection:
         return min(idle, self._seconds_until(end))
 
     def _fail(self, failure: BrokenError) -> BrokenError:
-        """End all requests with ``failure``, and return it; do nothing after an earlier failure."""
+        """Return ``failure``; if it is the first failure, end all requests with it."""
         with self._lock:
             if self._failure is None:
                 self._failure = failure

@@ -109,7 +109,7 @@ RESOLVER: Final = Resolver()
 def connect_to_any(addresses: Sequence[SocketAddress], end: float) -> socket.socket:
     """Connect to the first address that accepts; return the socket.
 
-    The addresses are tried in their order.  The time that is left is divided among those left.
+    The addresses are tried in their order.  Each gets an equal share of the time that is left.
 
     Args:
         addresses: The addresses.

@@ -230,7 +230,7 @@ def _unknown(name: str) -> str:
 
 
 def _first_error(error: BaseException) -> BaseException:
-    """Return ``error``, or of an exception group the first `QedError`, or else its first error."""
+    """Return ``error``; of an exception group, return a `QedError` in it, or else any error."""
     while isinstance(error, BaseExceptionGroup):
         preferred = error.subgroup(QedError) or error
         error = preferred.exceptions[0]

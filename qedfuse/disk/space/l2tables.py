@@ -51,7 +51,7 @@ async def holding_data(
 
 
 async def claim_tables(owners: OwnerBitmap, tables: NDArray[np.uint64], geometry: Geometry) -> None:
-    """Mark the clusters of the tables at file offsets ``tables``, except past the end, as owned.
+    """Mark the clusters of the tables at ``tables`` as owned, except those past the file's end.
 
     Raises:
         NeedsCheckError: See `OwnerBitmap.claim`.

@@ -9,10 +9,9 @@ truncation after the open (`qedfuse.mount.fuse.truncation`).
 
 This module also changes four values in libfuse's reply:
 
-- ``max_background``: how many reads and writes for which no process waits synchronously may be in
-  flight, by default 12.  With 12 a program with a queue depth of 16 and a long read-ahead would
-  wait.
-- ``congestion_threshold``: from how many of these on the kernel treats the mount as congested.
+- ``max_background``: how many background requests, for which no process waits synchronously, may be
+  in flight, by default 12.  Then a program with a queue depth of 16, or a long read-ahead, waits.
+- ``congestion_threshold``: from how many of them on the kernel treats the mount as congested.
 - ``max_readahead``, which an unprivileged user cannot lower in ``/sys``
   (`qedfuse.mount.system.readahead`).
 - ``time_gran``, the granularity of times.  With the write-back cache the kernel maintains the times

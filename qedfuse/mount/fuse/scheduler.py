@@ -62,8 +62,7 @@ MAX_BURST_BESIDE_READS: Final = 16
 while the queue of the kernel holds reads."""
 
 EXTENSION_POLL_SECONDS: Final = 5e-3
-"""For how long after a run of the other tasks the extension may poll.  Such a run takes about
-100 µs, a write of 1 MiB about 400 µs."""
+"""For how long after a run of the other tasks the extension may poll."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
 """Maximum time for which the descriptor is polled before the event loop sleeps."""

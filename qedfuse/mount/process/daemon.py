@@ -48,8 +48,8 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
 
     Returns:
         The exit code for the caller's process: 0 if the disk can be used, 130 if a signal was
-        forwarded, 32 if the child was killed or ended with 0 too early, otherwise that of the
-        child.
+        forwarded, 32 if the child was killed or ended with 0 too early, and otherwise the exit code
+        of the child.
 
     Raises:
         HostError: /proc is not mounted, or the host refuses a process.
@@ -149,8 +149,8 @@ def _be_child(
 def _wait(child: int, reading: int) -> int:
     """Wait until the child is ready or has ended; return the exit code for the parent."""
     if _read_report(reading):
-        # The disk is mounted, and stays mounted.  So a signal must not end this process
-        # with a failure.
+        # The disk is mounted, and stays mounted.  So a signal must not end this process with a
+        # failure.
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
         return 0
     # After waitpid(2) another process may get the pid of the child.  Signals are blocked before, so

@@ -1,7 +1,7 @@
 """The unmounter: a helper process that unmounts for a server in a sandbox.
 
 A process under Landlock can neither mount nor unmount, and no_new_privs takes the privilege of
-fusermount3 away.  So a server in a sandbox asks the unmounter, which was forked before.  The
+fusermount3 away.  So a server in a sandbox asks the unmounter, which was forked earlier.  The
 unmounter unmounts only what is mounted on one path, which no message changes.
 
 The unmounter also connects to the log daemon, after a restart of the daemon.  A server that was

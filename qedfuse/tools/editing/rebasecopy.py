@@ -81,9 +81,9 @@ class RebaseCopy:
     async def _next_data_cluster(self, start: int) -> int:
         """Return the guest offset of the first cluster with data in the old or the new bases.
 
-        From one call to the next ``start``, the beginning of a cluster, must not decrease.  Bad
-        table entries and a partial last cluster count as data.  The result may lie past the end of
-        the disk.
+        ``start`` is the beginning of a cluster, and must not decrease from one call to the next.
+        Bad table entries and a partial last cluster count as data.  The result may lie past the end
+        of the disk.
         """
         for index, chain in enumerate(self._bases):
             # Data that was found at or past ``start`` is still the first such data, because its

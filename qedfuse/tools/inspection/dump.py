@@ -59,7 +59,7 @@ VERDICTS: Final = {
 _MAX_COMPARED_TABLES: Final = 1 << 16
 """Number of L2 tables after which `Dump._tables` stops.  A disk of 64 TiB has 32768 by default.
 
-An L2 entry that points into another table may have the verdict ``ok``.
+An L2 entry that points into a table after these may have the verdict ``ok``.
 """
 
 

@@ -62,7 +62,7 @@ async def _restore(file: HostFile, backup: BackupReader) -> int:
     if not bytes_before <= file.size() <= bytes_after:
         expected = f"{bytes_before} to {bytes_after} bytes"
         raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
-    # A length between these two is left by a repair that was interrupted.  Then NEED_CHECK is set.
+    # An interrupted repair leaves a length in between, and NEED_CHECK set.
     if not header.need_check and file.size() not in (bytes_before, bytes_after):
         expected = f"{bytes_before} or {bytes_after} bytes"
         raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
