@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 
 _MAX_CALL_BYTES: Final = 1 << 24
-"""Maximum number of bytes in one call of `Disk.read` or `Disk.write`.  Longer operations are split,
-so that a call needs little memory."""
+"""Maximum number of bytes in one call of `Disk.read` or `Disk.write`, so that it needs little
+memory."""
 
 
 def open(  # noqa: A001  a module's open, like gzip.open
@@ -50,19 +50,19 @@ def open(  # noqa: A001  a module's open, like gzip.open
     """Open the disk in an image as an unbuffered binary file.
 
     With the default options, the image is locked until the file is closed, with the locks that QEMU
-    takes.  The locks affect only programs that lock images as well.  With ``rb`` such a program can
-    open the image for reading, but not for writing.  With ``r+b`` such a program can open the image
-    only for reading, and only if it ignores the lock (the option ``force_share``).
+    takes.  Locks affect only programs that lock images as well.  With ``rb`` such a program can
+    open the image for reading, but not for writing.  With ``r+b`` it can open the image only with
+    ``force_share``, and only for reading.
 
     With ``r+b`` an image is checked first if it was not closed cleanly, or if its length is not a
-    multiple of its cluster size.  The image is refused if the check finds an error in the tables.
-    Leaked space is not an error.
+    multiple of its cluster size.  It is refused if the check finds an error in the tables.  Leaked
+    space is not an error.
 
     Args:
         path: The path or URL of the image.  With a URL, ``mode`` must be ``rb``.
         mode: ``rb`` to read, ``r+b`` to read and write.
-        options: Backing file policy, locks, cache sizes, how URLs are read, and more; None for
-            the defaults.  The option ``writable`` is ignored, because ``mode`` decides.
+        options: Backing file policy, locks, cache sizes, how URLs are read, and more; None for the
+            defaults.  The option ``writable`` is ignored, because ``mode`` decides.
 
     Returns:
         The file, at position 0.  The caller must close it.
@@ -91,21 +91,18 @@ class DiskFile(io.RawIOBase):
 
     Reads and writes are short only at the end of the disk.  A write that begins at or past the end
     raises `NoSpaceError`, unless it is empty.  Failures of the image or the host raise a `QedError`
-    with ``errno`` set.  Misuse raises the same exceptions as other file objects: `ValueError`
-    if the file is closed, and `io.UnsupportedOperation` for a write to a file opened with
-    ``rb``.
+    with ``errno`` set.  Misuse raises the same exceptions as other file objects.
 
     Writes become durable with `flush` or `close`, or in the background after some seconds.  Several
-    threads can share a file, because its operations are serialised.  For many small reads, wrap the
-    file in an `io.BufferedReader`.
+    threads can share a file.  For many small reads, wrap it in an `io.BufferedReader`.
 
     In a child of ``os.fork`` reads, writes and `truncate` raise `RuntimeError`, and `flush` and
     `close` have no effect on the image.  Each file has a thread with an event loop.  After a
-    failure of this event loop, reads, writes and `truncate` raise `RuntimeError`.  So does
-    `flush` with ``r+b``.  `close` raises the cause of the failure.
+    failure of this event loop, reads, writes and `truncate` raise `RuntimeError`.  So does `flush`
+    with ``r+b``.  `close` raises the cause of the failure.
 
-    A file that the program does not close is closed when it is garbage collected or when the
-    program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
+    An unclosed file is closed when it is garbage collected or when the program ends, with a
+    `ResourceWarning`.  Errors of such a close are only logged.
 
     Attributes:
         name: The path or URL of the image, as given to `open`; always a ``str``.
@@ -262,9 +259,8 @@ class DiskFile(io.RawIOBase):
             self._check_writable()
             done = 0
             # `Disk.write` raises for a range that begins at or past the end, and writes only the
-            # first part of a range that crosses the end.  So once bytes have been written, the loop
-            # ends at the end of the disk, and the caller gets the number of bytes written instead
-            # of an error.
+            # first part of a range that crosses the end.  After such a part the loop ends, so the
+            # caller gets the number of bytes written instead of an error.
             while done < len(view) and (not done or self._position + done < self.size):
                 chunk = view[done : done + _MAX_CALL_BYTES]
                 done += self._portal.call(self._disk.write, self._position + done, chunk)
@@ -324,16 +320,15 @@ class DiskFile(io.RawIOBase):
         locks are released.  If the file is closed already, nothing is done.
 
         The close waits for no server.  If another thread waits for a server in a read or a write,
-        that operation fails.  If the event loop of the file has failed, the error of the event loop
-        is raised.
+        that operation fails.  If the event loop of the file has failed, its error is raised.
 
         Raises:
             HostError: Something could not be made durable.  Even then the file is closed.  If the
                 image could not be marked as clean, it will be checked when it is next opened for
                 writing.
         """
-        # Another thread may hold the lock while it waits for a server.  So all waits for servers
-        # are ended before the lock is taken here.
+        # Another thread may hold the lock while it waits for a server, so such waits are ended
+        # first.
         self._portal.call_soon(self._disk.stop_fetching)
         with self._lock:
             if not self.closed:
@@ -351,16 +346,12 @@ class DiskFile(io.RawIOBase):
                 stacklevel=2,
                 source=self,
             )
-            # Do not wait for the close, because the garbage collector may be running in the
-            # portal's own thread, which would wait for itself.
+            # Do not wait: the garbage collector may run in the portal's thread, which would wait
+            # for itself.
             self._portal.ask_to_close()
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to copy or pickle the file.
-
-        Raises:
-            TypeError: Always.
-        """
+        """Refuse to copy or pickle the file."""
         msg = "a DiskFile cannot be copied or pickled"
         raise TypeError(msg)
 

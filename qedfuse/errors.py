@@ -52,8 +52,8 @@ class QedError(Exception):
     def again(self) -> Self:
         """Return a copy with the same attributes and no traceback.
 
-        An error that is stored and raised several times must be copied each time, because
-        several tasks that raise the same object would mix their tracebacks.
+        A stored error must be copied each time it is raised; otherwise tasks would mix their
+        tracebacks.
         """
         copy = type(self).__new__(type(self), *self.args)
         copy.__dict__.update(self.__dict__)
@@ -97,8 +97,7 @@ class HostError(QedError):
     def from_os(cls, error: OSError, name: str, action: str) -> HostError:
         """Return the error for a failed ``action`` on the file ``name``.
 
-        The result is a `NoSpaceError` if the host's disk or the user's quota is full.  Its
-        ``errno`` is the number of ``error``, or EIO if ``error`` has none.
+        The result is a `NoSpaceError` if the host's disk or the user's quota is full.
         """
         number = error.errno or errnos.EIO
         message = f"{name}: {action}: {os.strerror(number)}"
@@ -125,18 +124,14 @@ class PastEndError(NoSpaceError):
 
 
 class CacheError(HostError):
-    """The cache for remote files cannot be used, for example because its directory is unsuitable.
-
-    Also raised if the cache has too little space.
-    """
+    """The cache for remote files cannot be used, or has too little space."""
 
 
 class RemoteError(HostError):
     """A server cannot be reached, refuses a request, or does not serve a file as needed.
 
     Attributes:
-        is_logged: Whether a request that fails with this error need not log it.  In most cases the
-            log has the cause already.
+        is_logged: Whether a request that fails with this error need not log it.
     """
 
     exit_code = 22
@@ -159,8 +154,7 @@ class ForeignError(HostError):
     QEMU is missing, fails or refuses the image; or this program refuses the image.
 
     Attributes:
-        is_logged: Whether the log has the cause already, so that a request that fails with this
-            error need not log it.
+        is_logged: Whether a request that fails with this error need not log it.
     """
 
     exit_code = 25

@@ -35,9 +35,8 @@ class Rewriter:
     """Writes copies and new tables to the end of an image, and changes entries in place.
 
     Attributes:
-        end: The lowest file offset in bytes at which the next copy or table can be appended, a
-            multiple of the cluster size.  At first it is the length of the file, rounded up to a
-            whole cluster.
+        end: The file offset from which on copies and tables are appended; a multiple of the cluster
+            size.
         changes_file: Whether the methods write to the file; False in a `DryRunRewriter`.
     """
 
@@ -59,9 +58,8 @@ class Rewriter:
         """Make all earlier writes durable; then set or clear NEED_CHECK, durably.
 
         The same write clears unknown autoclear bits, and drops the persistent free list, because a
-        repair does not update the list.  If the image has a list, `erase_descriptor` overwrites the
-        bytes that describe the list with zeros, unless the backing file name overlaps these bytes.
-        The zeros are not durable yet.
+        repair does not update the list.  The bytes that described the list are zeroed, but not
+        durably.
         """
         await self._file.datasync()
         await self._file.pwrite(0, self._built_header(need_check=need_check))
@@ -70,10 +68,7 @@ class Rewriter:
             await erase_descriptor(self._file, self._header)
 
     def _built_header(self, *, need_check: bool) -> bytes:
-        """Encode the header with NEED_CHECK as given, and without a free list.
-
-        Unknown autoclear bits are cleared.
-        """
+        """Encode the header with NEED_CHECK as given, and without a free list."""
         header = self._header.with_need_check(value=need_check).without_stale_autoclear()
         return build_header(header.with_free_list(value=False))
 
@@ -127,8 +122,8 @@ class Rewriter:
     async def fill(self, start: int, count: int, value: int) -> None:
         """Set the ``count`` entries that begin at the file offset ``start`` to ``value``.
 
-        The value 0 is not written, so with this value the caller must pass only entries that are 0
-        already or lie past the end of the file.  `sync_pending` makes the entries durable.
+        Entries of the value 0 are not written; they must be 0 already, or lie past the end of the
+        file.  `sync_pending` makes the entries durable.
         """
         entries_per_write = _COPY_BYTES // ENTRY_BYTES
         data = value.to_bytes(ENTRY_BYTES, "little") * min(entries_per_write, count)
@@ -141,9 +136,8 @@ class Rewriter:
     async def replace_entries(self, offset: int, old: Values, new: Values) -> None:
         """Write the new entries, from the first to the last one that differs from its old entry.
 
-        If no entry differs, nothing is written.  All earlier writes are made durable first, so
-        everything to which the entries point is durable.  The entries themselves are not durable
-        yet.
+        All earlier writes are made durable first, so everything to which the entries point is
+        durable.  The entries themselves are not durable yet.
 
         Args:
             offset: The file offset of the first entry.
@@ -184,31 +178,22 @@ class Rewriter:
     async def sync_pending(self) -> None:
         """Make durable what `clear_entries`, `fill` and `overwrite` have written.
 
-        After `clear_entries`, and after a `fill` or an `overwrite` of entries of a table that the
-        end of the file cuts short, the caller must call this method before it makes the file
-        longer.  Otherwise a crash could leave a longer file with the old entries.  An entry that
-        was invalid because it pointed past the end of the file may be valid in the longer file.
-        After `new_table` no call is needed, because no entry points to a new table yet.
+        The caller must call this method before it makes the file longer, if it has cleared entries,
+        or changed entries of a table that the end of the file cuts short.  Otherwise a crash could
+        leave a longer file with the old entries.  An old entry that pointed past the end of the
+        file may be valid in the longer file.  After `new_table` no call is needed, because no entry
+        points to the new table yet.
         """
         if self._has_pending:
             await self._file.datasync()
             self._has_pending = False
 
     def set_avoided(self, offsets: Values) -> None:
-        """Exclude the clusters at the file offsets ``offsets`` from all later allocations.
-
-        The offsets must ascend.
-        """
+        """Exclude the clusters at ``offsets``, which must ascend, from all later allocations."""
         self._avoided = offsets
 
     def _allocate(self, length: int) -> int:
-        """Allocate ``length`` bytes at the end of the file; return their file offset.
-
-        The bytes contain no cluster that `set_avoided` has excluded.
-
-        Raises:
-            NoSpaceError: No file can be that long.
-        """
+        """Allocate bytes at the end of the file, without avoided clusters; return their offset."""
         target = self.end
         while True:
             index = int(np.searchsorted(self._avoided, target))
@@ -219,11 +204,7 @@ class Rewriter:
         return target
 
     def _checked_end(self, end: int) -> int:
-        """Return ``end`` unchanged if a file can have that length in bytes.
-
-        Raises:
-            NoSpaceError: A file cannot have that length.
-        """
+        """Return ``end`` unchanged; raise `NoSpaceError` if a file cannot be that long."""
         if end > MAX_OFFSET:
             msg = f"{self._file.name}: file size: found {end}, expected at most {MAX_OFFSET}"
             raise NoSpaceError(msg)
@@ -234,8 +215,8 @@ class DryRunRewriter(Rewriter):
     """Writes nothing; counts what a repair would write, and passes each change to a function.
 
     Attributes:
-        written: Approximate number of bytes that would have been written so far, without the holes
-            of copies and without the header.
+        written: Approximate number of bytes that would have been written so far, without holes and
+            without the header.
     """
 
     changes_file = False
@@ -248,8 +229,7 @@ class DryRunRewriter(Rewriter):
         """
         super().__init__(file, header)
         self.written = 0
-        # The range that was copied last: its file offset, its length, and how many of its bytes
-        # are not in holes.
+        # The range that was copied last: its file offset, length, and bytes that are not in holes.
         self._last_copy = (0, 0, 0)
         self._size = file.size()
         self._save = save or (lambda _offset, _old, _new: None)
@@ -257,9 +237,7 @@ class DryRunRewriter(Rewriter):
     async def write_need_check(self, *, need_check: bool) -> None:  # noqa: ARG002  what counts is the header at the end
         """Save the changes of the header, and of the bytes that describe a free list.
 
-        The new header is the one at the end of the repair, without NEED_CHECK.  If the backing
-        file name overlaps the bytes that describe the list, the repair does not change these
-        bytes, and they are not saved.
+        The new header is the one at the end of the repair, without NEED_CHECK.
         """
         old = bytes(await self._file.pread(0, HEADER_BYTES))
         self._save(0, old, self._built_header(need_check=False))
@@ -273,8 +251,8 @@ class DryRunRewriter(Rewriter):
 
     async def copy(self, start: int, length: int) -> int:
         """Count the bytes of a copy; return the file offset that the copy would have."""
-        # If thousands of entries refer to one cluster, the cluster is copied thousands of times in
-        # a row.  Its holes are searched for only once, but its bytes are added for each copy.
+        # If thousands of entries refer to one cluster, it is copied thousands of times in a row.
+        # Its holes are searched for only once.
         if self._last_copy[:2] != (start, length):
             self._last_copy = (start, length, await self._data_bytes(start, start + length))
         self.written += self._last_copy[2]
@@ -293,8 +271,7 @@ class DryRunRewriter(Rewriter):
     async def clear_entries(self, _offset: int, _old: Values, _new: Values) -> None:
         """Do nothing, because `overwrite` counts and saves these entries later.
 
-        In a dry run the entries keep their values in the file.  So the later steps of the repair
-        find these entries in the file again, and pass them to `overwrite`.
+        In a dry run the entries keep their values in the file, so the later steps find them again.
         """
 
     async def overwrite(self, offset: int, old: bytes, new: bytes) -> None:
@@ -317,10 +294,7 @@ class DryRunRewriter(Rewriter):
 
 
 def _changed_range(old: Values, new: Values) -> tuple[int, int]:
-    """Return the indices from the first entry that differs to the end of the last one.
-
-    If no entry differs, the range is empty.
-    """
+    """Return the range of indices from the first to the last entry that differs; can be empty."""
     where = np.flatnonzero(old != new)
     return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
 

@@ -43,23 +43,21 @@ class TableRepair:
         self._size = file.size()
         self._rounded_size = rewriter.end
         self._classifier = EntryClassifier(header, self._rounded_size)
-        # The bitmap covers the file before the repair.  Clusters past the old end of the file need
-        # no bit: they are copies and new tables, and exactly one entry refers to each.
+        # Clusters past the old end of the file need no bit: they are copies and new tables, and
+        # exactly one entry refers to each.
         self._owners = OwnerBitmap(header.geometry.clusters(self._size), file.name)
         # For each table its L1 index, its file offset after the repair, and the file offset at
-        # which the table is read.  A dry run makes no copies, so it reads each table at the old
-        # offset.
+        # which it is read: in a dry run the old one, because nothing is copied.
         self._tables: list[tuple[int, int, int]] = []
         # Old file offsets of the tables that move because they overlap data, ascending.
         self._tables_over_data = np.empty(0, np.uint64)
         self._bad_l1_indices: list[int] = []
-        # New values, by L1 index, of the L1 entries that point past the end of the file.  They are
-        # written before the file grows.
+        # New values, by L1 index, of the L1 entries that point past the end of the file.
         self._out_of_file_l1_entries: dict[int, int] = {}
-        # Final values, by L1 index, of all L1 entries that change.  They are written at the end.
+        # Final values, by L1 index, of all L1 entries that change.
         self._l1_changes: dict[int, int] = {}
-        # The new value of a lost L2 entry.  In an overlay the entry must be a zero cluster,
-        # because the guest reads the backing file where an entry is unallocated.
+        # The new value of a lost L2 entry.  In an overlay the guest would read the backing file
+        # through an unallocated entry.
         self._cleared_value = ZERO if header.has_backing else UNALLOCATED
         self.lost_ranges = LostRanges(header.image_size)
         self.copied = 0
@@ -102,10 +100,9 @@ class TableRepair:
         return index >= self._geometry.l1_used(self._header.image_size)
 
     async def _find_tables(self) -> tuple[Indices, Values]:
-        """Read the L1 table; return the indices and values of its valid entries, sorted by value.
+        """Return the indices and values of the valid L1 entries, by value; record the invalid ones.
 
-        An entry is valid here even if the end of the file cuts its table short.  Invalid entries
-        are recorded.
+        An entry is valid here even if the end of the file cuts its table short.
         """
         classifier = EntryClassifier(self._header, self._size)
         indices, tables = await read_l1_table(
@@ -115,12 +112,9 @@ class TableRepair:
         return indices[order], tables[order]
 
     def _record_bad_l1_entries(self, code: Code, first: int, _values: Values, mask: Mask) -> None:
-        """Record L1 entries that are invalid, and the ranges that are lost because of them.
+        """Record the L1 entries of ``mask`` as invalid, and the ranges that are lost with them.
 
-        Args:
-            code: The error.
-            first: Index of the first entry of the slice of the L1 table.
-            mask: Which entries of the slice have the error.
+        ``first`` is the index of the first entry of the slice.
 
         Raises:
             NeedsCheckError: There are too many invalid entries.
@@ -138,13 +132,13 @@ class TableRepair:
     async def _complete_tables(self, indices: Indices, tables: Values) -> None:
         """Append the missing entries of the tables that the end of the file cuts short.
 
-        In an overlay the missing entries become zero clusters.  Until the missing entries are
-        durable, the file grows only by writing them.  So after an interruption every entry that is
-        in the file has been written.  If the file were extended first, entries that are not written
-        yet would be unallocated, and the guest would read the backing file through them.
+        In an overlay the missing entries become zero clusters.  Until they are durable, the file
+        grows only by writing them.  So after an interruption every entry that is in the file has
+        been written.  If the file were extended first, unwritten entries would be unallocated, and
+        the guest would read the backing file through them.
         """
         geometry = self._geometry
-        # If only a part of an entry is in the file, the entry counts as missing.
+        # An entry of which only a part is in the file counts as missing.
         entries_end = self._size - self._size % ENTRY_BYTES
         short = tables + np.uint64(geometry.table_bytes) > self._size
         if not short.any():
@@ -158,15 +152,15 @@ class TableRepair:
             )
         end = int(tables[-1]) + geometry.table_bytes
         if entries_end < self._size:
-            # Overwrite the part of the entry that is in the file.  `fill` cannot do this for two
-            # reasons.  It does not write the value 0.  And the backup of the old bytes, which a dry
-            # run makes before the repair, has only bytes that `overwrite` will change.
+            # `fill` cannot overwrite the part of an entry that is in the file.  It does not write
+            # the value 0.  And the backup of the old bytes has only bytes that `overwrite` will
+            # change.
             old = bytes(await self._file.pread(entries_end, self._size - entries_end))
             new = self._cleared_value.to_bytes(ENTRY_BYTES, "little")[: len(old)]
             await self.rewriter.overwrite(entries_end, old, new)
             # The new bytes must be durable before the file becomes longer.  Otherwise a power
-            # failure could leave an entry that consists of the old bytes and of zeros.  Such an
-            # entry may be the offset of other data.
+            # failure could leave an entry of the old bytes and zeros, which may be the offset of
+            # other data.
             await self.rewriter.sync_pending()
         await self.rewriter.fill(
             entries_end, (end - entries_end) // ENTRY_BYTES, self._cleared_value
@@ -177,8 +171,8 @@ class TableRepair:
     async def _find_moves(self, tables: Values) -> Mask:
         """Return a mask of the tables that must move, because they overlap a table or data.
 
-        If two tables overlap each other, the overlap makes only the later table move: the table at
-        the higher file offset, or with the higher L1 index if both are at the same file offset.
+        Of two tables that overlap, the later one moves: the one at the higher file offset or, at
+        the same offset, with the higher L1 index.
 
         Afterwards `_tables_over_data` has the offsets of the tables that move because of data, and
         `_classifier` has all tables except those that overlap an earlier table.
@@ -187,21 +181,15 @@ class TableRepair:
         self._classifier = self._classifier.with_tables(tables[~overlaps_earlier])
         overlaps_data = await self._overlapped_by_data(tables)
         self._tables_over_data = self._classifier.tables[overlaps_data]
-        # `overlaps_data` has one value for each table that does not overlap an earlier table.  The
-        # other tables move in any case.
+        # `overlaps_data` lacks the tables that overlap an earlier table; these move in any case.
         positions = np.searchsorted(self._classifier.tables, tables, "right") - 1
         return overlaps_earlier | overlaps_data[positions]
 
     async def _separate_tables(self, indices: Indices, tables: Values, must_move: Mask) -> None:
         """Copy the tables that must move, so that no table overlaps another table or data.
 
-        If an L1 entry past the end of the disk points to a table that must move, the L1 entry is
-        cleared instead.  Afterwards `_classifier` has only the tables that do not move.
-
-        Args:
-            indices: The L1 indices of the tables.
-            tables: The file offsets of the tables.
-            must_move: Which tables must move.
+        An L1 entry past the end of the disk is cleared instead.  Afterwards `_classifier` has only
+        the tables that do not move.
         """
         table_moves = zip(indices.tolist(), tables.tolist(), must_move.tolist(), strict=True)
         for index, table, moves in table_moves:
@@ -221,8 +209,7 @@ class TableRepair:
     async def _overlapped_by_data(self, tables: Values) -> Mask:
         """Return for each table in `_classifier.tables` whether a data cluster overlaps it.
 
-        The entries of all tables at the file offsets ``tables`` are read.  Each data cluster to
-        which an entry points is compared with the tables in `_classifier.tables`.
+        The data clusters are those to which the tables at the file offsets ``tables`` point.
         """
         overlaps_data = np.zeros(len(self._classifier.tables), np.bool_)
         for table in np.unique(tables).tolist():
@@ -237,7 +224,7 @@ class TableRepair:
         """Choose the new values of the invalid L1 entries, and append the new tables.
 
         In an overlay, an entry for guest offsets inside the disk gets a new table of zero clusters.
-        All other invalid L1 entries become unallocated.
+        All other entries become unallocated.
         """
         geometry = self._geometry
         for index in self._bad_l1_indices:
@@ -258,11 +245,9 @@ class TableRepair:
     async def _repair_slice(self, l1_index: int, first: int, values: Values) -> Values:
         """Return the new entries of one slice, after making the copies to which they point.
 
-        - An invalid entry gets the value `_cleared_value`.
-        - If the cluster of a valid entry already has an owner (`_owners`), the entry gets a copy of
-          the cluster, or becomes unallocated if it is for offsets past the end of the disk.
-
-        The ranges of the disk whose data is lost or possibly wrong are recorded.
+        An invalid entry gets the value `_cleared_value`.  If the cluster of a valid entry already
+        has an owner, the entry gets a copy, or becomes unallocated if it lies past the end of the
+        disk.
 
         Args:
             l1_index: The L1 index of the table.
@@ -295,10 +280,8 @@ class TableRepair:
     def _record_uncertain(self, start: int, values: Values, valid: Mask) -> None:
         """Record data that the end of the file cut short, or that a table overlapped.
 
-        Args:
-            start: Guest offset that the first entry of the slice describes.
-            values: The entries of the slice before the repair.
-            valid: Which entries are valid.
+        ``start`` is the guest offset of the first entry.  ``values`` are the entries before the
+        repair.
         """
         geometry = self._geometry
         size = geometry.cluster_size

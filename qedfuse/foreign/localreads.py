@@ -27,12 +27,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 LOOKUPS_BEFORE_MAP: Final = 16
-"""The map is made after this number of lookups that have found only `UNKNOWN` parts, which QEMU
-must read.
+"""The map is made after this number of lookups that have found only `UNKNOWN` parts.
 
-Every lookup before the map is made finds only such parts.  One read looks up its range up to three
-times.  The map is not made sooner, because a command that reads only the partition table does not
-need it.
+A command that reads only the partition table does not need the map.
 """
 _START_SECONDS: Final = 5.0
 """Maximum time for which `LocalReads.start_map` waits for the start of the program."""
@@ -46,9 +43,9 @@ class LocalReads:
     The map is valid as long as no program changes the files.  So this process locks all of
     `Graph.files` before it makes the map, and holds the locks until the files are closed.  The
     locks of qemu-nbd do not suffice, because qemu-nbd may end earlier.  The extents of a VMDK image
-    are not locked; the lock on the image's own file, which names the extents, keeps out programs
-    that open the image.  If a lock is refused, the map stays empty.  If the file system has no
-    locks, the map is made without them.
+    are not locked; the lock on the image's own file keeps out programs that open the image.  If a
+    lock is refused, the map stays empty.  If the file system has no locks, the map is made without
+    them.
 
     There is no map at all if locking is off, if the number of files with data is 0 or more than
     `MAX_FILES`, or if the host has no memory for a map.
@@ -62,10 +59,8 @@ class LocalReads:
         Args:
             graph: The files.
             name: The name of the image in messages.
-            open_files: Closes the files.  The thread that makes the map keeps them open until it
-                ends.
-            is_locked: Whether to lock the files, so that no other program changes them.  If False,
-                no map is made.
+            open_files: Closes the files, after the thread that makes the map has ended.
+            is_locked: Whether to lock the files.  If False, no map is made.
         """
         self._graph = graph
         self._open_files = open_files
@@ -89,10 +84,7 @@ class LocalReads:
 
     @property
     def page_source(self) -> PageSource | None:
-        """What the mount's extension needs to read the ranges for which the map names a file.
-
-        None if there is no map.
-        """
+        """What the mount's extension needs to read the mapped ranges; None if there is no map."""
         if self._map is None:
             return None
         sources = tuple(file.page_source for file in self._files)
@@ -102,8 +94,7 @@ class LocalReads:
     def parts(self, offset: int, length: int) -> list[Part] | None:
         """Return the parts of a range; None if all are `UNKNOWN`, or if there is no map.
 
-        If all are `UNKNOWN`, counts the lookup; after `LOOKUPS_BEFORE_MAP` such lookups, begins to
-        make the map.
+        After `LOOKUPS_BEFORE_MAP` lookups of unknown ranges, begins to make the map.
         """
         if self._map is None:
             return None
@@ -141,7 +132,7 @@ class LocalReads:
         """Start a read in a native thread, if one file has the range as one run.
 
         Returns whether the read was started: see `ReadableFile.try_start_read`.  Returns None if
-        all parts of the range are `UNKNOWN`, or if there is no map: QEMU must read the whole range.
+        QEMU must read the whole range.
         """
         found = self.parts(offset, len(view))
         if found is None:
@@ -178,7 +169,7 @@ class LocalReads:
         """Begin to make the map if this has not begun yet; wait until the program runs.
 
         A process that will give up the right to run programs must call this method before that.
-        The call waits at most `_START_SECONDS`, and less if the program cannot be started.
+        The call waits at most `_START_SECONDS`.
         """
         with self._lock:
             self._lookups_before_map = 0
@@ -188,21 +179,17 @@ class LocalReads:
             self._has_started.wait(_START_SECONDS)
 
     def _count_lookup(self) -> None:
-        """Count a lookup that has found only `UNKNOWN` parts.
-
-        After `LOOKUPS_BEFORE_MAP` of these lookups, start the thread that makes the map.
-        """
+        """Count down the lookups before the map, and start its thread at 0."""
         with self._lock:
             self._lookups_before_map = max(0, self._lookups_before_map - 1)
             if not self._lookups_before_map:
                 self._start_thread()
 
     def _start_thread(self) -> None:
-        """Start the thread that makes the map; the caller holds the lock.
+        """Start the thread that makes the map, unless it was started; the caller holds the lock.
 
-        Does nothing if the thread was started before, there is no map, or `close` was called.
-        If the host cannot start a thread, `_count_lookup` tries again after `LOOKUPS_BEFORE_MAP`
-        further lookups; until then QEMU makes the reads.
+        If the host cannot start a thread, `LOOKUPS_BEFORE_MAP` further lookups lead to a new
+        attempt.
         """
         if self._map is None or self._thread is not None or self._is_closed:
             return
@@ -228,12 +215,7 @@ class LocalReads:
             self._open_files.leave()
 
     def _run_program(self, run_map: RunMap) -> None:
-        """Run ``qemu-img map``, and add what it prints to the map; do nothing after `close`.
-
-        Raises:
-            ForeignError: The program is missing, or its output is not a map.
-            OSError: A system call failed.
-        """
+        """Run ``qemu-img map``, and add what it prints to the map; do nothing after `close`."""
         numbers = {id(file): number for number, file in enumerate(self._files)}
         files = [
             None if file is None else (numbers[id(file)], file.size())
@@ -254,7 +236,7 @@ class LocalReads:
                     fill_map(run_map, output, files)
                 finally:
                     with self._lock:
-                        # `close` must not kill a process that has been waited for, because its
-                        # number may already belong to another process.
+                        # `close` must not kill a process that has been waited for: its number may
+                        # be reused.
                         self._process = None
                     process.kill()

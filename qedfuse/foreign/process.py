@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 _PROGRAM: Final = "qemu-nbd"
 
 READY_SECONDS: Final = 30.0
-"""Maximum time for which a new connection waits for each part of the program's answer.  The program
-answers only after it has opened the image."""
+"""Maximum time for which a new connection waits for each part of the program's answer."""
 _END_SECONDS: Final = (2.0, 1.0, 0.5)
-"""Maximum times in seconds for which `QemuNbd.close` waits for the end of the program: after its
-last client has disconnected, after SIGTERM, and after SIGKILL."""
+"""Maximum times in seconds for which `QemuNbd.close` waits for the end of the program: after the
+disconnect, after SIGTERM, and after SIGKILL."""
 
 _GREETING: Final = messages.INIT_MAGIC + messages.OPTION_MAGIC
 _FLAGS: Final = messages.FLAG_FIXED_NEWSTYLE | messages.FLAG_NO_ZEROES
@@ -38,8 +37,8 @@ _EXPORT_REPLY_BYTES: Final = 10
 
 _OPTIONS_START: Final = "Failed to blk_new_open 'json:"
 _OPTIONS_END: Final = "}': "
-"""If QEMU cannot open an image, its message has the first of these texts, the options of the block
-node, the second text, and then the reason."""
+"""A message about an image that cannot be opened has the first text, options, this text, the
+reason."""
 _LOCK_MESSAGE: Final = "Failed to get "
 """Part of QEMU's message about a lock that another program holds."""
 _MAX_MESSAGE_BYTES: Final = 4096
@@ -50,8 +49,8 @@ _BACKLOG: Final = 64
 class QemuNbd:
     """A process of qemu-nbd that serves an image and its backing files on a private socket.
 
-    The program ends when its last client has disconnected.  So until `close` this object keeps a
-    connection of its own, on which it reads no data of the image.
+    The program ends when its last client has disconnected, so this object keeps a connection of its
+    own.
 
     Attributes:
         name: The name of the image in messages.
@@ -60,8 +59,8 @@ class QemuNbd:
     def __init__(self, graph: Graph, name: str) -> None:
         """Start the program; `wait_ready` waits until it serves.
 
-        The kernel kills the program when the calling thread ends.  So the thread must not end
-        before `close`; the thread of an event loop meets this condition.
+        The kernel kills the program when the calling thread ends, so the thread must live until
+        `close`.
 
         Raises:
             ForeignError: The program is not installed.
@@ -121,9 +120,7 @@ class QemuNbd:
         return client
 
     def connect_negotiated(self) -> socket.socket:
-        """Return a new connection, after the negotiation of NBD; the call blocks.
-
-        On this connection the program sends replies of NBD's simple kind.
+        """Return a new connection, after the negotiation of NBD (simple replies); the call blocks.
 
         Raises:
             OSError: The program has ended, does not answer, or a system call failed.
@@ -184,8 +181,8 @@ class QemuNbd:
     def close(self) -> None:
         """Disconnect, and end the program if it does not end by itself; a later call does nothing.
 
-        The call returns after at most the sum of `_END_SECONDS`.  A concurrent call waits until the
-        first one has returned.
+        The call takes at most the sum of `_END_SECONDS`.  A concurrent call waits for the first
+        one.
         """
         with self._closing:
             if not self._is_closed:
@@ -244,10 +241,7 @@ class QemuNbd:
 def _private_listener() -> tuple[socket.socket, int]:
     """Return a listening socket that no other user can reach, and a descriptor of its path.
 
-    The path is removed before this function returns; clients connect through the descriptor.
-
-    Raises:
-        OSError: A system call failed.
+    The path itself is removed; clients connect through the descriptor.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -271,12 +265,7 @@ def _private_listener() -> tuple[socket.socket, int]:
 
 
 def _negotiate(client: socket.socket) -> None:
-    """Choose the default export by the option ``NBD_OPT_EXPORT_NAME``.
-
-    Raises:
-        OSError: The server does not answer, closes the connection, or does not greet as an NBD
-            server.
-    """
+    """Choose the default export by the option ``NBD_OPT_EXPORT_NAME``; raise OSError on failure."""
     greeting = _receive(client, len(_GREETING) + 2)
     if not greeting.startswith(_GREETING):
         msg = f"found {greeting!r}, expected a greeting"
@@ -286,11 +275,7 @@ def _negotiate(client: socket.socket) -> None:
 
 
 def _receive(client: socket.socket, length: int) -> bytes:
-    """Return the next ``length`` bytes of a connection.
-
-    Raises:
-        OSError: The connection ends first, or no byte comes within the timeout of the socket.
-    """
+    """Return the next ``length`` bytes of a connection; raise OSError if they do not come."""
     data = b""
     while len(data) < length:
         part = client.recv(length - len(data))

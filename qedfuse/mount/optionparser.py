@@ -1,11 +1,7 @@
 """Parsing the options of ``-o`` into `MountOptions`.
 
-There are four kinds of options: qedfuse's own options, mount flags that the kernel enforces,
-options for mount(8) or systemd, and options of libfuse.  Options for mount(8) or systemd are
-dropped.  So are the options of libfuse on which qedfuse itself decides.  An unknown option is an
-error, because it may be a misspelt ``ro``.  If it were ignored, the mount would be writable and
-could change an image that the user wants to keep.  Only ``sloppy`` (``-s`` of mount(8)) drops
-unknown options.
+An unknown option is an error, because it may be a misspelt ``ro``: ignored, it would make the mount
+writable.  Only ``sloppy`` (``-s`` of mount(8)) drops unknown options.
 """
 
 from __future__ import annotations
@@ -42,9 +38,8 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 KERNEL_FLAGS: Final = frozenset({"nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"})
-"""Mount flags that are passed to the kernel, which enforces them.  One exception: with
-``direct_io`` the handlers of writes enforce ``sync`` (`Operations`).  ``ro`` has a field of its own
-in `MountOptions`, because ``ro`` also decides how images are opened."""
+"""Mount flags that are passed to the kernel, which enforces them.  With ``direct_io`` the handlers
+of writes enforce ``sync`` (`Operations`)."""
 
 _DROPPED: Final = frozenset(
     {
@@ -53,9 +48,9 @@ _DROPPED: Final = frozenset(
         *("norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime"),
         *("silent", "loud", "mand", "nomand", "iversion", "noiversion"),
         *("default_permissions", "kernel_cache", "big_writes"),
-        *("symfollow", "nosymfollow"),  # without effect: the mount has no symbolic links
-        # Without effect: the kernel never changes the time of access of a file or directory of a
-        # FUSE mount.  libfuse does not know these options, and would refuse to mount.
+        *("symfollow", "nosymfollow"),  # the mount has no symbolic links
+        # The kernel never changes the time of access of a file or directory of a FUSE mount.
+        # libfuse does not know these options, and would refuse to mount.
         *("relatime", "nodiratime"),
     }
 )
@@ -65,9 +60,8 @@ on which qedfuse itself decides."""
 _DROPPED_WITH_VALUE: Final = frozenset(
     {"comment", "fsname", "subtype", "max_read", "user", "blksize"}
 )
-"""Options with a value that are dropped.  For ``fsname`` and ``subtype``, qedfuse passes its own
-values to the kernel.  The C extension passes its own ``max_read`` (``_maxread.c``); without the
-extension, reads and writes have one common limit, which FUSE INIT sets."""
+"""Options with a value that are dropped.  qedfuse passes its own ``fsname`` and ``subtype`` to the
+kernel, and the C extension its own ``max_read`` (``_maxread.c``)."""
 
 
 def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions:
@@ -124,10 +118,7 @@ def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) ->
 def known_options() -> dict[str, tuple[str, ...] | None]:
     """Return all options that have an effect, and the possible values of each option.
 
-    Returns:
-        A mapping from the name of each option to a tuple of its possible values.  The tuple is
-        empty if the value is free.  None stands for an option without a value.  An option that may
-        have a value or none (``compact``) has the tuple of its values.
+    The tuple of values is empty if the value is free.  None stands for an option without a value.
     """
     return {
         **dict.fromkeys((*_FLAGS, *KERNEL_FLAGS)),
@@ -156,12 +147,7 @@ class _Parsed:
 
 
 def _parse(options: Iterable[str], *, sloppy: bool) -> _Parsed:
-    """Parse options without escapes; a later option overrides an earlier one.
-
-    Raises:
-        UsageError: An option is unknown (without ``sloppy``), has an invalid value, lacks a value
-            or has a needless one.
-    """
+    """Parse options without escapes; a later option overrides an earlier one."""
     found = _Parsed()
     for option in options:
         name, equals, value = option.partition("=")

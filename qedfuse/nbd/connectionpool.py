@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 MAX_CONNECTIONS: Final = 4
 """Maximum number of connections to one export."""
 _BACKOFF_SECONDS: Final = 60.0
-"""Time for which a slot is avoided after a failure to connect; see `Slot.backoff_until`."""
+"""Time for which a slot is avoided after a failure to connect."""
 
 
 class Slot:
     """A slot for one connection of a pool.  Threads and tasks may use the slot concurrently.
 
     Attributes:
-        backoff_until: The time (`time.monotonic`) until which the slot is avoided: a connection is
-            made in the slot only if all other slots are avoided as well.
+        backoff_until: The time (`time.monotonic`) until which other slots are preferred.
     """
 
     def __init__(
@@ -41,8 +40,8 @@ class Slot:
         """Begin with ``connection``; None for a slot without a connection.
 
         Args:
-            make: Function that makes a connection.  Its argument is the time (`time.monotonic`) at
-                which it gives up.  The function blocks the thread.
+            make: Function that makes a connection and blocks the thread.  Its argument is the time
+                (`time.monotonic`) at which it gives up.
             connection: The first connection.
             closed: The event that is set when the pool is closed.
         """
@@ -93,9 +92,8 @@ class Slot:
             try:
                 connection = self._make(end)
             except BrokenError as error:
-                # Other callers that wait get the same error (see ``since``).  But if the time of
-                # this caller is over, the others may have more time, so they make their own
-                # attempts.
+                # Other callers that wait get the same error (see ``since``), unless only the time
+                # of this caller is over.
                 now = time.monotonic()
                 if now < end:
                     self._failed_at, self._failure = now, error
@@ -130,17 +128,15 @@ class ConnectionPool:
         """Begin with the connection ``first``.
 
         Args:
-            make: Function that makes a connection: a further one, if the server allows several, or
-                one in place of a broken one.  The function gives up when ``closed`` is set, and at
-                the time (`time.monotonic`) that is its argument.
+            make: Function that makes a connection.  It gives up when ``closed`` is set, and at the
+                time (`time.monotonic`) that is its argument.
             first: The first connection.
             closed: Event that `close` sets.
         """
         self.closed = closed
         count = MAX_CONNECTIONS if first.export.can_multi_conn else 1
         self._slots = [Slot(make, None if index else first, closed) for index in range(count)]
-        # The pool has a limiter of its own: threads that wait for a server must not delay calls on
-        # local files.
+        # Threads that wait for a server must not delay calls on local files.
         self._threads = trio.CapacityLimiter(count)
 
     @property
@@ -161,8 +157,8 @@ class ConnectionPool:
             QedError: An error of ``make``.
         """
         while True:
-            # One connection is enough for tasks.  One thread runs all tasks and receives all of
-            # their replies, so further connections would not make the tasks faster.
+            # One thread runs all tasks and receives all of their replies, so further connections
+            # would not make the tasks faster.
             connection = None if self.is_closed else self._slots[0].working_connection
             if connection is not None:
                 return connection
@@ -177,10 +173,7 @@ class ConnectionPool:
                     raise
 
     async def _connect_in_thread(self, slot: Slot, end: float) -> Connection:
-        """Call `Slot.connect` in a thread; the errors are those of that method.
-
-        The time limit also applies to the wait for a thread of the limiter.
-        """
+        """Call `Slot.connect` in a thread; the time limit includes the wait for a free thread."""
         with trio.move_on_after(max(0.0, end - time.monotonic())):
             return await run_in_thread(
                 partial(slot.connect, time.monotonic(), end),
@@ -222,11 +215,7 @@ class ConnectionPool:
     def _choose(self) -> Slot:
         """Return the slot with the fewest requests in flight; of equal slots, the first.
 
-        Slots that are not connected are left out during their backoff time.  If no slot remains,
-        all slots count.
-
-        Raises:
-            BrokenError: The pool was closed.
+        Unconnected slots are left out during their backoff time, unless no other slot remains.
         """
         if self.is_closed:
             msg = "closed"
@@ -240,9 +229,8 @@ class ConnectionPool:
     def _try_back_off(self, slot: Slot) -> bool:
         """Start the backoff time of a slot in which no connection could be made.
 
-        Returns False and does nothing if no slot is connected, because then the server probably
-        cannot be reached.  If another slot is connected, the server probably allows fewer
-        connections than `MAX_CONNECTIONS`.
+        If no slot is connected, the server probably cannot be reached: returns False and does
+        nothing.
         """
         if not any(other.working_connection for other in self._slots):
             return False

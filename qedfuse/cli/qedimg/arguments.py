@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def size(text: str) -> int:
-    """Convert a size such as ``10G`` to bytes, for argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: The text is not a size.
-    """
+    """Convert a size such as ``10G`` to bytes, for argparse."""
     try:
         return parse_size(text)
     except UsageError as error:
@@ -157,11 +153,7 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
 
 
 def _cache_size(text: str) -> int:
-    """Convert the maximum size of the cache to bytes, for argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: The text is not a size, or the size is too small.
-    """
+    """Convert the maximum size of the cache to bytes, for argparse."""
     from qedfuse.remote.options import MIN_CACHE_BYTES  # noqa: PLC0415  imported late: --help must not load it
 
     value = size(text)
@@ -172,11 +164,7 @@ def _cache_size(text: str) -> int:
 
 
 def _prefix(text: str) -> Address:
-    """Convert a prefix of URLs for argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: The text is not a prefix of URLs.
-    """
+    """Convert a prefix of URLs for argparse."""
     from qedfuse.remote.address import parse_prefix  # noqa: PLC0415  imported late: --help must not load it
 
     try:
@@ -213,8 +201,7 @@ def open_options(arguments: argparse.Namespace, *, writable: bool = False) -> Op
     """Return the options for opening an image.
 
     Args:
-        arguments: The parsed command line.  An option that the subcommand does not have gets
-            its default.
+        arguments: The parsed command line.  Options that the subcommand lacks get their defaults.
         writable: Whether to open the image for writing.  If True, ``-U`` has no effect.
 
     Raises:
@@ -239,9 +226,7 @@ def open_options(arguments: argparse.Namespace, *, writable: bool = False) -> Op
 
 
 def remote_options(arguments: argparse.Namespace) -> RemoteOptions:
-    """Return the options by which URLs are read.
-
-    An option that the subcommand does not have gets its default.
+    """Return the options by which URLs are read; those that the subcommand lacks get defaults.
 
     Raises:
         UsageError: The file of credentials is invalid.

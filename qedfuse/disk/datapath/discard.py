@@ -1,9 +1,8 @@
 """Deallocating clusters: discards, ranges of zeros, and written clusters of zeros.
 
-A guest cluster that is deallocated becomes unallocated, or a zero cluster where the base would
-show through (S1 in docs/space.md); only `Discard.clear` lets the base show.  The cluster of the
-file that held the data goes into quarantine (`Quarantine`).  If a discard covers only a part of a
-cluster, zeros are written to that part, so the whole range reads as zeros.
+A guest cluster that is deallocated becomes unallocated, or a zero cluster where the base would show
+through (S1 in docs/space.md).  If a discard covers only a part of a cluster, zeros are written to
+that part.
 """
 
 from __future__ import annotations
@@ -67,27 +66,26 @@ class Discard:
     async def discard(self, start: int, end: int, *, free: bool = True) -> None:
         """Make a range that lies within the disk read as zeros.
 
+        After an error parts of the range may read as zeros.
+
         Args:
             start: Guest offset of the first byte.
             end: Guest offset past the last byte.
-            free: Whether to deallocate allocated clusters.  If False, zeros are written over
-                them.
+            free: Whether to deallocate allocated clusters.  If False, zeros are written over them.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
-
-        After an error parts of the range may read as zeros.
         """
         geometry = self._layer.geometry
         first = geometry.ceil(start)
-        # The guest cannot read past the end of the disk, so if the range reaches that end, the
-        # rest of the last cluster counts as part of the range.
+        # The guest cannot read past the end of the disk.  So a range that reaches the end covers
+        # the whole last cluster.
         last = geometry.ceil(end) if end == self._layer.size else geometry.floor(end)
         if first >= last:
-            # The range covers no whole cluster, so nothing is deallocated, and the whole range
-            # is zeroed, in two parts if it crosses a cluster boundary.
+            # The range covers no whole cluster, so nothing is deallocated.  It is zeroed in two
+            # parts if it crosses a cluster boundary.
             first = last = min(first, end)
         if start < first:
             await self._write_path.zero_range(start, first)
@@ -101,7 +99,8 @@ class Discard:
     async def drop(self, start: int, end: int, progress: Progress | None = None) -> None:
         """Deallocate the data clusters of a range; leave unallocated and zero clusters unchanged.
 
-        Unlike `discard`, this method also works past the end of the disk.
+        Unlike `discard`, this method also works past the end of the disk.  After an error some
+        clusters may have been deallocated.
 
         Args:
             start: Guest offset at a cluster boundary.
@@ -112,8 +111,6 @@ class Discard:
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
-
-        After an error some clusters may have been deallocated.
         """
         if start < end:
             await self._deallocate(
@@ -121,7 +118,9 @@ class Discard:
             )
 
     async def clear(self, start: int, end: int, progress: Progress | None = None) -> None:
-        """Make every cluster of a range unallocated, even zero clusters, so that the base shows.
+        """Make all clusters of a range unallocated, even zero clusters, so that the base shows.
+
+        After an error some clusters may be unallocated.
 
         Args:
             start: Guest offset at a cluster boundary.
@@ -132,8 +131,6 @@ class Discard:
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
-
-        After an error some clusters may be unallocated.
         """
         if start < end:
             await self._deallocate(
@@ -148,6 +145,8 @@ class Discard:
     async def write(self, start: int, data: memoryview, mode: Literal["on", "unmap"]) -> None:
         """Write ``data`` at a guest offset; whole clusters of zeros take no new space.
 
+        After an error parts of ``data`` may have been written.
+
         Args:
             start: Guest offset of ``data``.
             data: The bytes to write; the range must lie within the disk.
@@ -158,8 +157,6 @@ class Discard:
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
-
-        After an error parts of ``data`` may have been written.
         """
         end, position = start + len(data), start
         for first, last in find_zero_clusters(data, start, self._layer.geometry):
@@ -196,18 +193,10 @@ class Discard:
             start: Guest offset at a cluster boundary.
             end: Guest offset at a cluster boundary.
             free_data: Whether to deallocate allocated clusters.
-            zero_unallocated: Whether to turn unallocated clusters into zero clusters where the
-                base has data.
-            show_base: Whether to make all clusters unallocated, including zero clusters, and
-                including allocated clusters over data of the base.  Requires ``free_data``.
+            zero_unallocated: Whether to make unallocated clusters over data of the base zero
+                clusters.
+            show_base: Whether to make all clusters unallocated.  Requires ``free_data``.
             progress: Called with the number of bytes that are done, and the length of the range.
-
-        Raises:
-            CorruptImageError: A table entry for part of the range is bad.
-            HostError: A system call failed.
-            ReadOnlyError: The disk has become read-only during the call.
-
-        After an error some entries may have changed.
         """
         geometry = self._layer.geometry
         slice_bytes = self._layer.tables.slice_entries << geometry.cluster_bits
@@ -218,9 +207,6 @@ class Discard:
             if reason:
                 raise CorruptImageError(reason)
             if table or (zero_unallocated and start < self._base_end):
-                # A step ends at `end` or at the next multiple of the step length.  So a step stays
-                # within one slice, because the lengths of slices and tables are multiples of the
-                # step length.
                 stop = min(end, start - start % step + step)
                 await self._table_writer.limit_dirty()
                 await self._deallocate_in_slice(
@@ -262,8 +248,8 @@ class Discard:
                 table = await self._table_writer.ensure_table(geometry.l1_index(start))
                 index = geometry.l2_index(start)
                 slice_ = await self._table_writer.writable_slice(table, index, L2)
-                # No await from here on, because removing an entry and putting its cluster
-                # into quarantine must be atomic with respect to other tasks.
+                # No await from here on: to other tasks, removing an entry and putting its cluster
+                # into quarantine must be one step.
                 if free_data:
                     self._drop(slice_, start, end, show_base=show_base)
                 tables = self._layer.tables
@@ -278,10 +264,6 @@ class Discard:
         """Return which kinds of clusters a guest range has; its entries must lie in one slice.
 
         `Kind.UNALLOCATED` may be missing in the result, even if some clusters are unallocated.
-
-        Raises:
-            CorruptImageError: One of the entries is bad.
-            HostError: The host cannot read a table.
         """
         layer, geometry = self._layer, self._layer.geometry
         clusters, index = geometry.clusters(end - start), geometry.l2_index(start)
@@ -291,8 +273,6 @@ class Discard:
             if slice_ is None:
                 slice_ = await layer.tables.load(table, index, L2)
             if slice_.bad is None:
-                # A lookup would return one extent for each scattered cluster, which takes
-                # much longer than testing all entries together.
                 first = index % layer.tables.slice_entries
                 values = np.frombuffer(slice_.entries, np.uint64)[first : first + clusters]
                 found = ((Kind.DATA, values > ZERO), (Kind.ZERO, values == ZERO))
@@ -307,14 +287,13 @@ class Discard:
         """Remove from a slice the references to the data clusters of a guest range.
 
         The clusters of the file go into quarantine.  Their guest clusters become zero clusters up
-        to the end of the base, and unallocated past that end.  With ``show_base`` all guest
-        clusters of the range become unallocated, including zero clusters.
+        to the end of the base, and unallocated past it.  With ``show_base`` all guest clusters of
+        the range become unallocated.
         """
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries
         last = first + geometry.clusters(end - start)
-        # How many of the clusters lie over the base and must hide it.  Those with data become zero
-        # clusters.
+        # How many of the clusters lie over the base, so that they become zero clusters.
         hidden = 0 if show_base else geometry.clusters(max(0, min(end, self._base_end) - start))
         if last - first > _MAX_CLUSTERS_ONE_BY_ONE:
             values = np.array(slice_.entries[first:last], np.uint64)
@@ -340,9 +319,6 @@ class Discard:
         """Return the numbers of the unallocated clusters of a range where the base has data.
 
         A bad entry of the base counts as data.
-
-        Raises:
-            HostError: The host cannot read a table.
         """
         end = min(end, self._base_end)
         if start >= end:

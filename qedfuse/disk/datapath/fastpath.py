@@ -1,15 +1,9 @@
 """The fast path: serving a request without waiting, if its tables and data are in memory.
 
-Most requests find tables and data in memory.  The slow path works with extents and tasks, and takes
-several times as long as the access to the host's file.
-
-On the fast path no other task runs between the lookup and the read or write.  So the fast path
-needs no lock.  It also needs no epoch (`Epochs`): an epoch keeps the clusters of a request from
-being reused while the request waits, and on the fast path no request waits.
-
-If a slice or data is not in memory, an entry is bad, or the host fails, the fast path gives
-up.  The caller then starts the request again on the slow path, which waits, or reports the
-error.
+On the fast path no other task runs between the lookup and the read or write, so it needs neither a
+lock nor an epoch (`Epochs`).  If a slice or data is not in memory, an entry is bad, or the host
+fails, the fast path gives up.  The caller then starts the request again on the slow path, which
+waits, or reports the error.
 """
 
 from __future__ import annotations
@@ -38,11 +32,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer, HostFile
 
 _MAX_READ_BYTES: Final = 1 << 20
-"""Maximum bytes of one read on the fast path.  Requests of the kernel are not longer.
-
-It is also the length of the buffer of the fast path: reads return their data in it, and writes
-assemble the content of new clusters in it.
-"""
+"""Maximum bytes of one read on the fast path, and the length of its buffer."""
 _ZEROS: Final = memoryview(bytes(_MAX_READ_BYTES))
 
 
@@ -69,8 +59,7 @@ class FastPath:
         self._file_reads = chain.file_reads
         self._file = layer.file
         self._try_write_file = layer.file.try_write
-        # All requests share one buffer.  Python fills each new buffer with zeros, which would take
-        # as long as the read into the buffer.
+        # Python fills each new buffer with zeros, which would take as long as the read.
         self._buffer = memoryview(bytearray(_MAX_READ_BYTES))
         self._allocation = FastAllocation(
             *(chain, layer, space, needcheck, table_writer, write_path, zero_fill),
@@ -85,9 +74,9 @@ class FastPath:
     def try_read(self, start: int, length: int) -> memoryview | None:
         """Read a guest range; return None if that would block or fails.
 
-        Returns None also if the range is empty, is longer than `_MAX_READ_BYTES`, does not
-        lie within one slice, or ends past the end of the disk.  The returned view is valid until
-        the next call of any method.
+        Returns None also if the range is empty, is longer than `_MAX_READ_BYTES`, does not lie
+        within one slice, or ends past the end of the disk.  The returned view is valid until the
+        next call.
         """
         if length > _MAX_READ_BYTES:
             return None
@@ -121,10 +110,10 @@ class FastPath:
     def locate(self, start: int, length: int) -> tuple[HostFile, int] | None:
         """Return the file and the file offset of a guest range that is stored as one run.
 
-        Returns None if the range is empty, is not one run of data within one slice, ends past
-        the end of the disk, or needs a slice that is not in memory or has a bad entry.  For a
-        caller in an epoch (`Epochs`) the result is valid until the caller leaves the epoch.  For
-        any other caller the result is valid until the caller awaits something.
+        Returns None if the range is empty, is not one run of data within one slice, ends past the
+        end of the disk, or needs a slice that is not in memory or has a bad entry.  The result is
+        valid until the caller leaves its epoch (`Epochs`); without an epoch, until it awaits
+        something.
         """
         end = start + length
         if not length or end > self._layer.header.image_size:
@@ -157,7 +146,6 @@ class FastPath:
             return None
         index = cluster & self._slice_mask
         code = codes[index]
-        # A code (`data_location`) says in which file of the chain, and where, a cluster is stored.
         # The codes of contiguous clusters of one file differ by the cluster size, as entries do.
         if code <= ZEROS or (more and not self._is_run(codes, index, index + more)):
             return None
@@ -216,7 +204,7 @@ class FastPath:
     def _run_end(self, entries: array[int], first: int, last: int) -> int:
         """Return the index past the run of entries that begins at ``first``, at most ``last + 1``.
 
-        The entries of a run refer to contiguous clusters, or are all unallocated, or are all zero
+        The entries of a run refer to contiguous clusters, or are all unallocated, or all zero
         clusters.
         """
         value = entries[first]
@@ -228,11 +216,7 @@ class FastPath:
         return last + 1
 
     def _gather(self, start: int, end: int) -> memoryview | None:
-        """Read a range within one slice, run by run; return None if that would block or fails.
-
-        Returns None also if the range is empty, is not within one slice, or ends past the end
-        of the disk.
-        """
+        """Read a range within one slice, run by run; None as in `try_read`."""
         if not start < end <= self._layer.header.image_size:
             return None
         first, last = start >> self._bits, (end - 1) >> self._bits
@@ -261,12 +245,10 @@ class FastPath:
     def _runs(self, entries: array[int], start: int, end: int) -> list[list[int]] | None:
         """Return the runs of a guest range within one slice; None if `FastPath` must give up.
 
-        `FastPath` must give up at an unallocated cluster in three cases: the disk was opened
-        without its base; the code of the flattened backing for the cluster is not in memory; or
-        the code says that layers must be looked up one by one (`MIXED`).
+        It gives up at an unallocated cluster if the base was not opened, or if the flattened
+        backing of the cluster is not in memory or is `MIXED`.
 
-        Each run is a list of its depth in the chain (-1 for zeros), its file offset and its
-        length in bytes.
+        Each run is a list of its depth in the chain (-1 for zeros), its file offset and its length.
         """
         first = start >> self._bits
         codes = None

@@ -1,10 +1,7 @@
 """Reclaiming space: clusters leave the quarantine, and free space is returned to the host.
 
-`Flusher.flush` calls `Reclaim.run` after its write-back cycle.  `DirectReclaim` calls `run` for a
-request that needs clusters before the next flush, and `Lifecycle` when a disk is closed.
-
-`run` frees the clusters that may leave the quarantine.  So that free clusters take up no space,
-`run` then cuts off those at the end of the file, and punches the others out of the host's file.
+`Reclaim.run` frees clusters of the quarantine, cuts off free clusters at the end of the file, and
+punches the others out of the host's file.
 """
 
 from __future__ import annotations
@@ -38,8 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_RUNS_PER_FLUSH: Final = 256
-"""Maximum number of runs that one call of `Reclaim.run` punches by default, because a flush or a
-request waits for the call."""
+"""Maximum number of runs that one call of `Reclaim.run` punches by default."""
 
 _MAX_RUNS_PER_PUNCH: Final = 64
 """Maximum number of runs that one job of a worker thread punches."""
@@ -47,8 +43,7 @@ _MAX_RUNS_PER_PUNCH: Final = 64
 _MAX_RUNS_RETIRED_SINGLY: Final = 64
 """If clusters form more runs than this, they go into quarantine as one list, not run by run.
 
-While the scan marks clusters (`Marking.active`), clusters always go into quarantine run by run,
-because `Marking.record_drop` needs runs.
+While the scan marks clusters (`Marking.active`), `Marking.record_drop` needs runs.
 """
 
 
@@ -56,10 +51,9 @@ class Reclaim:
     """Frees clusters that lost their reference, and returns free space to the host.
 
     Attributes:
-        freed_clusters: How many clusters from the quarantine have become free since opening.
-            Clusters that `distrust_below` excludes do not count.
-        punching_clusters: How many free clusters are being punched now.  The allocator does
-            not hand them out before they are punched.
+        freed_clusters: How many clusters from the quarantine have become free since opening,
+            without those that `distrust_below` excludes.
+        punching_clusters: How many free clusters are being punched now.
     """
 
     def __init__(
@@ -72,10 +66,7 @@ class Reclaim:
         guard: FirstWriteGuard,
         marking: Marking,
     ) -> None:
-        """Move clusters from ``quarantine`` to ``allocator``.
-
-        While the scan marks clusters, ``marking`` is notified of each run that loses its reference.
-        """
+        """Move clusters from ``quarantine`` to ``allocator``."""
         self._file = file
         self._length = length
         self._allocator = allocator
@@ -96,13 +87,13 @@ class Reclaim:
     def retire(self, offset: int, length: int, dropped_by: int) -> None:
         """Put a run of clusters into quarantine, after the references to it were removed.
 
-        The caller must not await anything between removing the references and this call:
-        see `Quarantine.retire`.
+        The caller must not await anything between removing the references and this call: see
+        `Quarantine.retire`.
 
         Args:
             offset: File offset of the run.
             length: Length of the run in bytes.
-            dropped_by: File offset of the slice (part of a table) that held the references.
+            dropped_by: File offset of the slice that held the references.
         """
         first, count = offset >> self._bits, length >> self._bits
         self._quarantine.retire(first, count)
@@ -139,8 +130,7 @@ class Reclaim:
         allocator = self._allocator
         if not allocator.scan_complete:
             return False
-        # `unpunched` has clusters that probably take up space, and `maybe_holes` has clusters
-        # for which `_punch_some` asks the host first.  Both mean work for `run`.
+        # Clusters in `unpunched` probably take up space; `maybe_holes` may be holes already.
         can_punch = self._can_punch and allocator.unpunched.count + allocator.maybe_holes.count > 0
         return self._quarantine.count > 0 or allocator.tail_is_free or can_punch
 
@@ -148,8 +138,8 @@ class Reclaim:
     def pending_clusters(self) -> int:
         """How many clusters are in quarantine, or are free but still take up space on the host.
 
-        Clusters that may be holes (`Allocator.maybe_holes`) do not count.  If the host cannot punch
-        holes, or punching is suspended, only the clusters in quarantine count.
+        Clusters that may be holes (`Allocator.maybe_holes`) do not count.  If nothing can be
+        punched now, only the clusters in quarantine count.
         """
         allocator = self._allocator
         return self._quarantine.count + (allocator.unpunched.count if self._can_punch else 0)
@@ -171,16 +161,14 @@ class Reclaim:
     def distrust_below(self, end: int) -> None:
         """Never free the clusters below the file offset ``end`` when they lose their reference.
 
-        The scan calls this method for a damaged image, in which two entries may refer to one
-        cluster.  When one of the entries is dropped, the cluster must stay unchanged for the other.
-        So clusters below ``end`` still leave the quarantine, but are neither used again nor
-        returned to the host.
+        In a damaged image two entries may refer to one cluster.  When one of the entries is
+        dropped, the cluster must stay unchanged for the other.
         """
         self._untrusted_end = end
 
     @property
     def has_untrusted(self) -> bool:
-        """Whether `distrust_below` was called, which keeps some clusters from being freed."""
+        """Whether `distrust_below` was called."""
         return self._untrusted_end > 0
 
     def wake_if_pending(self) -> None:
@@ -199,17 +187,16 @@ class Reclaim:
         """Free clusters of the quarantine, cut off the file's free end, and punch free clusters.
 
         Frees only clusters that need not stay in quarantine any longer.  Punches at most
-        ``max_runs`` runs, or all if ``max_runs`` is None.  Does nothing before the scan has
-        ended, or if the scan has failed.
+        ``max_runs`` runs, or all if ``max_runs`` is None.  Does nothing before the scan has ended,
+        or if it has failed.
 
-        If the host refuses to cut or to punch, the file takes up more space than necessary,
-        and nothing else is wrong.  So a HostError is not raised, and only the first one is logged.
+        If the host refuses to cut or to punch, the file only takes up more space than necessary.
+        So a HostError is not raised, and only the first one is logged.
 
         Raises:
             ReadOnlyError: Space could be returned to the host, but the disk has become read-only.
         """
-        # Until the scan has ended, a cluster that lost one reference could have a second one, so
-        # clusters must not be freed.
+        # Until the scan has ended, a cluster that lost one reference could have a second one.
         if not self._allocator.scan_complete:
             return
         async with self._lock:
@@ -232,10 +219,7 @@ class Reclaim:
                     log.warning("%s (while returning space to the host)", error)
 
     def _trusted_bits(self, block: int) -> int:
-        """Return a mask of the clusters of a block that `run` is allowed to free.
-
-        The mask is a negative number: all bits from the first trusted cluster on are set.
-        """
+        """Return a mask, a negative number, of the clusters of a block that `run` may free."""
         untrusted = (
             (self._untrusted_end >> self._bits)
             + self._allocator.free.alignment
@@ -244,11 +228,7 @@ class Reclaim:
         return -1 << max(0, untrusted)
 
     async def _punch(self, max_runs: int | None) -> None:
-        """Punch at most ``max_runs`` runs of free clusters out of the file; all if it is None.
-
-        Clusters that take up space come before those that may be holes already.  In both groups
-        the lowest come first.  The errors are those of `_punch_some`.
-        """
+        """Punch at most ``max_runs`` runs of free clusters out of the file; all if it is None."""
         left = max_runs
         while self._can_punch and left != 0:
             runs = _MAX_RUNS_PER_PUNCH if left is None else min(left, _MAX_RUNS_PER_PUNCH)
@@ -262,32 +242,24 @@ class Reclaim:
             left = None if left is None else left - done
 
     async def _punch_some(self, clusters: FreeMap, max_runs: int) -> int:
-        """Punch at most ``max_runs`` of the runs in ``clusters`` out of the file.
+        """Punch at most ``max_runs`` of the runs in ``clusters``; return how many were removed.
 
-        ``clusters`` is `Allocator.unpunched` or `Allocator.maybe_holes`.
-
-        Returns:
-            How many runs were removed from the map, including those that were holes already.
-
-        Raises:
-            HostError: A system call failed; the runs are in the map again.
-            ReadOnlyError: The disk has become read-only; the runs are in the map again.
+        Runs that were holes already count.  After an error all runs are in the map again.
         """
         allocator, bits = self._allocator, self._bits
         found = (clusters.take(BLOCK_CLUSTERS) for _ in range(max_runs))
         taken = [run for run in found if run is not None]
         # While the runs are punched, they are not in `Allocator.free`.  Otherwise the allocator
-        # could hand out a cluster whose new data the punching would erase.
+        # could hand out a cluster, and the punching would erase its new data.
         for first, count in taken:
             allocator.free.remove(first, count)
         self.punching_clusters = sum(count for _, count in taken)
         ranges = [(first << bits, count << bits) for first, count in taken]
         try:
             if clusters is allocator.maybe_holes:
-                # Punch only the runs for which the host stores data: most clusters that the
-                # scan found are holes already.  The clusters of `unpunched` are punched
-                # without asking the host.  Some of them may look like holes but take up space,
-                # because their space was reserved and never written to.
+                # Most clusters that the scan found are holes already, so the host is asked first.
+                # It is not asked about `unpunched`: reserved space that was never written looks
+                # like a hole.
                 ranges = [run for run in ranges if await holds_data(self._file, *run)]
             if ranges:
                 await self._guard.prepare_write()

@@ -38,9 +38,9 @@ _log = logging.getLogger(__name__)
 class MetadataOperations(pyfuse3.Operations):
     """The handlers of requests about metadata, for one mount.
 
-    Requests for extended attributes have no handler.  So pyfuse3 answers the first one with ENOSYS,
-    and then the kernel sends no further ones.  After any other reply the kernel would send such a
-    request with each write(2).
+    Requests for extended attributes have no handler, so pyfuse3 answers the first one with ENOSYS,
+    and the kernel sends no further ones.  After any other reply it would send one with each
+    write(2).
 
     Attributes:
         disks: The disks, by inode number.
@@ -69,8 +69,7 @@ class MetadataOperations(pyfuse3.Operations):
             truncation: Changes the size of a disk.
             size_fixup: Gets a request when the kernel may have cached a wrong size of a disk.
             partition_files: Keeps the files of partitions in step with the disks.
-            is_directory: Whether the mountpoint is a directory.  If not, the mountpoint is the file
-                of the only disk.
+            is_directory: Whether the mountpoint is a directory, not the file of the only disk.
         """
         super().__init__()
         self.disks = disks.by_inode
@@ -83,9 +82,8 @@ class MetadataOperations(pyfuse3.Operations):
         self._partition_files = partition_files
         self._is_directory = is_directory
         self._attributes = Attributes(options)
-        # The kernel does not know the option ``allow_root``.  So the kernel gets ``allow_other``
-        # in its place, and the handlers refuse all users but root and the user who mounts
-        # (`admit`).
+        # The kernel does not know ``allow_root`` and gets ``allow_other`` in its place, so the
+        # handlers refuse other users (`admit`).
         is_limited = options.allow_root and not options.allow_other
         self._admitted = frozenset((0, os.getuid())) if is_limited else None
 
@@ -104,8 +102,8 @@ class MetadataOperations(pyfuse3.Operations):
 
         Raises:
             FUSEError: EISDIR, the inode is that of the directory; ENOENT, no disk has the inode;
-                ESTALE, the inode was that of a partition that has changed since.  After ESTALE
-                the kernel looks up the name again.
+                ESTALE, the inode was that of a partition that has changed since, so the kernel
+                looks up the name again.
         """
         exported = self.disks.get(inode & ~HANDLE_FLAGS)
         if exported is None:
@@ -156,10 +154,7 @@ class MetadataOperations(pyfuse3.Operations):
         return self._attributes.for_reply(exported)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Do nothing, because the kernel does not decide how long a file of the mount exists.
-
-        A disk exists as long as the mount, and the partition table decides on partitions.
-        """
+        """Do nothing, because the kernel does not decide how long a file of the mount exists."""
 
     @answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -218,7 +213,7 @@ class MetadataOperations(pyfuse3.Operations):
             )
         reply = self._attributes.for_reply(exported)
         if not reply_with_real_size:
-            # This reply makes the kernel drop its pages past the requested size, and request the
+            # The reply makes the kernel drop its pages past the requested size, and request the
             # real size later (`qedfuse.mount.fuse.truncation`).
             reply.st_size = attr.st_size
             reply.attr_timeout = 0
@@ -247,18 +242,15 @@ class MetadataOperations(pyfuse3.Operations):
         start_id: int,
         token: ReaddirToken,
     ) -> None:
-        """List the disks from position ``start_id`` on, until the reply to the kernel is full.
-
-        The disks have the order in which the user named them; their partitions follow.
-        """
+        """List the disks from position ``start_id`` on, until the reply to the kernel is full."""
         sent = []
         for next_id, exported in enumerate(list(self._exported_disks)[start_id:], start_id + 1):
             attributes = self._attributes.of_disk(exported)
             if not pyfuse3.readdir_reply(token, exported.name, attributes, next_id):
                 break
             sent.append((exported, attributes.st_blocks))
-        # `ExportedDisk.cached_blocks` must be the value that the kernel has cached.  So the value
-        # is set at the end, when no exception can replace the reply by an error any more.
+        # `ExportedDisk.cached_blocks` must be the value that the kernel has cached.  So it is set
+        # at the end, when no exception can replace the reply by an error any more.
         for exported, blocks in sent:
             exported.cached_blocks = blocks
 
@@ -284,10 +276,7 @@ class MetadataOperations(pyfuse3.Operations):
         self,
         ctx: RequestContext,  # noqa: ARG002  an argument that pyfuse3 passes
     ) -> StatvfsData:
-        """Return the size and the free space of the host's file system.
-
-        The file system is the one that stores the image of the first disk.
-        """
+        """Return the size and free space of the file system that stores the first disk's image."""
         host = next(iter(self._exported_disks)).disk.statvfs()
         reply = pyfuse3.StatvfsData()
         for name in (
@@ -298,12 +287,8 @@ class MetadataOperations(pyfuse3.Operations):
         return reply
 
     async def _refuse(self, *_args: object) -> NoReturn:
-        """Refuse to create, remove or rename a file, because each file stands for an image.
-
-        Raises:
-            FUSEError: EPERM, always.
-        """
+        """Refuse to create, remove or rename a file (EPERM)."""
         raise FUSEError(errno.EPERM)
 
-    # mypy is silenced because one method replaces handlers with different signatures.
+    # One method replaces handlers with different signatures.
     create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse  # type: ignore[assignment]

@@ -90,8 +90,8 @@ async def plan(
         repair_plan = RepairPlan()
         if report.errors and level == "all":
             repair_plan = await plan_repair(file, header)
-        # Even if no cluster is leaked now, the repair of errors can leak clusters: those in the
-        # free list, which the repair drops, and the old clusters of a table that the repair moves.
+        # The repair of errors can leak clusters: those in the free list, which it drops, and the
+        # old clusters of a table that it moves.
         keep_leaks = _must_keep_leaks(path, level, report) and bool(report.errors or report.leaks)
         risky = repair_plan.written > _max_unforced_bytes(file) or _is_risky(report, level)
         return CheckResult.of_check(
@@ -114,37 +114,34 @@ async def repair(
 ) -> CheckResult:
     """Check an image, and then repair its tables or reclaim its leaked clusters.
 
-    Leaked clusters are reclaimed only if the image has no errors, because an invalid entry may
-    have been meant to point to one of these clusters.  Errors of the persistent free list
-    count as errors of the image.  To reclaim leaked clusters, the highest clusters in use are
-    moved into the space of the leaked ones, and the file is truncated.
+    Leaked clusters are reclaimed only if the image has no errors, because an invalid entry may have
+    been meant to point to one of these clusters.  Errors of the persistent free list count.  To
+    reclaim leaked clusters, the highest clusters in use are moved into the space of the leaked
+    ones, and the file is truncated.
 
-    After a repair the clusters of cleared entries are leaked, and hold all that is left of the
-    lost data.  So a call with ``all`` that repairs errors keeps all leaked clusters.  Later calls
-    with ``all`` keep them as long as the first backup exists (``.before-repair`` without a number).
-    A call with ``leaks`` reclaims them.
+    After a repair the clusters of cleared entries are leaked, and hold all that is left of the lost
+    data.  So a call with ``all`` that repairs errors keeps all leaked clusters.  Later calls with
+    ``all`` keep them as long as the first backup exists (``.before-repair`` without a number).  A
+    call with ``leaks`` reclaims them.
 
     Args:
         path: The image; no other program may have the image open.
-        level: ``all`` repairs the image if it has errors, and otherwise reclaims leaked
-            clusters.  ``leaks`` only reclaims leaked clusters, and changes nothing if the
-            image has errors.
-        force: Repair even if the repair writes more than `_max_unforced_bytes`, or if the
-            tables seem to lie at another offset than the header says.
-        progress: Called with the work done in the present step, and all work of that step:
-            tables while the image is checked, bytes while clusters are moved.  Not called
-            while tables are repaired.
+        level: ``all`` repairs the image if it has errors, and otherwise reclaims leaked clusters.
+            ``leaks`` only reclaims leaked clusters, and changes nothing if the image has errors.
+        force: Repair even if the repair writes more than `_max_unforced_bytes`, or if the tables
+            seem to lie at another offset than the header says.
+        progress: Called with the work done in the present step, and all work of that step: tables
+            while the image is checked, bytes while clusters are moved.
 
     Raises:
         UsageError: The image is a URL.
-        CorruptImageError: The repair is refused without ``force``.  Nothing has been
-            changed.
+        CorruptImageError: The repair is refused without ``force``.  Nothing has been changed.
         NeedsCheckError: The image is too large, or has too many tables, to be checked.  Or the
             repair has made the image too large, or has found too many invalid L1 entries.
         NoSpaceError: The host has too little space for the repair.  Nothing has been changed,
             unless the host became full during the repair.
-        QedError: The image cannot be opened or locked, or a system call failed.  The image is
-            not damaged further, and the repair can be run again.
+        QedError: The image cannot be opened or locked, or a system call failed.  The image is not
+            damaged further, and the repair can be run again.
     """
     async with _open_image(path, LockMode.WRITE) as (file, header):
         size = file.size()
@@ -163,10 +160,9 @@ async def repair(
             backup_path = backup.path
             after = (await repair_image(file, header)).after
         elif keep_leaks and header.need_check:
-            # There are no errors, and leaks are kept because of the backup of an earlier
-            # repair.  NEED_CHECK can still be set, for example because that repair was
-            # interrupted after it had written all entries.  As there are no errors,
-            # `repair_image` only clears NEED_CHECK here and drops the persistent free list.
+            # Leaks are kept because of the backup of an earlier repair.  NEED_CHECK is still set if
+            # that repair was interrupted after it had written all entries.  As there are no errors,
+            # `repair_image` only clears NEED_CHECK and drops the persistent free list.
             after = (await repair_image(file, header)).after
         if not keep_leaks and not after.errors and (after.leaks or header.need_check):
             await _reclaim(file, path, progress)
@@ -216,11 +212,7 @@ def _backup_path(path: str) -> str:
 
 
 def _must_keep_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport) -> bool:
-    """Return whether leaked clusters must be kept, because they may hold data lost by a repair.
-
-    True with ``all`` if the check found errors, which will be repaired now, or if the first
-    backup of an earlier repair exists.  Always False with ``leaks``.
-    """
+    """Return whether leaked clusters must be kept, because they may hold data lost by a repair."""
     has_backup = os.path.lexists(_backup_path(path))
     return level == "all" and (report.errors > 0 or has_backup)
 
@@ -228,8 +220,8 @@ def _must_keep_leaks(path: str, level: Literal["leaks", "all"], report: CheckRep
 def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
     """Return whether a repair could overwrite bytes that are not a table, or reclaim used clusters.
 
-    True if the check suggests that the header names the wrong offset or size of the tables.  But
-    with ``leaks`` an image that has errors is not changed, so the result is then False.
+    The check suggests this if the header may name the wrong offset or size of the tables.  With
+    ``leaks`` an image that has errors is not changed.
     """
     return report.is_implausible and (level == "all" or not report.errors)
 
@@ -248,10 +240,6 @@ def _refuse_excess(file: PosixFile, repair_plan: RepairPlan, *, force: bool) -> 
 
     A few bytes of a hostile image can cause thousands of new tables or copies of clusters, which
     would fill the host.
-
-    Raises:
-        CorruptImageError: The repair would write more than `_max_unforced_bytes`, and
-            ``force`` is False.
     """
     allowed = _max_unforced_bytes(file)
     if repair_plan.written > allowed and not force:
@@ -266,13 +254,8 @@ def _refuse_excess(file: PosixFile, repair_plan: RepairPlan, *, force: bool) -> 
 def _refuse_without_space(file: PosixFile, repair_plan: RepairPlan) -> None:
     """Refuse a repair for which the host has too little space.
 
-    The space that a repair needs has two upper limits: the bytes that the repair writes, and the
-    bytes by which the file becomes longer.  The lower one counts.  It is the first if copies have
-    holes, and the second if many entries are replaced in place.
-
-    Raises:
-        NoSpaceError: Both limits are higher than the number of free bytes.
-        HostError: A system call failed.
+    The space that a repair needs has two upper limits: the bytes that it writes, and the growth of
+    the file.  The first is lower if copies have holes, the second if entries are replaced in place.
     """
     try:
         host = os.fstatvfs(file.fd)
@@ -289,33 +272,20 @@ def _refuse_without_space(file: PosixFile, repair_plan: RepairPlan) -> None:
 
 
 def _max_unforced_bytes(file: PosixFile) -> int:
-    """Return the maximum number of bytes that a repair may write without ``force``.
-
-    The maximum is the space that the file uses on the host, but at least
-    `_ALWAYS_ALLOWED_BYTES`.
-    """
+    """Return the maximum number of bytes that a repair may write without ``force``."""
     return max(_ALWAYS_ALLOWED_BYTES, allocated_bytes(file.stat()))
 
 
 async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> None:
     """Reclaim the leaked clusters of an image without errors, and clear NEED_CHECK.
 
-    The backing file is not opened.
-
-    Args:
-        file: The image, open for writing and locked; stays open.
-        path: Path of the image.
-        progress: Called with the bytes moved so far, and the bytes to move in all.
-
-    Raises:
-        QedError: A system call failed.
+    ``file`` must be open for writing and locked; it stays open.
     """
     header = await read_header(file)
     # The close need not compact, because `Disk.compact` is called below.
     options = OpenOptions(writable=True, compact="off")
-    # The disk gets a duplicate of the descriptor, because the disk closes its descriptor at the
-    # end, and ``file`` must stay open.  The close of the duplicate does not release the lock,
-    # because the lock belongs to the open file description, which ``file`` keeps open.
+    # The disk gets a duplicate of the descriptor, because it closes its descriptor at the end.  The
+    # lock belongs to the open file description, so it stays until ``file`` is closed.
     try:
         fd = os.dup(file.fd)
     except OSError as error:
@@ -328,12 +298,7 @@ async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> Non
 
 @asynccontextmanager
 async def _open_image(path: str, mode: LockMode) -> AsyncIterator[tuple[PosixFile, Header]]:
-    """Open and lock an image without its backing file; yield the file and its header.
-
-    Raises:
-        UsageError: The image is a URL.
-        QedError: The image cannot be opened, locked or read.
-    """
+    """Open and lock an image without its backing file; yield the file and its header."""
     require_local(path)
     with open_image_file(path, mode, writable=mode is LockMode.WRITE) as file:
         yield file, await read_header(file)
