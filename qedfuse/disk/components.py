@@ -1,8 +1,6 @@
 """The objects that an opened image consists of, built bottom up.
 
-The constructor of each object receives the objects that it uses, and the object is complete
-when the constructor returns.  Callers use the objects only through `Disk`.  `Lifecycle` starts
-and stops them.
+Callers use the objects only through `Disk`.  `Lifecycle` starts and stops them.
 """
 
 from __future__ import annotations
@@ -63,8 +61,7 @@ class Components:
     ) -> None:
         """Build all objects for the image in ``file``; ``bases`` are its opened bases, if any.
 
-        ``store`` is the cache of table slices that the whole chain shares.  `Lifecycle` must start
-        the objects before they are used.
+        ``store`` is the cache of table slices that the whole chain shares.
         """
         self.file = file
         self.options = options
@@ -81,10 +78,8 @@ class Components:
 
         # Write-back
         #
-        # A `FreeMap` divides the clusters of the file into blocks.  `Quarantine` and `Marking` make
-        # their maps like the empty `map_template`.  It has the table size and the anchor of the
-        # allocator's map (`Allocator.anchor`), and these two decide where the blocks begin.  So the
-        # blocks of all maps begin at the same clusters.
+        # The table size and the anchor of a `FreeMap` decide where its blocks begin.  In the maps
+        # of `Quarantine`, `Marking` and `Allocator` they must begin at the same clusters.
         anchor = header.l1_end >> header.geometry.cluster_bits
         map_template = FreeMap(header.table_size, anchor)
         self.epochs = Epochs()

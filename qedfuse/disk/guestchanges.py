@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 class GuestChanges(GuestReads):
     """Reads and changes an opened image with its chain.
 
-    Tasks may call all methods concurrently.  If the disk is open read-only, or an error has made it
-    read-only (`failure`), `try_write` returns False, and any other method that would modify the
-    image raises `ReadOnlyError`.
+    Tasks may call all methods concurrently.  If the disk is or has become read-only, `try_write`
+    returns False, and any other method that would modify the image raises `ReadOnlyError`.
 
     Attributes:
         name: The name of the image file, escaped for messages.
@@ -42,8 +41,7 @@ class GuestChanges(GuestReads):
         self._first_write_guard = components.first_write_guard
         self._write_path = components.write_path
         self._discard = components.discard
-        # Without its base the image can still be changed as a file (compacted, for example), but
-        # `_refuse_without_base` makes `write` and other methods raise.
+        # Without its base the image can still be compacted, for example, but not written to.
         self._lacks_base = components.chain.lacks_base
         self._plain_writes = (
             file.writable and options.detect_zeroes == "off" and not self._lacks_base
@@ -51,10 +49,7 @@ class GuestChanges(GuestReads):
 
     @property
     def writable(self) -> bool:
-        """Whether the image may be modified.
-
-        False if the image is open read-only, or if an error has made the disk read-only (D7).
-        """
+        """Whether the image may be modified; False also after an error (D7)."""
         return self._file.writable and self._writeback.failure is None
 
     @property
@@ -78,18 +73,16 @@ class GuestChanges(GuestReads):
         self, record_write: Callable[[int, float], None], length: int, seconds: float
     ) -> None:
         """Record that the extension has written ``length`` bytes in ``seconds``."""
-        # First, so that a flush covers the write even if the second call raises an exception.
+        # First, so that a flush covers the write even if the second call raises.
         self._writeback.note_write()
         record_write(length, seconds)
 
     def try_write(self, start: int, data: Buffer) -> bool:
         """Write bytes without waiting; return False if that would block or fails.
 
-        Returns False also if ``data`` is empty, ends past the end of the disk, or needs entries
-        of two slices of a table.  Returns False also if the state or the options of the disk
-        require `write`, for example if `OpenOptions.detect_zeroes` is not ``off``.
-        After False a part may have been written, so the caller must pass all of ``data`` to
-        `write`.
+        Returns False also if ``data`` is empty, ends past the end of the disk, or needs entries of
+        two slices of a table, or if the state or the options of the disk require `write`.  After
+        False a part may have been written, so the caller must pass all of ``data`` to `write`.
         """
         return (
             self._plain_writes
@@ -101,7 +94,8 @@ class GuestChanges(GuestReads):
     async def write(self, start: int, data: Buffer) -> int:
         """Write bytes; return how many were written: all that lie within the disk.
 
-        Returns 0 if ``data`` is empty.  Until `flush`, the bytes may be only in memory.
+        Returns 0 if ``data`` is empty.  Until `flush`, the bytes may be only in memory.  After an
+        error a part may have been written.
 
         Raises:
             PastEndError: The disk ends at or before ``start``, and ``data`` is not empty.
@@ -110,9 +104,6 @@ class GuestChanges(GuestReads):
             BackingError: The disk was opened without its base.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A system call failed.
-
-        After NoSpaceError, ReadOnlyError, CorruptImageError or HostError a part may have been
-        written.
         """
         view = memoryview(data).cast("B")
         if not len(view):
@@ -132,20 +123,16 @@ class GuestChanges(GuestReads):
     async def discard(self, start: int, length: int) -> None:
         """Make a range read as zeros; ignore the part of the range past the end of the disk.
 
-        If `OpenOptions.discard` is True, clusters that lie wholly in the range are deallocated.
-        The last cluster of the disk counts as such a cluster if the range covers all its bytes
-        up to the end of the disk.  If the option is False, allocated clusters stay allocated, and
-        zeros are written over them.  With either value, unallocated clusters that lie wholly in
-        the range become zero clusters where the base has data.  If a cluster lies only partly
-        in the range and may hold data, zeros are written over the part in the range.
+        Allocated clusters that lie wholly in the range are deallocated if `OpenOptions.discard` is
+        True, and otherwise overwritten with zeros.  Unallocated ones become zero clusters where the
+        base has data.  Clusters that lie only partly in the range are overwritten with zeros there.
+        After an error parts of the range may read as zeros.
 
         Raises:
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A system call failed.
-
-        After ReadOnlyError, CorruptImageError or HostError parts of the range may read as zeros.
         """
         if start >= self.size:
             return
@@ -153,10 +140,9 @@ class GuestChanges(GuestReads):
         await self._first_write_guard.prepare_write()
         async with AsyncExitStack() as stack:
             if start + length >= self.size and self._layer.geometry.in_cluster(self.size):
-                # The last cluster is deallocated together with its bytes past the end of the
-                # disk.  If the disk grew before that, the guest could write to these bytes, and
-                # the deallocation would drop what the guest wrote.  So this task holds the lock
-                # that a change of the size needs.
+                # The last cluster is deallocated together with its bytes past the end of the disk.
+                # If the disk grew before that, the guest could write to these bytes, and lose what
+                # it wrote.  So this task holds the lock that a change of the size needs.
                 await stack.enter_async_context(self._components.disk_size.lock)
             end = min(start + length, self.size)
             await self._discard.discard(start, end, free=self._options.discard)
@@ -165,6 +151,7 @@ class GuestChanges(GuestReads):
         """Allocate each cluster of a range, and reserve its space on the host.
 
         The range reads as before.  The part of the range past the end of the disk is ignored.
+        After an error parts of the range may be allocated.
 
         Raises:
             NoSpaceError: The host is full.
@@ -172,9 +159,6 @@ class GuestChanges(GuestReads):
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A system call failed.
-
-        After NoSpaceError, ReadOnlyError, CorruptImageError or HostError parts of the range may be
-        allocated now.
         """
         end = min(start + length, self.size)
         if start < end:
@@ -183,11 +167,7 @@ class GuestChanges(GuestReads):
             await self._write_path.allocate(start, end)
 
     def _refuse_without_base(self, operation: str) -> None:
-        """Raise if the disk was opened without its base; the message names ``operation``.
-
-        Raises:
-            BackingError: The image has a base, which was not opened.
-        """
+        """Raise `BackingError` if the disk was opened without its base."""
         if self._lacks_base:
             msg = (
                 f"{self.name}: {operation}: needs the base, but the image was opened without its "
@@ -215,6 +195,6 @@ class GuestChanges(GuestReads):
     def when_flushed(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` at the end of each successful flush, background flushes included.
 
-        ``listener`` replaces the function that was passed before.
+        It replaces the previous listener.
         """
         self._flusher.listen(listener)

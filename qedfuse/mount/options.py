@@ -36,61 +36,45 @@ class MountOptions:
             from 0555 for their directory; None to remove all bits of group and others.
         direct_io: Reads and writes bypass the kernel's page cache.
         backing: Which backing files may be used.
-        force_share: The mount is read-only, and images are opened even if another program writes to
-            them.
-        nonempty: The mountpoint may be the file of an image, even if the image is not a source of
-            this mount.
+        force_share: The mount is read-only, and another program may write to the images.
+        nonempty: The mountpoint may be the file of an image that this mount does not show.
         growable: truncate(2), fallocate(2) and writes past the end enlarge the disk.
-        truncate: Whether a truncation to a smaller size, an open with O_TRUNC included, is
-            refused or writes zeros to the range that it cuts off.
-        commit_seconds: Time in seconds from a change of a table until a background flush begins
-            (`OpenOptions`).
-        cache_bytes: Maximum memory in bytes for the tables of one disk, including the tables of its
-            backing files (`OpenOptions`).
+        truncate: Whether a truncation to a smaller size, an open with O_TRUNC included, is refused
+            or writes zeros to the range that it cuts off.
+        commit_seconds: Time in seconds from a change of a table until a background flush begins.
+        cache_bytes: Maximum memory in bytes for the tables of one disk and of its backing files.
         discard: Whether a discard makes clusters free; if not, it writes zeros.
         detect_zeroes: How written zeros are stored (`OpenOptions`).
         free_list: Whether images keep a persistent free list (`OpenOptions`).
         compact: How far the image files are compacted when the mount ends (`OpenOptions`).
         compact_bytes: Maximum number of bytes that ``compact=auto`` moves in each image.
-        compact_seconds: Approximate maximum time in seconds that ``compact=auto`` takes for all
-            images together.
+        compact_seconds: Approximate maximum time in seconds of ``compact=auto`` for all images.
         poll_seconds: Maximum time in seconds for which the server polls for the next request before
-            it sleeps; 0 to poll only once; None for the default, which is 0 if the server may run
-            on one processor only.
+            it sleeps; None for the default, which is 0 if the server may run on one processor only.
         metrics: Where the metrics for Prometheus are served; None for nowhere.
         readahead: Maximum read-ahead of the kernel in bytes; ``kernel`` to keep the kernel's own
-            read-ahead; None for the default of qedfuse (`qedfuse.mount.system.readahead`).
+            read-ahead; None for the default of qedfuse.
         snapshot: Writes go to a temporary overlay and are dropped when the mount ends.
-        overlay: Path of a QED image that gets all writes, and that is made if it is missing; None
-            if the image itself gets the writes.
-        base_changed: Whether to accept a base whose version is not the one that the image
-            remembers.
+        overlay: Path of a QED image that gets all writes, and that is made if it is missing.
+        base_changed: Whether to accept a base that has changed since the image was made over it.
         backing_urls: Prefixes of the URLs that images may name as backing files.
-        remote_cache_directory: Directory of the cache for remote files; None for the default
-            directory of the user.
-        remote_cache_bytes: Maximum space in bytes of this cache; None for no maximum.  In both
-            cases a part of the file system stays free.
-        remote_seconds: Maximum time in seconds in which attempts of one request to a server begin;
-            the last attempt may end later.
-        remote_connect_seconds: Maximum time in seconds to connect to a server; a value above
-            ``remote_attempt_seconds`` is reduced to ``remote_attempt_seconds``.
-        remote_attempt_seconds: Maximum time in seconds of one attempt; a value above
-            ``remote_seconds`` is reduced to ``remote_seconds``.
+        remote_cache_directory: Directory of the cache for remote files; None for the default.
+        remote_cache_bytes: Maximum space in bytes of this cache; None for no maximum.
+        remote_seconds: Maximum time in seconds in which attempts of one request to a server begin.
+        remote_connect_seconds: Maximum time in seconds to connect to a server.
+        remote_attempt_seconds: Maximum time in seconds of one attempt.
         allow_http: Whether URLs with ``http://`` may name other machines than this one.
         allow_unpinned: Whether to read an object for which the server sends neither a strong ETag
-            nor a time of modification.  A change of such an object is noticed only if its size
-            changes.
+            nor a time of modification.
         credentials_file: A file with credentials for servers; None for no file.
-        credentials: The content of ``credentials_file``, as `with_credentials` has read it; empty
-            before.
-        prefetch: ``all`` to fetch into the cache all data of remote files that belongs to the
-            disks, in times when no reader waits for a server; ``off`` to fetch only what is read.
+        credentials: The content of ``credentials_file``; empty before `with_credentials`.
+        prefetch: Whether to fetch all data that belongs to the disks when no reader waits
+            (``all``), or only what is read (``off``).
         partitions: Whether the mount has a file for each partition of each disk as well.
-        partition: The number of the partition that is the only file of the mount; None to show
-            the whole disk.
-        sandbox: ``on`` to give up access that the server does not need, before the first request
-            and as far as the host supports it; ``strict`` to refuse the mount if the host does not
-            support all of the sandbox; ``off`` for no sandbox.
+        partition: The number of the partition that is the only file of the mount; None to show the
+            whole disk.
+        sandbox: ``on`` to give up access that the server does not need, as far as the host supports
+            it; ``strict`` to refuse the mount if the host lacks a part; ``off`` for no sandbox.
         memory_bytes: Limit of the server's address space in bytes; None for no limit.
         kernel_flags: Mount flags that the kernel enforces, such as ``noexec``.
     """
@@ -173,9 +157,6 @@ class MountOptions:
     def absolute(self) -> MountOptions:
         """Return the options with absolute paths, and with the present working directory.
 
-        A later change of the working directory has no effect on the paths, nor on names
-        ``file:PATH`` of backing files.
-
         Raises:
             FileNotFoundError: A path is relative, and the working directory has been removed.
         """
@@ -212,8 +193,7 @@ def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
 
     Args:
         options: The options.
-        explicit_rw: Whether the user gave ``rw``.  The default is a writable mount as well, but
-            only an explicit ``rw`` excludes ``force_share``.
+        explicit_rw: Whether the user gave ``rw``, which excludes ``force_share``.
 
     Raises:
         UsageError: Two options exclude each other.
@@ -232,9 +212,8 @@ def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
         (options.partitions and options.partition is not None, "partitions", "partition"),
         (options.growable and options.partition is not None, "growable", "partition"),
         (options.truncate == "zero" and is_read_only, "truncate=zero", read_only_option),
-        # The image that the user mounts is the backing file of the overlay.  So backing_format
-        # would set the format of that image, and backing=none would refuse that image.  The other
-        # options about backing files never refuse that image, because the user has named it.
+        # The backing file of the overlay is the image that the user mounts.  So backing_format
+        # would set its format, and backing=none would refuse it.
         (has_overlay and options.backing.format is not None, "backing_format", overlay_option),
         (has_overlay and options.backing.mode == "none", "backing=none", overlay_option),
         (bool(options.backing.directories) and options.backing.mode != "confined",

@@ -1,50 +1,33 @@
 """Reads of the cache's data file from the page cache, without a comparison with the checksum.
 
 A unit becomes ready when this process has fetched and stored it, or has read it from the disk and
-compared it with its checksum (`UnitFile.load`).  From then on, this module reads the unit, as long
-as the page cache has it.  When the page cache has lost a page, the disk may return other bytes,
-because bits have flipped or a write has failed.  So this module must read only what is in the page
-cache.
+compared it with its checksum (`UnitFile.load`).  From then on, this module reads the unit.  When
+the page cache has lost a page, the disk may return other bytes, because bits have flipped or a
+write has failed.  So this module must read only what is in the page cache.
 
 A read with ``RWF_NOWAIT`` alone would not ensure that.  There are three dangers, each with its
 remedy:
 
-- A read that misses the page cache can make the kernel read from the disk.  If the disk answers
-  before the kernel looks for the bytes again, the same call returns the bytes; if not, the next
-  read returns them.  Three rules prevent such reads.  A read is tried only if the kernel reports
-  that the page cache has all of its bytes.  A miss makes the units of the range not ready
-  (`RemoteFile`).  The kernel's readahead is off (`UnitFile`).
+- A read that misses the page cache can make the kernel read from the disk, and this read or the
+  next one returns the bytes.  So a read is tried only if the kernel reports that the page cache has
+  all of its bytes.  A miss makes the units of the range not ready (`RemoteFile`).  The kernel's
+  readahead is off (`UnitFile`).
 - The kernel returns zeros for a hole of the file without reading from the disk, and a failed write
   can leave a hole.  So a block of zeros counts as a miss, unless the block is known to be zeros in
   the object (`ZeroBlocks`).
 - Another program may have truncated the file.  A later write makes it longer again, with a hole,
-  but never as long as it was (`qedfuse.remote.sharing`).  So the length shows that the file was
-  truncated.  It is checked before and after the read.
+  but never as long as it was (`qedfuse.remote.sharing`).  So the length is checked before and after
+  the read.
 
 By these rules a miss in one process brings no unchecked bytes into the page cache, where another
-process that uses the same entry could read them.
+process that uses the same entry could read them.  docs/remote.md lists the cases in which bytes
+that were not compared can still be returned.
 
 The mount's extension in C reads the file by the same rules (``_checkedunits.c``), with fewer calls.
-It compares the length after a read with the length after the previous read, and it prefers
-cachestat(2) to mincore(2).  A page in the page cache can be *invalid*: the kernel is reading it
-from the disk, or has failed to write it.  cachestat(2) counts such a page, but mincore(2) does not.
-A read with ``RWF_NOWAIT`` does not return the page, but splice(2) would read it from the disk.  So
-the extension calls mincore(2) before splice(2).  It omits this call for a unit whose pages cannot
-become invalid any more: an earlier mincore(2) has found all of them valid, none of them was then
-waiting to be written to the disk, and no other process has the entry open.
-
-Bytes that were not compared can still be returned in these cases:
-
-- Another program has read a block from a damaged disk into the page cache, or is reading it.
-- Between the check of the page cache and the read of this module, the kernel drops a block, and
-  another program makes it read the block from the disk.
-- `UnitFile.load` reads a unit a second time, through the page cache, after it has compared the
-  unit, and the disk returns other bytes this time.  Until `load` has compared and dropped these
-  bytes, another process in which the unit is ready can read them.  Writing the compared bytes into
-  the page cache instead would write each such unit to the disk again.
-- The file system does not support reads around the page cache, so `UnitFile.load` reads a damaged
-  unit through the page cache.  Until `load` has dropped the unit, another process in which the unit
-  is ready can read it.
+A page in the page cache can be *invalid*: the kernel is reading it from the disk, or has failed to
+write it.  cachestat(2) counts such a page, but mincore(2) does not.  A read with ``RWF_NOWAIT``
+does not return the page, but splice(2) would read it from the disk.  So the extension calls
+mincore(2) before splice(2), and cachestat(2) before other reads.
 """
 
 from __future__ import annotations
@@ -71,21 +54,21 @@ if TYPE_CHECKING:
 class LocalData:
     """The data file of an entry of the cache, open for reading.
 
-    The object has a duplicate of the entry's descriptor, because the fetcher closes an entry that
-    is damaged.  Threads may read concurrently.  After `close`, the duplicate is closed when the
-    last read has returned.
+    The object has a duplicate of the entry's descriptor, because the fetcher closes a damaged
+    entry.  Threads may read concurrently.  After `close`, the duplicate is closed when the last
+    read has returned.
 
     Attributes:
         is_readable: Whether the page cache is read.  False if calls may wait for a server (NFS,
-            FUSE), because reads run in the event loop; also False if blocks of the file system are
-            smaller than `BLOCK_BYTES`, because then a hole may be too small to be recognised.
+            FUSE), because reads run in the event loop.  Also False if blocks of the file system are
+            smaller than `BLOCK_BYTES`: a hole could be too small to be recognised.
     """
 
     def __init__(self, entry: UnitFile) -> None:
         """Duplicate the descriptor of ``entry``, which must be open, and map the data file.
 
         Raises:
-            OSError: The host has no free descriptor, or refused another call, such as the mapping.
+            OSError: A system call failed.
         """
         self._fd = os.dup(entry.data_fd)
         self._size = entry.size
@@ -110,10 +93,9 @@ class LocalData:
     ) -> PageSource | None:
         """Return what the mount's extension needs to read the file; None unless `is_readable`.
 
-        The result has the bare descriptor, and the address of the mapping, which are valid until
-        `close`.  That suffices: the extension reads only during requests to a disk, and a disk
-        closes its files after its last request.  The fetcher closes only its own descriptor when it
-        finds that the file was truncated.
+        The result is valid until `close`, because it has the bare descriptor and the address of the
+        mapping.  The extension reads only during requests to a disk, and a disk closes its files
+        after its last request.
 
         Args:
             ready: Which units may be read; see `UnitStore.ready`.
@@ -136,8 +118,8 @@ class LocalData:
         ``zeros`` has the blocks of the object that are known to be zeros.
 
         Returns False if a byte is not in the page cache or may be in a hole, if the file system
-        does not support such reads, or if the file was truncated or closed; the caller cannot
-        distinguish these cases.  The content of ``view`` is undefined then.
+        does not support such reads, or if the file was truncated or closed.  The content of
+        ``view`` is undefined then.
         """
         if not self.is_readable:
             return False
@@ -151,12 +133,7 @@ class LocalData:
             self._use.leave()
 
     def _try_read(self, offset: int, view: memoryview, zeros: ZeroBlocks) -> bool:
-        """Fill ``view`` from the page cache; see `try_read`.
-
-        Raises:
-            OSError: A system call failed, or the kernel has dropped the first page from the page
-                cache since `Residency.has_range` found it there.
-        """
+        """Fill ``view`` from the page cache; see `try_read`."""
         length = os.lseek(self._fd, 0, os.SEEK_END)
         return (
             has_length(length, self._size)
@@ -172,7 +149,7 @@ class LocalData:
         Returns True if this object is closed or not `is_readable`, and False if the host refuses.
         """
         if not self.is_readable:
-            return True  # this object does not read the file, and on NFS lseek(2) may wait
+            return True  # on NFS lseek(2) may wait
         if not self._use.enter():
             return True
         try:

@@ -51,11 +51,7 @@ class RemoteFile(ReadOnlyFile):
 
     @property
     def page_source(self) -> PageSource | None:
-        """The data file of the cache, for reads of ready units.
-
-        None if there is no cache, or if its data file must not be read this way
-        (`LocalData.is_readable`).
-        """
+        """The data file of the cache; None if there is none, or it must not be read this way."""
         if self._local is None:
             return None
         return self._local.page_source(
@@ -174,9 +170,8 @@ class RemoteFile(ReadOnlyFile):
     def _fill(self, offset: int, view: memoryview, flights: list[Flight]) -> int:
         """Fill ``view`` from flights that have ended and from the cache.
 
-        Returns:
-            How many bytes at the beginning of ``view`` are valid; the caller must demand the rest
-            again.
+        Returns how many bytes at the beginning of ``view`` are valid; the caller must demand the
+        rest.
         """
         filled = len(view)
         for start, count, block in self._parts(offset, len(view), flights):
@@ -184,19 +179,18 @@ class RemoteFile(ReadOnlyFile):
             if block is not None:
                 part[:] = block
             elif not self._read_cached(start, part):
-                # The further parts are tried as well: each failure makes the units of its part not
-                # ready, so that the caller demands all of these units together.
+                # Try the further parts as well: a failure makes units not ready, so the caller
+                # demands all of them together.
                 filled = min(filled, start - offset)
         return filled
 
     def _parts(
         self, offset: int, length: int, flights: list[Flight]
     ) -> list[tuple[int, int, Buffer | None]]:
-        """Divide a range whose flights have ended into parts, each with its content.
+        """Divide a range whose flights have ended into parts, each in one unit.
 
-        Returns:
-            (file offset, number of bytes, content) of each part, which lies in one unit; the
-            content is None if no flight has it.
+        Returns (file offset, number of bytes, content) of each part; the content is None if no
+        flight has it.
         """
         blocks = {unit: block for flight in flights for unit, block in flight.blocks.items()}
         parts: list[tuple[int, int, Buffer | None]] = []

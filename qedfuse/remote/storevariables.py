@@ -1,7 +1,6 @@
 """The variables that configure an object store, and the checks before obstore reads them.
 
-obstore, the library for object stores, panics at a value that no header or URL can have, and treats
-a variable with an empty value as set.
+obstore, the library for object stores, panics at a value that no header or URL can have.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ AZURE_VARIABLES: Final = (
     *("AZURE_IDENTITY_ENDPOINT", "AZURE_MSI_ENDPOINT", "AZURE_USE_AZURE_CLI"),
     "AZURE_STORAGE_USE_EMULATOR",
 )
-"""Variables that give credentials for Azure, or determine where obstore gets them.
-`GOOGLE_VARIABLES` are those for Google's stores."""
+"""Variables that give credentials for Azure, or determine where obstore gets them."""
 STORE_VARIABLES: Final = {
     "s3": (ENDPOINT_VARIABLES["s3"],),
     "gs": (ENDPOINT_VARIABLES["gs"],),
@@ -135,7 +133,7 @@ def check_variables(scheme: str, variables: Variables) -> None:
         UnusableError: A value has a control character, or the name of an account is missing.
     """
     for name in _CHECKED[scheme]:
-        # Amazon's tools ignore an empty variable as well.
+        # obstore would treat an empty variable as set; Amazon's tools ignore it.
         if os.environ.get(name) == "":
             del os.environ[name]
         if name not in _WITH_LINES:

@@ -55,11 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _l1_index(arguments: argparse.Namespace) -> int:
-    """Return the index of the L1 entry, which ``l2`` requires; 0 for ``header`` and ``l1``.
-
-    Raises:
-        UsageError: The index is missing, superfluous, not a number, or too long.
-    """
+    """Return the index of the L1 entry, which ``l2`` requires; 0 for ``header`` and ``l1``."""
     text = arguments.l1_index
     if arguments.structure != "l2":
         if text is not None:
@@ -77,10 +73,7 @@ def _l1_index(arguments: argparse.Namespace) -> int:
 
 
 _MAX_DIGITS: Final = 18
-"""Maximum number of digits of an index.
-
-Any valid index has fewer digits, and a number with this many digits fits into 64 bits.
-"""
+"""Maximum number of digits of an index, so that it fits into 64 bits; any valid index has fewer."""
 
 
 async def _work(arguments: argparse.Namespace, l1_index: int) -> None:
@@ -152,10 +145,7 @@ async def _show(
     location: dict[str, Any],
     ranges: AsyncGenerator[EntryRange, None],
 ) -> None:
-    """Print ranges of entries as they arrive.
-
-    The JSON begins with the name of the image and the pairs in ``location``.
-    """
+    """Print ranges of entries as they arrive; ``location`` is added to the head of the JSON."""
     as_json = arguments.output == "json"
     if as_json:
         head = json.dumps({"filename": without_secrets(arguments.image), **location})

@@ -2,19 +2,17 @@
 
 Shrinking has three steps, each durable before the next one begins:
 
-1. The bytes past the new end in the new last cluster are zeroed, and the later clusters are
-   deallocated.
+1. The range past the new end is zeroed or deallocated.
 2. The size changes.
-3. The tables past the new end are removed.  A table stays if it has a bad entry or still refers to
-   data.  Step 1 leaves data only past the old end, where a program may have left entries.
+3. The tables past the new end are removed, except those with a bad entry or with data, which can
+only lie past the old end.
 
-After a crash before step 2 the disk has its old size, and the range to be cut off may read
-as zeros where it held data.  The user has asked to lose that data, and the image is sound.
-If step 2 came first, a crash could leave entries past the end of the disk.  A program that
-later grew the disk without looking for such entries would show the old data in the added range.
-Tables are removed only after step 2, because they hold the zero clusters that hide the base.  If
-they were removed before step 2, a crash could leave an overlay of the old size that shows its
-base's data in the range to be cut off.
+Step 2 comes after step 1.  Otherwise a crash could leave entries past the end of the disk, and a
+program that later grew the disk could show the old data.  After a crash before step 2 the range may
+read as zeros; the user has asked to lose its data.
+
+Step 3 comes after step 2, because the tables hold the zero clusters that hide the base.  Otherwise
+a crash could leave an overlay of the old size that shows data of its base.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _ZERO_CHECK_BYTES: Final = 1 << 20
-"""Maximum number of bytes that are read in one call to find out whether they are zeros."""
+"""Maximum number of bytes that are read in one call to look for bytes that are not zero."""
 
 
 class DiskShrinking:
@@ -81,7 +79,7 @@ class DiskShrinking:
         """Raise if the image itself, without its bases, holds data past ``size``.
 
         In the cluster in which ``size`` lies, only bytes that are not zero count as data.  Past
-        that cluster, every allocated cluster and every bad entry counts as data.
+        that cluster, every allocated cluster and every bad entry counts.
 
         Raises:
             UsageError: There is data past ``size``; the message has the guest offset.
@@ -120,8 +118,8 @@ class DiskShrinking:
                 arbitrary unit.
 
         Raises:
-            CorruptImageError: A table entry for the range to be cut off is bad; the disk has
-                its old size, and a part of the range may read as zeros.
+            CorruptImageError: A table entry for the range to be cut off is bad; the disk has its
+                old size, and a part of the range may read as zeros.
             HostError: A system call failed.  The disk has its new size, or it has its old size and
                 a part of the range to be cut off may read as zeros.
             ReadOnlyError: The disk has become read-only during the call.  The state of the disk is
@@ -130,8 +128,7 @@ class DiskShrinking:
         geometry = self._layer.geometry
         async with self._disk_size.lock:
             old = self._layer.size
-            # Zero the bytes past the new end in the new last cluster.  Otherwise the disk would
-            # show them again if another program grows the disk without zeroing them.
+            # Otherwise the disk would show these bytes again if another program grew it.
             rest = await first_in_use(self._layer, size, min(old, geometry.ceil(size)))
             if rest is not None:
                 await self._write_path.zero_range(rest.start, rest.end)
@@ -146,8 +143,8 @@ class DiskShrinking:
     async def empty(self, progress: Progress | None = None) -> None:
         """Make all clusters unallocated, so that the disk shows only its base, durably.
 
-        After that, the L2 tables are removed, and free clusters are cut off or punched.  A table
-        stays if one of its entries past the end of the disk refers to data or is bad.
+        After that, the L2 tables are removed, except those with data or a bad entry past the end of
+        the disk.
 
         Args:
             progress: As for `shrink`.
@@ -167,10 +164,9 @@ class DiskShrinking:
                 await self._flusher.flush()
 
     def _report_second_half(self, progress: Progress | None) -> Callable[[], None] | None:
-        """Return a function that reports how much of the second half of the work is done.
+        """Return a function that reports the second half of the work; None without ``progress``.
 
         In the second half the space of the dropped clusters is returned to the host.
-        Returns None without ``progress``.
         """
         if progress is None:
             return None
@@ -178,19 +174,15 @@ class DiskShrinking:
         return lambda: progress(2 * total - min(total, self._reclaim.pending_clusters), 2 * total)
 
     async def _drop_tables(self, first: int) -> None:
-        """Remove the tables of the L1 entries at or past index ``first``.
+        """Remove the tables of the L1 entries at or past index ``first``, unless they are needed.
 
-        Tables with data or with a bad entry are not removed.  The zero clusters of the removed
-        tables are lost.  The caller must ensure that no slice is dirty.
-
-        Raises:
-            HostError: A system call failed; some of the tables may have been removed.
+        The zero clusters of the removed tables are lost.  The caller must ensure that no slice is
+        dirty.
         """
         layer, step = self._layer, self._layer.tables.slice_entries
         start, length = layer.header.l1_table_offset, layer.geometry.table_bytes
         skip = (first - first % step) * ENTRY_BYTES
-        # The loop skips holes of the file.  No entry is missed, because the caller has written
-        # all slices back to the file.
+        # The loop skips holes of the file.  No entry is missed, because no slice is dirty.
         async for offset in DataSlices(layer.file, start, length, skip=skip):
             index = (offset - start) // ENTRY_BYTES
             slice_ = await layer.tables.load(start, index, L1)
@@ -201,11 +193,8 @@ class DiskShrinking:
     async def _drop_table(self, l1_index: int) -> None:
         """Remove the table of an L1 entry, unless the table is needed.
 
-        Does nothing if the L1 entry is bad, or if an entry of the table is bad or refers to
-        data.  The L1 entry must not be 0.
-
-        Raises:
-            HostError: A system call failed.
+        The L1 entry must not be 0.  Does nothing if it is bad, or if an entry of the table is bad
+        or refers to data.
         """
         layer, span = self._layer, self._layer.geometry.table_span
         table, reason = await layer.table_at(l1_index)
@@ -215,8 +204,8 @@ class DiskShrinking:
             slice_ = await self._table_writer.writable_slice(
                 layer.header.l1_table_offset, l1_index, L1
             )
-            # No await up to the end of this block, so that the entry, the table registry and
-            # the quarantine change atomically with respect to other tasks.
+            # No await up to the end of this block: to other tasks, the entry, the table registry
+            # and the quarantine must change in one step.
             layer.tables.set(slice_, l1_index % layer.tables.slice_entries, UNALLOCATED)
             layer.drop_table(l1_index, table)
             self._reclaim.retire(table, layer.geometry.table_bytes, slice_.offset)

@@ -35,15 +35,14 @@ _NEW_SUFFIX: Final = ".new"
 _ENDED_MODE: Final = 0o400
 """The mode that marks a record whose server has ended and whose mount is gone."""
 _MIN_ENDED_SECONDS: Final = 60.0
-"""Minimum time for which a record with `_ENDED_MODE` is kept, because a running ``qedfuse
-umount`` may still need the record."""
+"""Minimum time for which a record with `_ENDED_MODE` is kept for a running ``qedfuse umount``."""
 
 
 class MountRecordFile:
     """The file with the record of one mount, from before the mount until after its end.
 
-    The caller must construct the object before the mount exists, because the constructor opens
-    the directory of the record, and later the path of this directory may lead through the mount.
+    The object must be made before the mount exists, because the path of its directory may later
+    lead through the mount.
 
     Attributes:
         directory: The descriptor of the directory of the record.
@@ -52,12 +51,10 @@ class MountRecordFile:
     def __init__(self) -> None:
         """Open a directory of records, and remove old records of servers that have ended.
 
-        Old records that cannot be read or removed stay.
-
         Raises:
             HostError: No directory of records can be made or opened.
-            PrivilegeError: The first directory of records that can be opened has another owner,
-                or others can write to it.
+            PrivilegeError: The first directory of records that can be opened has another owner, or
+                others can write to it.
         """
         self._written: tuple[str, MountRecord] | None = None
         self.directory = self._open_first_usable()
@@ -80,13 +77,7 @@ class MountRecordFile:
 
     @staticmethod
     def _open_first_usable() -> int:
-        """Open the first of `record_directories` that can be made or opened.
-
-        Raises:
-            HostError: None of them can be made or opened.
-            PrivilegeError: The first that can be opened has another owner, or others can write
-                to it.  A later directory is not tried.
-        """
+        """Open the first of `record_directories` that can be made or opened."""
         user = os.geteuid()
         failure: OSError | None = None
         for path in record_directories(user):
@@ -97,13 +88,7 @@ class MountRecordFile:
         raise HostError.from_os(failure or OSError(), str(path), "cannot write the mount record")
 
     def _write(self, name: str, record: MountRecord) -> None:
-        """Write the file ``name`` with a record.
-
-        The file is replaced atomically, so a reader sees the complete old or new content.
-
-        Raises:
-            HostError: The file cannot be written; an earlier file ``name`` is unchanged.
-        """
+        """Write the file ``name`` with a record, atomically, so that readers see no part of it."""
         text = format_record(record)
         new = name + _NEW_SUFFIX
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -139,7 +124,7 @@ class MountRecordFile:
     def finish(self, failure: str | None, exit_code: int) -> None:
         """Remove the record, or add a failure to it; then close the directory.
 
-        Nothing is removed or added if no record was written.  An error of the host is ignored.
+        An error of the host is ignored.
 
         Args:
             failure: What failed; None if nothing failed, to remove the record.
@@ -163,21 +148,12 @@ class MountRecordFile:
 def _remove_stale(directory: int) -> None:
     """Remove records of servers that have ended, unless a ``qedfuse umount`` may need them.
 
-    The mount of a killed server stays in the mount table until the mount is unmounted, and the
-    record must stay until then.  After the unmount, ``qedfuse umount`` waits for the end of the
-    server and reads the record once more.  So a record whose mount is gone is first made
-    read-only, and the first mount that begins at least a minute later removes the record.  Mounts
-    that are only in other mount namespaces count as gone.
+    The record of a killed server must stay as long as its mount.  After the unmount, ``qedfuse
+    umount`` waits for the end of the server and reads the record once more.  So a record whose
+    mount is gone is first made read-only.  The first mount that begins at least a minute later
+    removes it.  Mounts that are only in other mount namespaces count as gone.
 
-    This function also removes what killed servers have left: unfinished files of records, and
-    sockets for statistics.
-
-    Args:
-        directory: A descriptor of the directory of records.
-
-    Raises:
-        OSError: The directory or the mount table cannot be read.
-        HostError: /proc is not mounted.
+    Unfinished files of records, and sockets for statistics, are removed as well.
     """
     user = os.geteuid()
     ended = []
@@ -187,8 +163,8 @@ def _remove_stale(directory: int) -> None:
                 _remove_unfinished(directory, name)
             elif (record := read_record(directory, name, user)) is not None and has_ended(record):
                 ended.append(name)
-    # The mount table is read after the records.  A server writes its record after it has
-    # mounted, so a record whose mount is missing in this table belongs to a mount that is gone.
+    # A server writes its record after it has mounted, so the mount table must be read last: a
+    # record whose mount is missing in this table belongs to a mount that is gone.
     mounted = {entry.device for entry in read_mounts()}
     for name in ended:
         if name.partition(".")[0] in mounted:
@@ -203,16 +179,7 @@ def _remove_stale(directory: int) -> None:
 
 
 def _remove_unfinished(directory: int, name: str) -> None:
-    """Remove the unfinished file or the socket of a record, unless its server may still be running.
-
-    Args:
-        directory: A descriptor of the directory of records.
-        name: The name of the file, which ends in `_NEW_SUFFIX` or `STATISTICS_SUFFIX`.
-
-    Raises:
-        OSError: The file cannot be removed.
-        HostError: The start time of the process with the server's pid cannot be read.
-    """
+    """Remove the unfinished file or socket of a record, unless its server may still be running."""
     pid = name.removesuffix(_NEW_SUFFIX).removesuffix(STATISTICS_SUFFIX).rpartition(".")[2]
     if re.fullmatch("[0-9]{1,10}", pid) and process_start(int(pid)) is None:
         os.unlink(name, dir_fd=directory)

@@ -47,10 +47,9 @@ class Comparison:
 
             - ``content``: the bytes at ``offset`` differ.
             - ``size``, only with ``strict``: the sizes differ, so nothing else was compared.
-            - ``allocation``, only with ``strict``: only one disk stores data at ``offset``, and
-              the content before ``offset`` is equal.
-        offset: Guest offset in bytes of the first difference; None if the disks are identical
-            or ``reason`` is ``size``.
+            - ``allocation``, only with ``strict``: only one disk stores data at ``offset``.
+        offset: Guest offset in bytes of the first difference; None if there is none or only the
+            sizes differ.
         sizes: Sizes of the two disks in bytes.
     """
 
@@ -65,26 +64,23 @@ async def compare(
 ) -> Comparison:
     """Compare two disks; return their first difference, or that they are identical.
 
-    Past its end the shorter disk counts as zeros.  With ``strict`` and different sizes nothing
-    is read.
+    Past its end the shorter disk counts as zeros.
 
     Args:
         first: One disk.
         second: The other disk.
         strict: Also require the same size, and data in the same ranges.
-        progress: Called with the guest offset that the comparison has reached, and the size of
-            the longer disk.
+        progress: Called with the guest offset that the comparison has reached, and the size of the
+            longer disk.
 
     Raises:
-        CorruptImageError: A table entry is bad, and no difference was found before the range of
-            the entry.
+        CorruptImageError: A table entry is bad, and no difference was found before its range.
         HostError: A file cannot be read.
     """
     sizes = first.size, second.size
     if strict and first.size != second.size:
         return Comparison(identical=False, reason="size", offset=None, sizes=sizes)
-    # `extent_batches` ends where its first disk ends.  So the longer disk is passed first, and
-    # its part past the end of the shorter disk is compared as well.
+    # `extent_batches` ends where its first disk ends, so the longer disk is passed first.
     longer, shorter = (first, second) if first.size >= second.size else (second, first)
     search = _Search()
     pool = WorkerPool([search.worker() for _ in range(_WORKER_THREADS)])
@@ -112,8 +108,7 @@ async def compare(
 async def verify_copy(source: Source, copy: Source, name: str) -> None:
     """Read a copy back and compare it with its source; raise an error if they differ.
 
-    An existing target may be longer than the source.  The old content past the end of the
-    source was not overwritten, so a difference there is ignored.
+    Past the end of the source, the old content of the target was not overwritten, and is ignored.
 
     Args:
         source: The disk that was copied.
@@ -135,8 +130,7 @@ class _Search:
 
     Attributes:
         lowest_difference: Guest offset of the lowest difference found so far; None for none.
-        progress_offset: Guest offset that is reported as progress: the start of the chunk that was
-            begun last, or the end of the last batch.
+        progress_offset: Guest offset that is reported as progress.
     """
 
     def __init__(self) -> None:
@@ -146,12 +140,7 @@ class _Search:
         self.progress_offset = 0
 
     def limit(self, chunks: Iterator[Chunk], end: int | None) -> Iterator[Chunk]:
-        """Yield chunks until a difference is found, or a chunk begins past ``end``.
-
-        Args:
-            chunks: The chunks in the order of the disk.
-            end: Guest offset past which no chunk is begun; None for no limit.
-        """
+        """Yield chunks until a difference is found, or a chunk begins past ``end``."""
         for chunk in chunks:
             if self.lowest_difference is not None or (end is not None and chunk.start > end):
                 return
@@ -173,10 +162,9 @@ class _Search:
             differs = one[at : at + _BLOCK_BYTES] != other[at : at + _BLOCK_BYTES]
             offset = chunk.start + at + int(differs.argmax())
             with self._lock:
-                # The lowest offset is kept, because other threads may still find a difference
-                # at a lower offset.  From now on `limit` yields no chunk.  No lower difference
-                # is missed, because chunks are yielded in ascending order, so all chunks that
-                # are not yielded yet lie past this offset.
+                # Other threads may still find a difference at a lower offset.  From now on `limit`
+                # yields no chunk.  Chunks are yielded in ascending order, so no lower difference is
+                # missed.
                 self.lowest_difference = (
                     offset
                     if self.lowest_difference is None
@@ -189,12 +177,7 @@ class _Search:
 def _allocation_difference(one: list[Extent], other: list[Extent]) -> int | None:
     """Return the first guest offset at which only one of two disks has data; None for none.
 
-    Zeros and unallocated ranges count as the same allocation, because neither stores data.
-
-    Args:
-        one: Extents of a range of one disk, without gaps.
-        other: Extents of the same range of the other disk, without gaps.  The list ends earlier, or
-            is empty, if the other disk ends earlier.  Past its end a disk has no data.
+    The lists have no gaps; ``other`` ends where its disk ends.
     """
     ends = {extent.end: None for extent in (*one, *other)}
     extents = [iter(one), iter(other)]

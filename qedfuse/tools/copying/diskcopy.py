@@ -1,10 +1,8 @@
 """Copying a disk chunk by chunk; each chunk is read, searched for zeros and written.
 
-For a parallel target, worker threads read chunks and search them for zeros in any order.  Each
-thread then waits until all earlier chunks of the disk are written.  After that, the thread assigns
-offsets in the target to its own chunk, and writes the chunk.  So offsets are assigned in the order
-of the disk, and the same disk always makes the same file.  For a sequential target, one chunk is
-copied after the other.
+For a parallel target, worker threads read chunks in any order, but write them in the order of the
+disk, so the same disk always makes the same file.  For a sequential target, one chunk is copied
+after the other.
 """
 
 from __future__ import annotations
@@ -37,21 +35,17 @@ if TYPE_CHECKING:
     WriteBehindMode = Literal["wait", "if fast", "off"]
 
 DEFAULT_STREAMS: Final = 4
-"""Maximum number of chunks copied at the same time, unless the user chooses another maximum."""
+"""Default maximum number of chunks that are copied at the same time."""
 
 _MAX_BUFFER_BYTES: Final = 64 << 20
-"""Maximum size of all buffers together, unless the buffers for a single chunk need more.
-
-Large clusters make large chunks, so fewer chunks are copied at the same time.
-"""
+"""Maximum size of all buffers together, unless the buffers for a single chunk need more."""
 
 
 class DiskCopy:
     """One copy of a disk.
 
     Attributes:
-        data_bytes: Bytes of the disk that were copied as data so far.  If the target writes
-            nothing, the bytes that would have been copied as data.
+        data_bytes: Bytes of the disk that were copied as data so far, or would have been.
     """
 
     def __init__(
@@ -69,23 +63,20 @@ class DiskCopy:
         Args:
             source: The disk to copy.
             target: The target to copy to.
-            base: The target's backing disk.  Only clusters that differ from the backing disk
-                are written.  None if the target has no backing disk.
-            sparse_size: Minimum length in bytes of a run of zeros that is not written as
-                data; 0 writes all zeros as data.  A run consists of whole blocks (`block_size` of
-                the target).  The minimum does not apply to a run at an end of a chunk.  With 0 the
-                chunks cover the whole disk.  With other values, long ranges that are zeros
-                according to the tables are in no chunk, and are not written as data.
-                With a base all values except 0 mean the same: each cluster of zeros that differs
-                from the base becomes a zero cluster.
+            base: The target's backing disk; only clusters that differ from it are written.  None if
+                the target has no backing disk.
+            sparse_size: Minimum length in bytes of a run of zeros, in whole blocks of the target,
+                that is not written as data; 0 writes all zeros as data.  At an end of a chunk
+                shorter runs count as well.  With a base all values except 0 mean the same: each
+                cluster of zeros that differs from the base becomes a zero cluster.
             write_behind: When the data of a parallel target is written back to the host's disk.
 
                 - ``wait``: during the copy, which waits if the disk is slow.  The wait costs no
                   time if an fsync follows, because the fsync would wait for the same data.
                 - ``if fast``: during the copy, as long as the disk keeps up.
                 - ``off``: when the kernel decides.
-            progress: Called with the guest offset that the copy has reached, and the size of
-                the disk.
+            progress: Called with the guest offset that the copy has reached, and the size of the
+                disk.
         """
         self._source = source
         self._target = target
@@ -101,8 +92,7 @@ class DiskCopy:
         """Copy the whole disk and complete the target.
 
         Args:
-            streams: Maximum number of chunks that are copied at the same time.  Ignored for a
-                sequential target, to which one chunk is copied at a time.
+            streams: Maximum number of chunks that are copied at the same time to a parallel target.
 
         Raises:
             UsageError: The disk is larger than the target can be.
@@ -143,16 +133,15 @@ class DiskCopy:
             self._copied_end = source.size
 
     def _report_progress(self) -> None:
-        """Call the progress callback; do nothing if the caller passed none."""
+        """Call the progress callback, if any."""
         if self._progress is not None:
             self._progress(self._copied_end, self._source.size)
 
     def _buffers(self) -> tuple[Bytes, Bytes]:
         """Return two new buffers for one worker: for the source, and for the base.
 
-        The buffer for the base is empty if there is no base.  The worker uses the same
-        buffers for all its chunks, because getting new memory from the kernel takes as long
-        as copying a chunk into the memory.
+        A worker reuses its buffers, because getting new memory takes as long as copying a chunk
+        into it.
         """
         base_bytes = self._chunk_bytes if self._base is not None else 0
         return np.empty(self._chunk_bytes, np.uint8), np.empty(base_bytes, np.uint8)
@@ -160,21 +149,16 @@ class DiskCopy:
     def _worker(
         self, target: ParallelTarget, behind: WriteBehind | None
     ) -> Callable[[Chunk, Ticket], None]:
-        """Return a function that copies one chunk in a worker thread, with its own buffers.
-
-        Args:
-            target: The target.
-            behind: Writes the data back to the host's disk; None to leave that to the kernel.
-        """
+        """Return a function that copies one chunk in a worker thread, with its own buffers."""
         buffer, base_buffer = self._buffers()
 
         def copy(chunk: Chunk, ticket: Ticket) -> None:
             content = buffer[: chunk.length]
             data, zeros = self._read(chunk, content, base_buffer)
-            # The thread sleeps until all earlier chunks are written, for two reasons.  Offsets
-            # must be assigned in the order of the disk.  And the kernel lets only one thread at
-            # a time write to a file.  Threads that contended for the kernel's lock of the file
-            # would take processor time from the threads that read.
+            # The thread sleeps until all earlier chunks are written, for two reasons.  Offsets must
+            # be assigned in the order of the disk.  And the kernel lets only one thread at a time
+            # write to a file: threads that contend for its lock take processor time from those that
+            # read.
             ticket.wait()
             writes = target.assign_offsets(chunk.start, content.data, data, zeros)
             if target.descriptor >= 0:  # negative in a measurement, which writes nothing
@@ -190,15 +174,7 @@ class DiskCopy:
     async def _copy_in_order(
         self, target: SequentialTarget, chunk: Chunk, content: Bytes, base_content: Bytes
     ) -> None:
-        """Read one chunk and write it to a sequential target.
-
-        Args:
-            target: The target.
-            chunk: The next chunk in the order of the disk.
-            content: A buffer as long as the chunk.
-            base_content: A buffer for the base, at least as long as the chunk if there is a
-                base.
-        """
+        """Read one chunk and write it to a sequential target."""
         data, _ = await run_in_thread(self._read, chunk, content, base_content)
         await target.write_chunk(chunk.start, content.data, data)
         self._count(chunk, data)
@@ -206,28 +182,18 @@ class DiskCopy:
     def _count(self, chunk: Chunk, data: Mask) -> None:
         """Add a copied chunk to `data_bytes` and the progress.
 
-        A worker thread must call this method between ``wait`` and ``finish`` of the chunk's ticket,
-        because only one thread at a time may change the counters.
-
-        Args:
-            chunk: The chunk.
-            data: Mask of the blocks of the chunk that were written as data.
+        A worker thread must hold its turn (``wait`` to ``finish`` of the ticket), because only one
+        thread at a time may change the counters.
         """
         self.data_bytes += masked_bytes(data, self._target.block_size, chunk.length)
         self._copied_end = chunk.start + chunk.length
 
     def _read(self, chunk: Chunk, content: Bytes, base_content: Bytes) -> tuple[Mask, Mask]:
-        """Read a chunk of the source and the same range of the base; for a worker thread.
-
-        Args:
-            chunk: The chunk.
-            content: Buffer for the chunk, as long as the chunk.
-            base_content: Buffer for the base, at least as long as the chunk; not used if
-                there is no base.
+        """Read a chunk and the same range of the base, if any; for a worker thread.
 
         Returns:
-            Two masks of the blocks of the chunk: the blocks to write as data, and the blocks
-            to write as zeros, because the base has other content there.
+            Two masks of the blocks of the chunk: the blocks to write as data, and the blocks to
+            write as zeros, because the base has other content there.
         """
         block_size = self._target.block_size
         read_segments(content, chunk.segments)

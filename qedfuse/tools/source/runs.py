@@ -1,9 +1,8 @@
 """How one layer of a chain stores a range of the disk, as arrays of runs.
 
-`Layer.lookup` makes an object for each extent, which is too slow for a full disk with millions
-of extents.  So this module reads up to 256 KiB of an L2 table at a time, classifies all entries
-together with numpy, and joins them into runs.  In a raw file this module also finds the holes,
-which `RawLayer.lookup` reports as data.
+`Layer.lookup` makes an object for each extent, which is too slow for millions of extents.  This
+module classifies the entries of up to 256 KiB of an L2 table together with numpy.  In a raw file it
+also finds the holes, which `RawLayer.lookup` reports as data.
 """
 
 from __future__ import annotations
@@ -50,9 +49,8 @@ class Runs:
     Attributes:
         starts: Guest offset of each run in bytes.
         kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD` for each run.
-        offsets: File offset in bytes of each run of kind `DATA` or `HOLE`.  For each run of kind
-            `BAD` the guest offset where the range of the invalid entry begins, which identifies
-            the entry.  Meaningless for the other kinds.
+        offsets: File offset in bytes of a run of kind `DATA` or `HOLE`; for `BAD` the guest offset
+            where the range of the invalid entry begins.  Meaningless for the other kinds.
         end: Guest offset in bytes where the last run ends.
     """
 
@@ -71,11 +69,7 @@ class QedRunReader:
     """
 
     def __init__(self, layer: QedLayer) -> None:
-        """Make a reader of the tables of an open layer.
-
-        The caller must have called the layer's `scan_l1`, and must close the layer after the last
-        read.
-        """
+        """Make a reader of an open layer, whose `scan_l1` was called."""
         self._layer = layer
         self._geometry = layer.geometry
         self.size = layer.size
@@ -84,8 +78,7 @@ class QedRunReader:
     async def read(self, start: int, end: int) -> Runs:
         """Return the runs from ``start`` on, up to ``end`` or an earlier offset.
 
-        The caller must pass a range that is not empty and lies within the disk.  The result
-        has at least one run.
+        The range must lie within the disk, and must not be empty; the result has at least one run.
 
         Raises:
             HostError: The host cannot read the file.
@@ -112,17 +105,10 @@ class QedRunReader:
         return _concatenate(found)
 
     async def _in_table(self, table_offset: int, start: int, end: int) -> Runs:
-        """Return the runs that one read of an L2 table describes.
+        """Return the runs from ``start`` on that one read of an L2 table describes.
 
-        Entries in a hole of the file are 0, so they become an `UNALLOCATED` run.  Nothing is read
-        if the first entry lies in a hole that reaches past the last entry, or goes on for at least
-        `_MAX_TABLE_READ_BYTES`.  Entries past the end of the file count as 0, too: another program
-        may truncate the file between the search for the hole and the read.
-
-        Args:
-            table_offset: File offset of the table.
-            start: Guest offset where the runs begin.
-            end: Guest offset where the runs end at the latest, within the range of the table.
+        Entries in a hole of the file are 0, so they are not read.  Entries past the end of the file
+        count as 0, too: another program may truncate the file.  The range must lie in one table.
         """
         geometry = self._geometry
         position = table_offset + geometry.l2_index(start) * ENTRY_BYTES
@@ -143,19 +129,12 @@ class QedRunReader:
         return self._runs(values, start, stop)
 
     def _runs(self, values: Array, start: int, end: int) -> Runs:
-        """Join the entries of a range into runs as long as possible.
+        """Join the entries of a range into runs as long as possible; each invalid entry is a run.
 
-        Invalid entries are not joined: each is a run of its own.
-
-        Args:
-            values: The entries, beginning with the entry of the cluster that contains
-                ``start``.
-            start: Guest offset where the runs begin, possibly inside a cluster.
-            end: Guest offset where the runs end.
+        ``values`` begins with the entry of the cluster that contains ``start``.
         """
         size = self._geometry.cluster_size
-        # The entries 0 and 1 are equal to their kinds, `UNALLOCATED` (0) and `ZEROS` (1).  Every
-        # greater entry is an offset, so its kind is `DATA` (2).
+        # The entries 0 and 1 are equal to their kinds.  Every greater entry is `DATA` (2).
         kinds = np.minimum(values.view(np.uint64), DATA).astype(np.uint8)
         before, after = values[:-1], values[1:]
         joined = (after - before == size) & (kinds[:-1] == DATA) & (kinds[1:] == DATA)
@@ -188,16 +167,14 @@ class RawRunReader:
     def __init__(self, layer: Layer) -> None:
         """Make a reader of an open layer, which the caller must close after the last read."""
         self._file = layer.file
-        # The size of a raw disk is the length of the file, rounded up to whole sectors, as in
-        # QEMU.
+        # Rounded up to whole sectors, as in QEMU.
         self.size = -(-layer.size // SECTOR) * SECTOR
         self.name = layer.file.name
 
     async def read(self, start: int, end: int) -> Runs:
         """Return the runs from ``start`` on, up to ``end`` or an earlier offset.
 
-        The caller must pass a range that is not empty and lies within the disk.  The result
-        has at least one run.
+        The range must lie within the disk, and must not be empty; the result has at least one run.
 
         Raises:
             HostError: The host cannot search the file for holes.
