@@ -36,9 +36,6 @@ class ServerReads(NamedTuple):
 class ReadOnlyFile(ABC):
     """A base class of files that cannot be changed: every change is refused with EROFS.
 
-    By default no descriptor gives access to the bytes of the file, and `stored_blocks` counts the
-    file as one without holes.  A subclass can override this.
-
     Attributes:
         name: The file's name in messages.
         writable: Always False.
@@ -105,7 +102,7 @@ class ReadOnlyFile(ABC):
         return -(-self.size() // STAT_BLOCK_BYTES)
 
     def _status(self, modified: float) -> os.stat_result:
-        """Return attributes for the file: those of a read-only local file of this user.
+        """Return attributes like those of a read-only local file of this user.
 
         All times of the file are ``modified``, in seconds since 1970.
         """

@@ -26,8 +26,8 @@ class Wire(Protocol):
     def send(self, data: bytes) -> None:
         """Send ``data`` without blocking.
 
-        Bytes that the socket does not accept yet are kept, and later calls of `send` or
-        `receive_into` send them.
+        Bytes that the socket does not accept yet are sent by later calls of `send` or
+        `receive_into`.
 
         Raises:
             OSError: The connection is broken.
@@ -85,8 +85,7 @@ class PlainWire:
 class TlsWire:
     """A connection with TLS.
 
-    Before the first `send` or `receive_into`, the caller must call `try_handshake` until it returns
-    True.
+    The caller must first call `try_handshake` until it returns True.
     """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str | None) -> None:

@@ -20,15 +20,14 @@ OBJECT_NAME: Final = re.compile(r"object-[0-9a-f]{32}")
 """The names of the directories for objects, each with the entries of one object."""
 
 _NAME: Final = "qedfuse"
-"""The name of the cache's own directory.  It lies in the user's directory for caches, or in the
-directory that the user has named if that one has other content."""
+"""The name of the cache's own directory."""
 _TAG_NAME: Final = "CACHEDIR.TAG"
 _TAG: Final = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
     b"# Cache of qedfuse.  It may be deleted at any time.\n"
 )
-"""The content of the file that marks a directory as this cache.  Backup programs leave out a
-directory with such a file (https://bford.info/cachedir/)."""
+"""The content of the file that marks a directory as this cache.  Backup programs leave out such a
+directory (https://bford.info/cachedir/)."""
 
 
 def default_directory() -> str:
@@ -49,9 +48,7 @@ def default_directory() -> str:
 def prepare_directory(path: str) -> str:
     """Make and mark a directory for the cache, if that is necessary; return its path.
 
-    The result is ``path`` if ``path`` is new or empty, is marked, or has only files and directories
-    of a cache.  If ``path`` has other content, the result is its subdirectory ``qedfuse``, so that
-    the cache is apart from other files.
+    If ``path`` has files that are not of a cache, the result is its subdirectory ``qedfuse``.
 
     Raises:
         CacheError: The directory cannot be used, other users can change it, or both ``path`` and
@@ -110,9 +107,6 @@ def _is_cache(path: str) -> bool:
     """Return whether a directory is marked as a cache of qedfuse, or may become one.
 
     An unmarked directory may become one if it has nothing but files and directories of a cache.
-
-    Raises:
-        OSError: A system call failed.
     """
     with suppress(OSError):
         fd = _open_tag(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -143,11 +137,7 @@ def _mark(path: str) -> None:
 
 
 def _open_tag(path: str, flags: int) -> int:
-    """Open the file that marks a cache, without following a link; return the descriptor.
-
-    Raises:
-        OSError: A system call failed, or the file is a symbolic link.
-    """
+    """Open the file that marks a cache, without following a link; return the descriptor."""
     return os.open(
         os.path.join(path, _TAG_NAME),  # noqa: PTH118  str paths
         flags | os.O_NOFOLLOW | os.O_CLOEXEC,

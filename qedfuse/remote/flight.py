@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 _POLL_SECONDS: Final = 0.2
-"""Interval at which a waiting thread checks whether its task was cancelled.  At the same interval,
-a waiting reader tries to start a thread that fetches, in case the host could not start one
-before."""
+"""Interval at which a waiting thread checks whether its task was cancelled, and a waiting reader
+tries to start a thread that fetches, if the host could not start one before."""
 
 
 class Flight:
@@ -29,12 +28,10 @@ class Flight:
     Attributes:
         first: The first unit.
         last: The last unit.
-        blocks: The content of each unit that was read from the cache or fetched.  When the flight
-            has ended without an error, a unit can be missing only if it may be read from the page
-            cache (`UnitStore.ready`).
+        blocks: The content of each unit that was read from the cache or fetched.  After a success,
+            only units that may be read from the page cache can be missing.
         is_wanted: Whether a reader waits, or has waited, for the flight.
-        continues: Whether one request may fetch the flight together with the flight of the units
-            before it.
+        continues: Whether one request may fetch the flight together with the one before it.
         is_brief: Whether attempts are repeated for a short time only, because a reader of one of
             the units has just waited for the server without success.
     """
@@ -59,10 +56,9 @@ class Flight:
             name: The name of the object.
             max_seconds: How long a reader waits at most, even if no thread takes the flight.
             max_brief_seconds: The same limit for a brief flight (`is_brief`).
-            ensure_thread: Called every `_POLL_SECONDS` while a reader waits; see
-                `FetchThreads.ensure_thread`.
+            ensure_thread: Called every `_POLL_SECONDS` while a reader waits.
             continues: See the attribute.
-            is_brief: Whether the flight is brief from the beginning; see the attribute.
+            is_brief: See the attribute.
         """
         self.first = first
         self.last = last

@@ -1,9 +1,9 @@
 """The errors of obstore as exceptions of `qedfuse.remote.client`, each with its reason in one line.
 
-obstore's own texts contain the whole response of the server and the URL of the request.  The URL
-may have a secret (a signature of Azure).  So a message has one of three reasons: the status of a
-response with its code and its first sentence; the cause of a failed connection; or the last part of
-obstore's text, without the secrets of URLs.
+obstore's own texts contain the whole response of the server and the URL of the request, which may
+have a secret (a signature of Azure).  So a message has only the status of a response with its code
+and its first sentence, the cause of a failed connection, or the last part of obstore's text without
+the secrets of URLs.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def panics_translated() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # obstore has no importable name for this exception, which is not a subclass of Exception.
+        # The exception cannot be imported, and is not a subclass of Exception.
         if type(error).__name__ == "PanicException":
             msg = "found an error inside obstore, expected none (its text is on standard error)"
             raise UnusableError(msg) from None

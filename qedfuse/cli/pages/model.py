@@ -19,9 +19,9 @@ Kind: TypeAlias = Literal["file", "directory", "words", "mount-options", "free"]
 _FILES: Final = frozenset(
     {"IMAGE", "BASE", "FILE", "SOURCE", "TARGET", "FIRST", "SECOND", "MOUNTPOINT"}
 )
-"""Names of values in the help.  A value with one of these names is completed as a file."""
+"""Names of values in the help that are completed as files."""
 _DIRECTORIES: Final = frozenset({"DIR"})
-"""Names of values in the help.  A value with one of these names is completed as a directory."""
+"""Names of values in the help that are completed as directories."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,7 @@ class Value:
 
     @classmethod
     def named(cls, name: str, words: tuple[str, ...] = ()) -> Value:
-        """Return a value whose kind follows from ``words`` and ``name``.
-
-        The kind is "words" if there are ``words``.  Without words the name decides: "file" for a
-        name in `_FILES`, "directory" for a name in `_DIRECTORIES`, and "free" for any other name.
-        """
+        """Return a value whose kind follows from ``words`` and ``name``."""
         if words:
             return cls(name, "words", words)
         plain = name.strip("[].")
@@ -104,11 +100,9 @@ class Command:
         summary: The purpose, in a line.
         options: The options.
         operands: The operands, in order.
-        description: The paragraphs of the description, with empty lines between them; empty
-            for a command of qedfuse.
+        description: Paragraphs with empty lines between them; empty for a command of qedfuse.
         example: A command line; empty for a command of qedfuse.
-        exit_codes: The meaning of each exit code, if the command has other exit codes than the
-            program; otherwise empty.
+        exit_codes: The meaning of each exit code, if they differ from those of the program.
     """
 
     name: str
@@ -122,10 +116,8 @@ class Command:
     def completions(self) -> list[tuple[Operand, Value]]:
         """Return the operands, each with the `Value` by which a shell completes it.
 
-        Operands after one that repeats are left out.
-
-        An optional operand of the kind "free" is completed like the next operand, because the
-        next operand takes its position if the optional one is omitted.
+        An optional operand of the kind "free" is completed like the next operand, which takes its
+        position if it is omitted.  Operands after one that repeats are left out.
         """
         found = []
         for index, operand in enumerate(self.operands):

@@ -1,29 +1,23 @@
 """The part of the fast path that writes to clusters that are not allocated yet.
 
 `FastAllocation` chooses clusters, writes the data to them and changes their entries without an
-await, that is, atomically with respect to other tasks.  It can do so if all the conditions
-below are met, which is usual:
+await, so no other task runs in between.  The slow path must carry out the write unless all of these
+conditions are met:
 
-- The L2 table exists, the slice (part of the table) with the entries is in memory, and host space
-  for the slice's write-back is reserved.
+- The L2 table exists, the slice with the entries is in memory, and host space for the slice's
+  write-back is reserved.
 - NEED_CHECK is set.
-- No task holds the range lock of the clusters (`WritePath.allocation_lock`), and none waits for it.
+- No task holds or waits for the range lock of the clusters (`WritePath.allocation_lock`).
 - The dirty slices fit in their budget (`TableWriter.is_within_budget`).
 - The allocator finds one run for all the clusters.
 - At least one cluster of the file is free, or `DirectReclaim.should_reclaim` returns False.
-  Otherwise the slow path reclaims clusters before the file grows.
-- The write needs no data of the base: the image has no base, the clusters are zero clusters, or
-  the data covers the clusters completely.  Or the write goes to one cluster only, the code in
-  `FlattenedBacking` that says where a base stores this cluster is in memory, and the code is not
-  `MIXED` (the layers must be searched).
-- If the new clusters must be written as a whole, to fill them around the data, they fit in the
-  fast path's buffer.
+- The write needs no data of the base, or it goes to one cluster only, whose code in
+  `FlattenedBacking` is in memory and is not `MIXED`.
+- If the new clusters must be written as a whole, they fit in the fast path's buffer.
 - Reading the base, growing the file and writing the data would not block.
 
-If a condition is not met, the slow path must carry out the write.
-
-The order is the same as on the slow path (`WritePath`): first the data is written to the file,
-and after that the entry that makes the data visible is changed in memory.
+The order is the same as on the slow path (`WritePath`): first the data is written to the file, and
+after that the entry that makes the data visible is changed in memory.
 """
 
 from __future__ import annotations
@@ -63,8 +57,7 @@ class FastAllocation:
         """Allocate for ``layer``, the top of ``chain``.
 
         The content of new clusters is assembled in ``buffer``, which each `try_write` may
-        overwrite.  A run that is longer than the buffer and must be assembled is left to the slow
-        path.
+        overwrite.
         """
         self._layer = layer
         self._flattened = chain.flattened
@@ -103,12 +96,11 @@ class FastAllocation:
             and self._is_within_budget()
         ):
             return False
-        # Read the base, and find out whether the write would block, before the allocation.
-        # If one of these steps failed after the allocation, the run would have to be released.
-        # A released run no longer counts as never written, so its next owner would have to
-        # write all of it.  `_fill` may still fail: if the run was written before, `_fill` writes
-        # all of it, which can be more bytes than were checked.  Whether the run was written before
-        # is known only after the allocation.
+        # Read the base, and find out whether the write would block, before the allocation.  After a
+        # later failure the run would have to be released.  A released run no longer counts as never
+        # written, so its next owner would have to write all of it.  `_fill` may still fail: a run
+        # that was written before must be written as a whole, which can be more bytes than were
+        # checked.
         base_bytes = (
             self._read_base(slice_.entries[index], run_start, length) if len(data) < length else 0
         )
@@ -130,27 +122,26 @@ class FastAllocation:
         return True
 
     def _read_base(self, entry: int, start: int, length: int) -> int | None:
-        """Read what the base has for guest clusters into the buffer.
+        """Read what the base has for guest clusters into the buffer; return the number of bytes.
 
-        ``start`` is the guest offset of the clusters, ``length`` their length in bytes, and
-        ``entry`` the value that all their entries have.
+        Returns None if the read would block or fails, or if the slow path must assemble the data.
 
-        Returns:
-            How many bytes were read.  The caller must fill the rest of the clusters with zeros,
-            except where the guest's data goes.  None if the read would block or fails, or if the
-            slow path must assemble the data.
+        Args:
+            entry: The value of all entries of the clusters.
+            start: Guest offset of the clusters.
+            length: Length of the clusters in bytes.
         """
         if entry != UNALLOCATED or self._flattened is None:
             return 0
-        # If data of the base may be needed for several clusters, leave the write to the slow path.
+        # Data of the base for several clusters is left to the slow path.
         number = start >> self._bits
         entries = self._layer.tables.slice_entries
         codes = self._flattened.cached(number // entries) if length == self._cluster_size else None
         code = MIXED if codes is None else codes[number & (entries - 1)]
         if code <= ZEROS:
             return None if code == MIXED else 0
-        # Do not copy bytes of the base that lie past the end of the disk.  If another program
-        # later grew the disk without zeroing the copied bytes, the guest would read them.
+        # Do not copy bytes of the base that lie past the end of the disk: if another program later
+        # grew the disk without zeroing them, the guest would read them.
         base_bytes = min(length, self._layer.size - start)
         depth, offset = data_location(code)
         if length > len(self._buffer):
@@ -162,14 +153,8 @@ class FastAllocation:
     def _fill(self, run: Run, offset_in_run: int, data: Buffer, base_bytes: int) -> bool:
         """Fill a run with ``data`` and the bytes around it; False if that would block or fails.
 
-        If it returns False, the content of the run is undefined.
-
-        Args:
-            run: The run of new clusters.
-            offset_in_run: Offset in bytes of ``data`` within the run.
-            data: The guest's data.
-            base_bytes: How many bytes at the beginning of the buffer are data of the base.  The
-                run gets these bytes, followed by zeros up to its end, and ``data`` over both.
+        After False, the content of the run is undefined.  ``base_bytes`` is the number of bytes at
+        the beginning of the buffer that are data of the base.  The rest of the run becomes zeros.
         """
         write = self._layer.file.try_write
         if len(data) == run.length:

@@ -1,8 +1,8 @@
 """Where the L2 tables of an image lie, and where the entries of its tables may point.
 
-A data cluster must not overlap an L2 table, because a guest that writes to the cluster would
-change the table.  To find such an overlap, each L2 entry is compared with the offsets of all L2
-tables.  So the L1 table is read when an image is opened, and these offsets stay in memory.
+A data cluster must not overlap an L2 table, because a guest that writes to the cluster would change
+the table.  So the offsets of all L2 tables are read when an image is opened, and each L2 entry is
+compared with them.
 """
 
 from __future__ import annotations
@@ -47,18 +47,15 @@ class TableRegistry:
         self._geometry = header.geometry
         # Indices of the L1 entries that refer to an L2 table, and lay past the end of the disk when
         # they were recorded.  An interrupted resize can leave such entries.  If the disk has grown
-        # since they were recorded, some of these entries may belong to the disk now.
+        # since then, some of them may belong to the disk now.
         self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
         # The end of the file when the image was opened.  In an image that is open for writing, an
         # entry that points past this end is bad when it is read from the file.  Entries that this
-        # program adds may point past this end, and are never validated.
+        # program adds may point past it; they are never validated.
         self._end_at_open = file.size()
 
     def set_header(self, header: Header) -> None:
-        """Replace the header by ``header``, in which the size of the disk has changed.
-
-        The caller must have made the new header durable.
-        """
+        """Replace the header by a durable ``header``, in which the size of the disk has changed."""
         self.header = header
 
     def mark_damaged(self) -> None:
@@ -76,8 +73,7 @@ class TableRegistry:
             HostError: The host cannot read the L1 table.
         """
         start = self.header.l1_table_offset
-        # If the image is open for writing, the tables past the end of the disk are needed too,
-        # because they come into use when the disk grows.
+        # The tables past the end of the disk come into use when the disk grows.
         writable = self._file.writable
         used = self._geometry.l1_used(self.header.image_size)
         length = (self._geometry.entries if writable else used) * ENTRY_BYTES
@@ -98,11 +94,7 @@ class TableRegistry:
             self._refuse_overlaps()
 
     def _refuse_overlaps(self) -> None:
-        """Raise if two L2 tables overlap, because a change of one would damage the other.
-
-        Raises:
-            CorruptImageError: Two tables overlap.
-        """
+        """Raise if two L2 tables overlap, because a change of one would damage the other."""
         gaps = np.diff(self.l2_tables)
         where = np.flatnonzero(gaps < self._geometry.table_bytes)
         if where.size:
@@ -117,7 +109,7 @@ class TableRegistry:
     def missing_tables(self) -> int:
         """How many L2 tables must be added so that each cluster of the disk has an entry."""
         used = self._geometry.l1_used(self.header.image_size)
-        # `l2_tables` also contains tables past the end of the disk, which do not count here.
+        # Tables past the end of the disk do not count here.
         beyond = len(self._past_end) and int((self._past_end >= used).sum())
         return used - len(self.l2_tables) + beyond
 
@@ -149,10 +141,7 @@ class TableRegistry:
         return None if bad is None else bad.tobytes()
 
     def _find_bad(self, level: int, values: Values) -> Mask | None:
-        """Return for each entry whether it is bad; None if none is.
-
-        Sets ``damaged`` if an entry is bad.
-        """
+        """Return for each entry whether it is bad, and set ``damaged``; None if none is."""
         bad = self.entry_rules(level).invalid_mask(values)
         if bad is not None:
             self.damaged = True
@@ -160,15 +149,13 @@ class TableRegistry:
 
     def entry_rules(self, level: int) -> EntryRules:
         """Return the rules for the entries of a level."""
-        # While this program has the image open for reading only, another program may make the
-        # file longer.  So the entries of such an image are compared with the present end of the
-        # file.
+        # While this program has the image open for reading only, another program may make the file
+        # longer, so the present end of the file counts.
         end = self._end_at_open if self._file.writable else self._file.size()
         if level == L1:
             return EntryRules(EntryLimits.for_l1(self.header, end))
         limits = EntryLimits.for_l2(self.header, end)
-        # If the image is open for reading only, a cluster that the end of the file cuts short is
-        # valid: the bytes before the end can still be read.
+        # The bytes of a cluster that the end of the file cuts short can still be read.
         return EntryRules(limits, self.l2_tables, allow_cut_short=not self._file.writable)
 
     def explain(self, level: int, entry: str, value: int) -> str:

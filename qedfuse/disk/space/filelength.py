@@ -1,12 +1,9 @@
 """The length of an image's file: grown ahead of the data, and cut when its end is free.
 
-A write into a new cluster never extends the file, because `FileLength` has extended the file
-before.  `FileLength` grows the file by more than is needed, so that few allocations need a system
-call.
+The file grows by more than is needed, so that few allocations need a system call.
 
 Growing uses ftruncate(2), which would shorten a file that another task has already grown further.
-Only this module changes the length of the file of an open disk, and `FileLength.lock` keeps tasks
-from changing it concurrently.
+So only this module changes the length of the file of an open disk, under `FileLength.lock`.
 """
 
 from __future__ import annotations
@@ -26,9 +23,7 @@ if TYPE_CHECKING:
 MIN_GROWTH_BYTES: Final = 1 << 20
 """Minimum growth step, in bytes.
 
-The file grows to the needed length plus the growth step, rounded up to whole clusters.  The step
-does not take the file past the allocator's bound or past `MAX_OFFSET`.  If the host refuses that
-length, the file grows to the needed length only.
+The step does not take the file past the allocator's bound or past `MAX_OFFSET`.
 """
 MAX_GROWTH_BYTES: Final = 1 << 24
 """Maximum growth step, in bytes.
@@ -44,11 +39,10 @@ class FileLength:
 
     Attributes:
         end: File offset of the end of the last whole cluster of the file.
-        has_odd_tail: Whether the file holds bytes past `end`, less than a cluster.  No valid
-            entry refers to these bytes, but a new cluster at `end` would show them.
-        lock: Held while a task waits for a change of the length.  `try_grow` does not take the
-            lock, because it does not await; if the lock is held and the file is too short, it
-            returns False.
+        has_odd_tail: Whether the file holds bytes past `end`, less than a cluster.  No valid entry
+            refers to these bytes, but a new cluster at `end` would show them.
+        lock: Held while a task waits for a change of the length.  `try_grow` does not await, so it
+            only requires that no task holds the lock.
     """
 
     def __init__(self, file: HostFile, geometry: Geometry, allocator: Allocator) -> None:
@@ -73,10 +67,10 @@ class FileLength:
             if end <= self.end:
                 return
             if self.has_odd_tail:
-                # Cut the odd tail off first, so that the new cluster reads as zeros.  No
-                # datasync is needed between the cut and the growth.  An entry for the new cluster
-                # is written only after a later datasync, which makes both durable.  So if
-                # a crash loses only the cut, no entry refers to the cluster with the tail.
+                # Cut the odd tail off first, so that the new cluster reads as zeros.  No datasync
+                # is needed between the cut and the growth.  An entry for the new cluster is written
+                # only after a later datasync, which makes both durable.  So if a crash loses only
+                # the cut, no entry refers to the cluster with the tail.
                 await self._file.truncate(self.end)
                 self.has_odd_tail = False
             target = self._target(end)
@@ -85,9 +79,9 @@ class FileLength:
             except HostError:
                 if target == end:
                     raise
-                # Perhaps the host refuses only the growth step.  Either a limit of the length of
-                # files (RLIMIT_FSIZE, or that of the file system) lies within the step.  Or the
-                # file system is nearly full and allocates space for the step, as vfat does.
+                # Perhaps the host refuses only the growth step: a limit of the length of files
+                # (RLIMIT_FSIZE, or that of the file system) lies within the step, or the file
+                # system is nearly full and allocates space for the step, as vfat does.
                 target = end
                 await self._grow_file(target)
             self.end = target
@@ -109,20 +103,12 @@ class FileLength:
         return True
 
     async def _grow_file(self, size: int) -> None:
-        """Make the file ``size`` bytes long; the caller holds the lock.
-
-        Raises:
-            HostError: A system call failed; the length is unchanged.
-        """
+        """Make the file ``size`` bytes long; the caller holds the lock."""
         if not self._file.try_grow(size):
             await self._file.truncate(size)
 
     def _target(self, end: int) -> int:
-        """Return the length to which the file should grow if it must have ``end`` bytes.
-
-        The length is ``end`` plus the growth step, rounded up to whole clusters.  The step does
-        not take the length past the allocator's bound or past `MAX_OFFSET`.
-        """
+        """Return the length to which the file should grow if it must have ``end`` bytes."""
         step = max(MIN_GROWTH_BYTES, min(MAX_GROWTH_BYTES, end // _GROWTH_DIVISOR))
         bound = min(self._allocator.bound, self._geometry.floor(MAX_OFFSET))
         return max(end, min(self._geometry.ceil(end + step), bound))
@@ -130,15 +116,14 @@ class FileLength:
     async def truncate_tail(self) -> bool:
         """Cut off the part of the file past the allocator's end; return whether it was cut.
 
-        Returns False if no whole cluster is past the allocator's end.  An odd tail alone is not
-        cut off here: `grow` cuts it off when the file must grow.  After the call
-        `Allocator.tail_is_free` is True only if a system call failed, or if the allocator's end has
-        become lower during the cut.
+        An odd tail alone is not cut off here: `grow` cuts it off when the file must grow.  After
+        the call `Allocator.tail_is_free` is True only if a system call failed, or if the
+        allocator's end has become lower during the cut.
 
-        The file reads as zeros where it grows again later.  No datasync is needed after the
-        cut.  If a crash loses the cut, clusters past the allocator's end keep their old bytes.
-        But then no entry in the file refers to such a cluster: an entry for it is written only
-        after a datasync, which makes the cut durable, too.
+        The file reads as zeros where it grows again later.  No datasync is needed after the cut.
+        If a crash loses the cut, clusters past the allocator's end keep their old bytes.  But then
+        no entry in the file refers to such a cluster: an entry for it is written only after a
+        datasync, which makes the cut durable, too.
 
         Raises:
             HostError: A system call failed; the length is unchanged, and a later call tries again.
@@ -148,8 +133,8 @@ class FileLength:
             allocator.note_tail_handled()
             if self.end <= allocator.end:
                 return False
-            # Lower `end` before the cut.  So a task that allocates during the cut finds the
-            # file too short, and waits for the lock to grow the file again.
+            # Lower `end` before the cut.  So a task that allocates during the cut waits for the
+            # lock.
             before, self.end = self.end, allocator.end
             try:
                 await self._file.truncate(self.end)

@@ -1,8 +1,4 @@
-"""Handing out clusters, after waiting for free clusters or for the file's growth if needed.
-
-`Allocator` chooses the clusters, `FileLength` grows the file, and `DirectReclaim` frees
-clusters before the file grows or exceeds its bound.
-"""
+"""Handing out clusters, after waiting for free clusters or for the file's growth if needed."""
 
 from __future__ import annotations
 
@@ -42,8 +38,7 @@ class SpaceManager:
         self._length = length
         self._source = source
         self._free = allocator.free
-        # These methods are looked up only once, because `try_allocate` is on the fast path of
-        # every write into new clusters.
+        # Looked up only once, because `try_allocate` is on the fast path.
         self._should_reclaim = source.should_reclaim
         self._choose = allocator.choose
         self._make_run = allocator.make_run
@@ -55,9 +50,9 @@ class SpaceManager:
     def try_allocate(self, clusters: int) -> Run | None:
         """Hand out ``clusters`` neighbouring clusters; return None if that would block or fails.
 
-        Returns None in two further cases: the file would grow although clusters are worth
-        reclaiming first, or the chosen run has fewer clusters, even if a longer run is free.
-        After None, nothing has been handed out.
+        Returns None also if the file would grow although clusters are worth reclaiming first, or if
+        the chosen run is too short, even if a longer run is free.  After None, nothing has been
+        handed out.
         """
         if not self._free.count and self._should_reclaim():
             return None
@@ -110,8 +105,7 @@ class SpaceManager:
     async def allocate_table_at_end(self) -> Run:
         """Hand out the clusters of a table at the end of the file, even past its bound.
 
-        Does not wait for clusters to become free.  One caller, `allocate_table`, has already waited
-        in vain.  The other caller, a compaction, soon moves the table away from the end again.
+        Does not wait for clusters to become free.
 
         Raises:
             NoSpaceError: The file cannot grow any more.
@@ -122,10 +116,7 @@ class SpaceManager:
         )
 
     async def allocate_lowest(self, clusters: int) -> Run | None:
-        """Hand out the lowest free run, or only its first ``clusters`` clusters.
-
-        Returns:
-            The run; None if no cluster is free.
+        """Hand out the lowest free run, or only its first clusters; None if no cluster is free.
 
         Raises:
             HostError: The host refused to grow the file, or is full (NoSpaceError).
@@ -134,10 +125,9 @@ class SpaceManager:
         return found and await self._hand_out_and_grow(*found)
 
     async def allocate_from(self, first: int, clusters: int) -> Run:
-        """Hand out a run of at most ``clusters`` clusters at or past the cluster ``first``.
+        """Hand out the lowest free run of at most ``clusters`` clusters from ``first`` on.
 
-        The run is the lowest free one.  If no cluster at or past ``first`` is free, the run lies
-        at the end of the file, even past the file's bound.
+        If there is none, the run lies at the end of the file, even past the file's bound.
 
         Raises:
             NoSpaceError: The file cannot grow any more.
@@ -152,21 +142,16 @@ class SpaceManager:
 
         The caller must not have awaited anything since the clusters were chosen.  After an error
         the clusters are free again.
-
-        Raises:
-            NoSpaceError: The file would be longer than `MAX_OFFSET`, or the host is full.
-            HostError: The host refused to grow the file.
         """
         run = self._make_run(first, count)
         if run.end > MAX_OFFSET:
             msg = f"{self._file.name}: file size: found {run.end}, expected at most {MAX_OFFSET}"
             raise NoSpaceError(msg)
-        # No await since the clusters were chosen, so no other task can have been given the
-        # same clusters.
+        # No await since the clusters were chosen, so no other task has been given the same
+        # clusters.
         self._hand_out(run)
         try:
-            # The file may have to grow even for clusters that were free: if the file could not be
-            # grown for some clusters earlier, these clusters are free and lie past its end.
+            # Free clusters lie past the end of the file if it could not be grown for them earlier.
             await self._length.grow(run.end)
         except BaseException:
             self.release(run)

@@ -21,31 +21,29 @@ _ATTR_TIMEOUT_SECONDS: Final = 86400.0
 """How long the kernel may cache attributes.
 
 A long time is safe, because only ``st_blocks`` and the times change without a request of the
-kernel.  After a change of ``st_blocks``, the server invalidates the attributes that the kernel has
-cached.  The times of the image file change when tables are written.  The content of the disk is not
-changed by that, so the kernel may keep the older times.
+kernel.  After a change of ``st_blocks``, the server invalidates the cached attributes.  The times
+of the image file change when tables are written; the content of the disk does not change then, so
+the kernel may keep the older times.
 
 A short time would slow down writes.  Before a write, the kernel requests attributes that have
 expired, and it ignores the reply if another write has ended in the meantime.  So with many
-concurrent writes the kernel would request the attributes again and again."""
+concurrent writes the kernel would request the attributes again and again.
+"""
 _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
-"""How long the kernel may cache attributes with ``force_share``.  The time is short, because this
-option permits that another program changes the image."""
+"""The same with ``force_share``, which permits that another program changes the image."""
 _ENTRY_TIMEOUT_SECONDS: Final = 300.0
-"""How long the kernel may cache which disk a name stands for.  Any time is safe, because the names
-of disks never change.  Names of partitions can change, so for them the time is 0."""
+"""How long the kernel may cache which disk a name stands for; any time is safe, because names of
+disks never change."""
 _BLOCK_BYTES: Final = 4096
 """The block size that programs are advised to use (``st_blksize``)."""
 _TIMES_TOLERANCE_NS: Final = 1_000_000_000
-"""`set_times` does nothing if both new times differ by less than this from the times of the image
-file."""
+"""If both times differ by less than this from those of the image file, `set_times` does nothing."""
 
 
 def _mask(options: MountOptions) -> int:
     """Return the permission bits that the files and the directory must not have.
 
-    By default only the owner has access, because a disk may contain files of many users, and the
-    permissions of those files do not protect the bytes of the disk.
+    By default only the owner has access, because a disk may contain files of many users.
     """
     return 0o077 if options.umask is None else options.umask
 
@@ -60,11 +58,7 @@ class Attributes:
     """Builds the attributes of disks and of the directory, for the replies to the kernel."""
 
     def __init__(self, options: MountOptions) -> None:
-        """Take owner and permissions from the options.
-
-        Without the options ``uid``, ``gid`` and ``umask``, the user who mounts owns the directory
-        and the disks, and their permissions give access only to this user.
-        """
+        """Take owner and permissions from the options."""
         self._uid = os.getuid() if options.uid is None else options.uid
         self._gid = os.getgid() if options.gid is None else options.gid
         self._timeout = (
@@ -79,9 +73,7 @@ class Attributes:
         """Return the attributes of a disk for a reply; record their ``st_blocks`` as cached.
 
         The caller must send the attributes next, and must not wait or raise an error before that.
-        If the attributes were not sent, the kernel would keep an older ``st_blocks``, but
-        ``exported.cached_blocks`` would be the new one.  So the server would not notice that the
-        kernel's value is wrong.
+        Otherwise the kernel would keep an older ``st_blocks``, and the server would not notice.
         """
         attributes = self.of_disk(exported)
         exported.cached_blocks = attributes.st_blocks
@@ -105,10 +97,7 @@ class Attributes:
         return entry
 
     def of_root(self, disks: Iterable[ExportedDisk]) -> pyfuse3.EntryAttributes:
-        """Return the attributes of the directory.
-
-        The times are those of the image file that was changed last.
-        """
+        """Return the attributes of the directory, with the times of the image file changed last."""
         statuses = (exported.disk.fstat() for exported in disks)
         newest = max(statuses, key=lambda status: status.st_mtime_ns)
         entry = self._common(pyfuse3.ROOT_INODE, self._directory_mode, newest)
@@ -118,10 +107,7 @@ class Attributes:
     def _common(self, inode: int, mode: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
         """Return attributes without the size, the blocks and the number of links.
 
-        Args:
-            inode: The inode number of the file.
-            mode: The type and the permissions of the file (``st_mode``).
-            status: The status of the image file whose times the file gets.
+        ``status`` is that of the image file whose times the file gets.
         """
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode
@@ -140,9 +126,8 @@ class Attributes:
 async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> None:
     """Set the times of the image file to the times that the kernel has for the disk.
 
-    Nothing is done if the image is open read-only, or if both times differ from the times of the
-    image file by less than a second.  If the host refuses to set the times, the refusal is logged
-    and not raised.
+    Nothing is done if the image is open read-only, or if both times differ by less than a second.
+    A refusal of the host is only logged.
 
     Args:
         exported: The disk.
@@ -159,11 +144,9 @@ async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> Non
         difference = max(abs(status.st_atime_ns - atime_ns), abs(status.st_mtime_ns - mtime_ns))
         if difference < _TIMES_TOLERANCE_NS:
             # Before an fsync the kernel sends the time of the last write to the disk.  The write
-            # has given the image file about the same time, so a system call that sets the time
-            # would be wasted.
+            # has given the image file about the same time.
             return
         await exported.disk.set_times(atime_ns, mtime_ns)
     except OSError as error:
-        # The host refuses, for example, if the image file belongs to another user.  The request
-        # succeeds nevertheless, because no data depends on the times.
+        # For example, the image file belongs to another user.  No data depends on the times.
         _log.debug("%s: cannot set times: %s", exported.disk.name, error)

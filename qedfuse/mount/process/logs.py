@@ -21,8 +21,8 @@ _SYSLOG: Final = "/dev/log"
 class _TracebackFormatter(logging.Formatter):
     """Formats tracebacks without the text of the source lines.
 
-    The source files may be below the mountpoint that this process serves.  If this process read
-    them, it would wait forever for its own reply.
+    The source files may be below the mountpoint that this process serves.  If it read them, it
+    would wait forever for its own reply.
     """
 
     def formatException(self, ei: logging._SysExcInfoType) -> str:  # noqa: N802  logging's name
@@ -39,12 +39,8 @@ class _TracebackFormatter(logging.Formatter):
 def _remove_source_lines(exception: traceback.TracebackException, seen: set[int]) -> None:
     """Remove the source lines of an exception and of its causes, contexts and group members.
 
-    Afterwards the traceback module does not read source files to format these exceptions.
-
-    Args:
-        exception: The exception, which is changed.
-        seen: The ``id`` of each exception that has been changed, because a chain of exceptions
-            may contain a cycle.
+    ``seen`` has the ``id`` of each exception that has been changed, because a chain may have a
+    cycle.
     """
     if id(exception) in seen:
         return
@@ -67,8 +63,7 @@ class _LineFormatter(_TracebackFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if not self._tracebacks and record.exc_info and record.exc_info[1] is not None:
-            # The line has the type, the message and the place of the exception, but no traceback
-            # follows, because users and other programs read stderr line by line.
+            # No traceback follows, because users and other programs read stderr line by line.
             error = record.exc_info[1]
             where = _origin(error)
             return (
@@ -79,10 +74,7 @@ class _LineFormatter(_TracebackFormatter):
 
 
 def _origin(error: BaseException) -> str:
-    """Return the file and the line where an exception was raised, as `` (FILE:LINE)``.
-
-    The result is empty if the exception has no traceback.
-    """
+    """Return the place where an exception was raised, as `` (FILE:LINE)``; empty if unknown."""
     trace = error.__traceback__
     if trace is None:
         return ""
@@ -102,10 +94,9 @@ def log_to_stderr(*, debug: bool = False) -> None:
 def log_to_stderr_without_waiting() -> None:
     """Log to stderr from now on without waiting for the reader of stderr.
 
-    A message is dropped if the reader has no space for the message.  A server that logs to stderr
-    without ``-d`` must call this function before it serves disks, because a reader that is stopped
-    must not stop the disks.  With ``-d``, the server logs every request and waits for the reader,
-    so that no message is lost.
+    A message is dropped if the reader has no space for it.  A server that logs to stderr without
+    ``-d`` must call this function before it serves disks, because a reader that is stopped must not
+    stop the disks.
     """
     handler = StderrHandler(sys.stderr.fileno())
     handler.setFormatter(_LineFormatter(tracebacks=False))
@@ -113,12 +104,10 @@ def log_to_stderr_without_waiting() -> None:
 
 
 def system_log(path: str = _SYSLOG) -> logging.Handler:
-    """Return a handler for the system log; the handler drops messages while no log daemon listens.
+    """Return a handler for the system log; it drops messages while no log daemon listens.
 
-    The directory of the socket is opened now and stays open, because the path of the directory may
-    lead through the mount later.  After a restart of the log daemon, the handler finds the new
-    socket in the same directory.  If the directory cannot be opened now, the handler drops all
-    messages, even if a log daemon is started later.
+    The directory of the socket is opened now and stays open, because its path may lead through the
+    mount later.  If it cannot be opened now, the handler drops all messages.
 
     Args:
         path: The socket of the log daemon (syslog(3)).
@@ -137,8 +126,7 @@ def system_log(path: str = _SYSLOG) -> logging.Handler:
 def log_uncaught() -> None:
     """Log Python's warnings, and exceptions that no code can catch.
 
-    Python's own hooks are replaced, because they would read source files, which may be below the
-    mountpoint that this process serves.
+    Python's own hooks would read source files, which may be below the mountpoint.
     """
     sys.unraisablehook = _log_unraisable
     threading.excepthook = _log_thread_end
@@ -174,7 +162,6 @@ def log_to(handler: logging.Handler) -> None:
         root.removeHandler(old)
         old.close()
     root.addHandler(handler)
-    # A handler may be unable to write a message, for example because stderr is a closed pipe or
-    # a file on a full disk.  By default the handler would print a traceback with source lines,
-    # and the source files may be below the mountpoint.
+    # If a handler cannot write a message, for example to a full disk, it would by default print a
+    # traceback with source lines, and the source files may be below the mountpoint.
     logging.raiseExceptions = False

@@ -1,7 +1,6 @@
 """The statistics of one mount as a document: values that JSON can express.
 
-docs/stats.md describes the fields.  This module counts nothing.  Each layer has its own counters,
-and this module reads them when a program asks for the document.
+docs/stats.md describes the fields.  Each layer has its own counters, which this module reads.
 """
 
 from __future__ import annotations
@@ -36,10 +35,7 @@ class StatisticsSource:
     def __init__(
         self, disks: ExportedDisks, mountpoint: str, sandbox: Sandbox | None = None
     ) -> None:
-        """Describe the disks of the mount on ``mountpoint``; the uptime counts from this call.
-
-        ``sandbox`` is the sandbox of the server; None if the server has none.
-        """
+        """Describe the disks of the mount on ``mountpoint``; the uptime counts from this call."""
         self._disks = disks
         self._mountpoint = mountpoint
         self._sandbox = sandbox
@@ -48,8 +44,7 @@ class StatisticsSource:
     async def document(self) -> dict[str, Any]:
         """Return the document.
 
-        Other tasks can run after each disk, so the values of two disks can be from different
-        moments.
+        Other tasks can run after each disk, so two disks can be from different moments.
         """
         disks = []
         for exported in self._disks.first_files:

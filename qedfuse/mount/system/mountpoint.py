@@ -18,14 +18,16 @@ _KERNEL_TREES: Final = ("/proc", "/sys")
 _SERVER_PATHS: Final = (FUSE_DEVICE, *_KERNEL_TREES)
 """Paths that the server looks up while it answers requests.
 
-The server's own mount must not cover these paths, because the server would wait for its own
-reply.  All of them lie below /, so a mount on / is refused as well."""
+If its own mount covered one of these paths, the server would wait for its own reply.  A mount on /
+would cover all of them.
+"""
 _LIBFUSE_PATHS: Final = ("/bin/mount", "/lib64", "/etc/ld.so.cache", "/run/mount/utab")
 """Paths that mount(8) needs to update /run/mount/utab, a table of mount options.
 
-libfuse 3.17 and newer runs mount(8) after the kernel has mounted, and waits for the end of mount(8)
-before the server answers requests.  So if the mount covered one of these paths, mount(8) would wait
-for the server, and the server for mount(8)."""
+libfuse 3.17 and newer runs mount(8) after the kernel has mounted, and waits for its end before the
+server answers requests.  If the mount covered one of these paths, mount(8) would wait for the
+server, and the server for mount(8).
+"""
 _MAX_LINKS: Final = 40
 """Maximum number of symbolic links that the kernel follows in one path (MAXSYMLINKS)."""
 
@@ -41,9 +43,8 @@ def resolve(mountpoint: str) -> str:
 def resolve_mounted(path: str) -> str:
     """Resolve the path of a mountpoint as `resolve` does, without accessing the mount.
 
-    The server of the mount may not answer.  So this function accesses only the directories that
-    lead to the mountpoint.  There is one exception: if the last component of the path is ``.`` or
-    ``..``, the function may access the mount.
+    The server of the mount may not answer, so only the directories that lead to the mountpoint are
+    accessed.  A path that ends in ``.`` or ``..`` is an exception.
 
     If the path leads to no mountpoint, the result is the path, resolved as far as possible.
 
@@ -86,14 +87,8 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
         True if the mountpoint is a directory, and False if it is a regular file.
 
     Raises:
-        MountpointError: One of the following:
-
-            - The path is missing or cannot be accessed.
-            - A mount of qedfuse is there, in use or stale.
-            - The path is neither a directory nor a regular file.
-            - The path is a regular file, and ``disks`` is not 1.
-            - The path is /proc or /sys, or lies below one of them.
-            - The path is, or contains, a path that the server or libfuse needs.
+        MountpointError: The path is missing or unsuitable, a mount of qedfuse is there, or the
+            mount would cover a path that the system, the server or libfuse needs.
         HostError: /proc is not mounted.
     """
     shown = printable(mountpoint)
@@ -156,11 +151,7 @@ def in_use(mountpoint: str) -> MountpointError:
 
 
 def _inaccessible(mountpoint: str, error: OSError) -> MountpointError:
-    """Return the error for a mountpoint after a failure of stat(2) or statvfs(2).
-
-    Raises:
-        HostError: /proc is not mounted.
-    """
+    """Return the error for a mountpoint after a failure of stat(2) or statvfs(2)."""
     shown = printable(mountpoint)
     if error.errno == errno.EACCES:
         entry = find_mount(mountpoint)
@@ -180,11 +171,8 @@ def _inaccessible(mountpoint: str, error: OSError) -> MountpointError:
 def _c_library() -> list[str]:
     """Return a list with the path of the C library; empty if the path is not found.
 
-    The other libraries that mount(8) needs normally lie in the directory of the C library.  So a
-    mount that covers one of those libraries normally covers the C library as well.
-
-    Raises:
-        HostError: /proc is not mounted.
+    The other libraries that mount(8) needs normally lie in the same directory, so a mount that
+    covers one of them normally covers the C library as well.
     """
     try:
         maps = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")

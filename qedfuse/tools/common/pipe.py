@@ -74,18 +74,11 @@ class Stream:
     async def _call(self, call: Callable[[], int], wait: Callable[[int], object]) -> int:
         """Make a system call that transfers bytes; return the number of bytes.
 
-        Args:
-            call: Makes the system call.
-            wait: Waits until the descriptor is ready for the call; used only if O_NONBLOCK is
-                set.
-
-        Raises:
-            OSError: A system call failed.
+        ``wait`` waits until the descriptor is ready; it is used only if O_NONBLOCK is set.
         """
         if self._blocking:
             # The call blocks a worker thread, which a cancellation abandons.  Setting O_NONBLOCK
-            # instead would also affect the other processes that share the open file
-            # description, and these processes do not expect the flag.
+            # would also affect the other processes that share the open file description.
             return await run_in_thread(call, abandon_on_cancel=True)
         while True:
             try:
@@ -133,8 +126,7 @@ async def open_stream(path: str, access: int) -> Stream:
         except OSError as error:
             raise HostError.from_os(error, _NAMES[access], "cannot open") from error
     try:
-        # Opening a FIFO blocks until the other end is opened.  The call is made in a thread
-        # that a cancellation abandons, so that the user can interrupt the command.
+        # A cancellation abandons the thread, so that the user can interrupt the command.
         fd = await run_in_thread(os.open, path, access | os.O_CLOEXEC, abandon_on_cancel=True)
     except OSError as error:
         raise cannot_open(path, error) from error
@@ -145,23 +137,17 @@ async def open_stream(path: str, access: int) -> Stream:
 def _standard(access: int) -> Stream:
     """Return standard input or output, as a stream with a new descriptor.
 
-    Because the descriptor is new, closing the stream does not close the standard descriptor.  The
-    stream can be a pipe, a file or a terminal.
-
-    Raises:
-        OSError: A system call failed.
+    Closing the stream does not close the standard descriptor.
     """
     fd, name = _STANDARD[access], _NAMES[access]
     if stat.S_ISFIFO(os.fstat(fd).st_mode):
         try:
-            # The pipe is opened again, because O_NONBLOCK on the new open file description
-            # does not affect processes that share the old one.  A regular file must not be
-            # opened again, because the new description would begin at offset 0 of the file.
+            # O_NONBLOCK on a new open file description does not affect processes that share the old
+            # one.  A regular file must not be opened again, because the new description would begin
+            # at offset 0.
             reopened = os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
-            # The pipe cannot be opened again, for example because it belongs to another
-            # user.  So the old description is used, and its O_NONBLOCK flag is not changed.
-            pass
+            pass  # for example, the pipe belongs to another user
         else:
             return Stream(reopened, name, blocking=False)
     return Stream(os.dup(fd), name, blocking=os.get_blocking(fd))

@@ -1,15 +1,10 @@
 """Resolving the name of a backing file to a path, looking up only files in the image's directory.
 
-A plain name is relative to the image's directory.  A path after ``file:`` is relative to the
-working directory, as in QEMU.
-
 The name is untrusted.  Even a test whether the file exists can have effects: an automounter may
 mount a file system, or the test may hang on a network server.  So a name is looked up only as far
 as it leads into the image's directory.  Symbolic links in that directory are untrusted as well,
 because they may come from the same archive as the image.  A link that leads out is read, but not
 followed.
-
-If the image is a URL, a plain name is relative to that URL, and nothing is looked up.
 """
 
 from __future__ import annotations
@@ -33,20 +28,15 @@ class BackingName:
     Attributes:
         name: The name, as stored.
         path: The path or URL that QEMU composes: the directory in the path of the image, followed
-            by the name.  For an absolute name, and for a name with a protocol, ``file:`` or a NUL
-            byte, the name itself.
+            by the name.  The name itself if it is absolute, or has a protocol, ``file:`` or a NUL
+            byte.
         resolved: Absolute path of the backing file without ``.`` and ``..``; if ``escapes`` is
-            False, also without symbolic links.  There are three exceptions:
-
-            - The image is a URL: the same as ``path``.
-            - The name has a protocol or a NUL byte: the name itself.
-            - The name begins with ``file:``, and there is no working directory: the name itself.
+            False, also without symbolic links.  The name itself if it cannot be resolved; ``path``
+            if the image is a URL.
         is_raw: Whether the image states that the backing file is raw.
         absolute: Whether the name, without ``file:``, is an absolute path.
-        scheme: The protocol before a colon, as in ``nbd:`` or ``json:``; None for a path,
-            with or without ``file:`` before it.
-        escapes: Whether the name may lead out of the image's directory; True for a name that
-            cannot be resolved.
+        scheme: The protocol before a colon, as in ``nbd:`` or ``json:``; None for a path.
+        escapes: Whether the name may lead out of the image's directory, or cannot be resolved.
         is_local: Whether the image is a URL and the name is the path of a local file.
     """
 
@@ -106,18 +96,13 @@ def _resolve_in_url(name: str, image: str, *, raw_format: bool, absolute: bool) 
 def _resolve(name: str, directory: str) -> tuple[str, bool]:
     """Resolve a name to an absolute path, and look up nothing outside of ``directory``.
 
-    A component that leads into ``directory`` is looked up, and followed if it is a symbolic
-    link.  A component that leads to ``directory`` itself, or to a directory above it, needs no
-    lookup.  The first component that leads elsewhere, and all after it, are only normalized.
-    A link after `_MAX_LINKS` links counts as a component that leads elsewhere.
+    A component that leads into ``directory`` is looked up, and followed if it is a symbolic link.
+    A component that leads to ``directory`` itself, or to a directory above it, needs no lookup.
+    The first component that leads elsewhere, and all after it, are only normalized.  A link after
+    `_MAX_LINKS` links counts as a component that leads elsewhere.
 
-    Args:
-        name: The name, a path that may be absolute.
-        directory: Absolute path without symbolic links, to which a relative name refers.
-
-    Returns:
-        The absolute path, and whether the name leads out of ``directory``, or may do so because
-        the path was only normalized.
+    Returns the path, and whether it leads out of ``directory`` or may do so.  ``directory`` must be
+    absolute and free of symbolic links.
     """
     reached = "/" if name.startswith("/") else directory
     left = name.split("/")[::-1]  # a stack: the last item is the next component to follow

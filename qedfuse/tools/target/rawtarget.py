@@ -36,9 +36,8 @@ class NewRawTarget(ParallelTarget):
         Args:
             descriptor: The file; negative to write nothing.
             name: Name of the file in messages.
-            sparse_size: Minimum length in bytes of a run of zeros that the caller leaves as a
-                hole.  Here the length only selects the block size: 512 bytes for a length
-                from 512 to 4095, and 4096 bytes for all other lengths.
+            sparse_size: Minimum length in bytes of a run of zeros that becomes a hole.  A length
+                from 512 to 4095 selects blocks of 512 bytes, any other length blocks of 4096 bytes.
         """
         self.descriptor = descriptor
         self.name = name
@@ -120,9 +119,9 @@ class ExistingRawTarget(SequentialTarget):
         self._can_punch = True
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
-        """Zero the file from the end of the previous chunk up to ``start``, then write this chunk.
+        """Zero the file from the end of the previous chunk up to ``start``; then write this chunk.
 
-        In the chunk the blocks of zeros are zeroed, and the blocks of data are written.
+        Blocks of zeros in the chunk are zeroed, not written.
         """
         await self._zero(self._written_end, start)
         self._written_end = start + len(view)
@@ -151,11 +150,7 @@ class ExistingRawTarget(SequentialTarget):
                 raise HostError.from_os(error, self.name, "write") from error
 
     def _zero_blocking(self, start: int, end: int) -> None:
-        """Punch a hole, or write zeros if the host cannot punch; for a worker thread.
-
-        Raises:
-            OSError: A system call failed.
-        """
+        """Punch a hole, or write zeros if the host cannot punch; for a worker thread."""
         if self._can_punch:
             try:
                 fallocate(self.descriptor, FALLOC_PUNCH_HOLE, start, end - start)
