@@ -1,9 +1,9 @@
 /*
  * The pool of threads, as the threads that hold the GIL use it (_iopool.c).
  *
- * No function here touches a Python object, or waits for a call.  The jobs that a function returns belong
- * to the caller.  *garbage gets the jobs whose answer has ended after they were collected.  Their
- * release needs the GIL.
+ * No function here touches a Python object, or waits for a call.  The jobs that a function returns
+ * belong to the caller.  So do the jobs in *garbage, whose answers have ended after they were
+ * collected.  The caller must release these jobs, for which it needs the GIL.
  */
 
 #ifndef QEDFUSE_IOPOOL_H
@@ -17,10 +17,9 @@ struct pool;
  * `idle_seconds`.  Returns the pool, or NULL with errno. */
 struct pool *pool_new(int max_threads, double idle_seconds);
 
-/* Queues a job and returns 0; the job then belongs to the pool.  If no thread is about to look at
- * the queue, wakes a sleeping thread, or creates one if there are fewer than max_threads.  If the
- * pool has no thread and cannot create one, returns an errno, and does not queue the job.  In both
- * cases the caller must release the jobs in *garbage. */
+/* Queues a job, which then belongs to the pool, and returns 0.  Wakes or creates a thread if
+ * necessary.  If the pool has no thread and cannot create one, returns an errno, and does not queue
+ * the job. */
 int pool_queue(struct pool *pool, struct job *job, struct list *garbage);
 
 /* Returns the eventfd, which becomes readable when finished jobs can be taken. */
@@ -36,7 +35,7 @@ int pool_has_finished(struct pool *pool);
 int pool_threads(struct pool *pool);
 
 /* Takes the finished jobs, and makes the eventfd unreadable.  The caller must pass the jobs to
- * pool_set_collected() or to pool_put_back(), and must release the jobs in *garbage. */
+ * pool_set_collected() or to pool_put_back(). */
 struct list pool_take_finished(struct pool *pool, struct list *garbage);
 
 /* Inserts jobs at the beginning of the list of finished jobs again. */

@@ -1,13 +1,10 @@
 """Which reads the event loop tries itself, and which go to a thread without a try.
 
-In an *inline* read the event loop reads only what is in the host's page cache (``RWF_NOWAIT``).  If
-it misses the cache, the kernel starts to fetch the data, and then the read fails.  Such a miss
-takes the event loop longer than a read that finds everything, and gains nothing.  Therefore, after
-some misses in a row, the event loop tries no reads.  Each read then goes directly to a thread, or
-to a queue of the kernel (``_queuedread.c``).  After the thread or the queue has found the data of
-some reads in a row in the page cache, the event loop tries reads again.
-
-A sequential reader mostly finds what the kernel has read ahead, so its reads stay inline.
+In an *inline* read the event loop reads only what is in the host's page cache (``RWF_NOWAIT``).  A
+miss takes the event loop longer than a read that finds everything, and gains nothing.  So after
+some misses in a row, each read goes directly to a thread, or to a queue of the kernel
+(``_queuedread.c``).  After these have found the data of some reads in a row in the page cache, the
+event loop tries reads again.
 """
 
 from __future__ import annotations
@@ -17,14 +14,11 @@ from typing import Final
 _MISSES_IN_A_ROW: Final = 4
 """Number of misses in a row after which reads are not tried inline."""
 _HITS_IN_A_ROW: Final = 4
-"""Number of reads in a row that a thread or a queue of the kernel has answered from the page cache,
-after which reads are tried inline again."""
+"""Number of reads in a row from the page cache after which reads are tried inline again."""
 _CACHED_SECONDS: Final = 15e-6
-"""Maximum time of a short read that counts as cached.  A read from a fast disk takes several times
-as long."""
+"""Maximum time of a short read that counts as cached; a fast disk takes several times as long."""
 _CACHED_SECONDS_PER_BYTE: Final = 0.25e-9
-"""Time that is added to `_CACHED_SECONDS` for each byte of a read.  It corresponds to 4 GB/s, which
-is slow for a copy in memory."""
+"""Time that is added for each byte of a read.  It corresponds to 4 GB/s, a slow copy in memory."""
 
 
 class ReadPolicy:
@@ -33,12 +27,12 @@ class ReadPolicy:
     Attributes:
         is_inline: Whether the event loop should try to read from the page cache.
         misses: How many inline reads in a row have not found all their data.  The caller must set
-            this to 0 when an inline read has found all its data.  There is no method for this,
-            because its call would cost more than all other bookkeeping of such a read.
+            this to 0 after a success; a method would cost more than all other bookkeeping of such a
+            read.
         uncached: How many reads have found that the page cache lacked some of their data.
         can_queue: Whether a queue of the kernel (``_ring.c``) can make reads of the file.  False if
-            the file system asks a server, or does not support RWF_NOWAIT, because the kernel itself
-            would then need a thread for each of these reads.
+            the file system asks a server, or does not support RWF_NOWAIT: the kernel itself would
+            need a thread for each of these reads.
     """
 
     def __init__(self, *, can_queue: bool = False) -> None:
@@ -63,10 +57,7 @@ class ReadPolicy:
         self.record_cached(seconds <= _CACHED_SECONDS + length * _CACHED_SECONDS_PER_BYTE)
 
     def record_cached(self, is_cached: bool) -> None:  # noqa: FBT001  the extension calls it
-        """Record whether a read that was not tried inline has found all its data in the page cache.
-
-        The read was made by a thread or by a queue of the kernel.
-        """
+        """Record whether a read that was not tried inline has found its data in the page cache."""
         if not is_cached:
             self.uncached += 1
             self._hits = 0

@@ -63,16 +63,12 @@ def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str]) 
     """Open a file of one of the kinds that are the keys of ``expected``; return a descriptor.
 
     The values of ``expected`` are the names of the kinds in messages.
-
-    Raises:
-        HostError: The file cannot be opened, or /proc is not mounted.
-        ImageError: The file is of another kind.
     """
     flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        # Find out the kind of the file before it is opened, because opening a FIFO can wait and
-        # opening a device can start the device.  O_PATH gives a descriptor that suffices for
-        # fstat(2) without opening the file itself.
+        # Opening a FIFO can wait, and opening a device can start the device.  So the kind of the
+        # file is found out first: O_PATH gives a descriptor for fstat(2) without opening the file
+        # itself.
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:
         raise cannot_open(path, error) from error
@@ -106,7 +102,7 @@ def status_of(file: int | str, name: str) -> os.stat_result:
 def length_of(fd: int, name: str) -> int:
     """Return the length in bytes of an open file or block device; ``name`` is for messages.
 
-    The call moves the file position of the descriptor.
+    Moves the file position of the descriptor.
 
     Raises:
         HostError: A system call failed.
@@ -118,7 +114,7 @@ def length_of(fd: int, name: str) -> int:
 
 
 def identity_of(status: os.stat_result) -> FileIdentity:
-    """Return the device and the inode of a file, which together identify the file."""
+    """Return the device and the inode of a file."""
     return status.st_dev, status.st_ino
 
 

@@ -19,10 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def forked_launderer(*, is_needed: bool) -> AbstractContextManager[Launderer | None]:
-    """Fork the launderer; the block gets None if no launderer is needed or the fork fails.
-
-    If the fork fails, the reason is logged.
-    """
+    """Fork the launderer; the block gets None if no launderer is needed or the fork fails."""
     if not is_needed:
         return nullcontext()
     try:
@@ -42,7 +39,7 @@ def forked_unmounter(
 ) -> AbstractContextManager[Unmounter | None]:
     """Fork the unmounter if a sandbox is wanted; otherwise use a `DirectUnmounter`.
 
-    The block gets the unmounter, or None if the fork has failed; then there can be no sandbox.
+    The block gets None if the fork has failed; then there can be no sandbox.
 
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.

@@ -31,8 +31,8 @@ def split_options(text: str) -> list[str]:
     escaped = False
     for char in text:
         if escaped:
-            # Only a comma and a backslash can be escaped.  Before any other character a
-            # backslash stands for itself, as in a path that was not escaped.
+            # Before any other character a backslash stands for itself, as in a path that was not
+            # escaped.
             options[-1] += char if char in ",\\" else "\\" + char
             escaped = False
         elif char == "\\":
@@ -47,10 +47,7 @@ def split_options(text: str) -> list[str]:
 
 
 def absolute_options(lists: Iterable[str]) -> tuple[str, ...]:
-    """Split lists of options, and make the paths in the options absolute.
-
-    Returns:
-        The options, each escaped so that `split_options` returns it as one option.
+    """Split lists of options, make the paths in them absolute, and return the escaped options.
 
     Raises:
         FileNotFoundError: A path is relative, and the working directory has been removed.

@@ -94,7 +94,7 @@ async def open_disks(
         content: Disk | DiskWindow = disk
         name = source.name
         if options.partition is not None:
-            # Imported late, because only few mounts need the parsers of partition tables.
+            # Few mounts need the parsers of partition tables.
             from qedfuse.mount.images.partitionwindows import (  # noqa: PLC0415  late
                 open_window,
                 partition_name,

@@ -1,7 +1,6 @@
 """The extents of an export, as an NBD server has reported them: which ranges read as zeros.
 
-Only the last reply is kept, to limit memory.  A search from the beginning to the end of the export
-never needs an earlier reply again.
+Only the last reply is kept.  A search from beginning to end never needs an earlier one again.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ class KnownExtent(NamedTuple):
     """The rest of an extent, from an offset on.
 
     Attributes:
-        is_zero: Whether all bytes from the offset to ``end`` read as zeros.  If False, the bytes
-            can have any value.
+        is_zero: Whether all bytes from the offset to ``end`` read as zeros; if False, they may.
         end: Offset of the end of the extent.
     """
 
@@ -74,8 +72,7 @@ class SmallSteps:
     """Measures the time that a search spends on replies that cover few bytes each, for a limit.
 
     Without a limit, a server that reports extents of one byte could prolong a search almost without
-    end.  A search asks for ascending offsets.  So a request for a lower offset than the last one,
-    or for offset 0, begins a new search.
+    end.  A request for a lower offset than the last one, or for offset 0, begins a new search.
     """
 
     def __init__(self, max_seconds: float) -> None:
@@ -86,8 +83,6 @@ class SmallSteps:
 
     def add_reply(self, request: BlockStatus, seconds: float) -> bool:
         """Add the time of a reply; return whether the small steps have taken longer than permitted.
-
-        Only replies that are small steps (`MIN_STEP_BYTES`) of the present search count.
 
         Args:
             request: The request, with the extents of its reply.

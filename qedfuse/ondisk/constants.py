@@ -16,8 +16,7 @@ HEADER_BYTES: Final = 64
 """Length of the fixed part of the header, in bytes."""
 
 SECTOR: Final = 512
-"""Bytes in a sector.  The size of a guest's disk is a multiple of the sector size, and a host
-disk writes a sector atomically."""
+"""Bytes in a sector, of which a disk has a whole number; a host disk writes a sector atomically."""
 
 MIN_CLUSTER_SIZE: Final = 1 << 12
 MAX_CLUSTER_SIZE: Final = 1 << 26
@@ -39,8 +38,7 @@ MAX_BACKING_NAME: Final = 1023
 """Maximum length of a backing file name in bytes; QEMU opens no image with a longer name."""
 
 UNALLOCATED: Final = 0
-"""Table entry: nothing is stored.  Reads return the bytes of the backing file.  If there is no
-backing file, or if it ends earlier, reads return zeros."""
+"""Table entry: nothing is stored.  The backing file shows, or zeros where there is none."""
 
 ZERO: Final = 1
 """L2 table entry: the cluster reads as zeros, whatever the backing file contains."""
@@ -62,9 +60,7 @@ class Feature(IntFlag):
 KNOWN_FEATURES: Final = int(
     Feature.BACKING_FILE | Feature.NEED_CHECK | Feature.BACKING_FORMAT_NO_PROBE | Feature.FREE_LIST
 )
-"""The incompatible feature bits that this program supports.  An image with any other bit is
-refused."""
+"""The incompatible feature bits that this program supports; any other bit is refused."""
 
 KNOWN_AUTOCLEAR: Final = 0
-"""The autoclear feature bits that this program preserves: none, because QED defines none.  So all
-autoclear bits are cleared before the first change of an image."""
+"""The autoclear feature bits that this program preserves: none, because QED defines none."""

@@ -1,8 +1,7 @@
 """Credentials for servers, in a file that only its owner may read.
 
-The file has lines ``NAME=VALUE``, similar to a file of environment variables (systemd.exec(5),
-``EnvironmentFile=``), but without continued lines and escapes.  No message of this module contains
-any content of the file, not even the name of a variable.
+The file has lines ``NAME=VALUE``, without continued lines and escapes.  No message of this module
+contains any content of the file, not even the name of a variable.
 """
 
 from __future__ import annotations

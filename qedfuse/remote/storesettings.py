@@ -1,8 +1,7 @@
 """A bucket or container of an object store, configured by variables.
 
 obstore itself reads the environment.  This module adds the variables of the credentials file, and
-refuses an endpoint without TLS that the user has not allowed.  `qedfuse.remote.storeidentity`
-changes how requests are signed.
+refuses an endpoint without TLS that the user has not allowed.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.client import ClientOptions
 
 _MAX_RETRIES: Final = 10_000
-"""Maximum number of times that obstore repeats a failed request.  The number is so high that only
-``retry_seconds`` of `make_store` limits the repetition."""
+"""Maximum number of attempts of obstore; so high that only ``retry_seconds`` limits them."""
 _MAX_PAUSE_SECONDS: Final = 5.0
 """Maximum pause between two attempts of obstore."""
 _PREFIXES: Final = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
@@ -127,7 +125,7 @@ def make_store(
         with panics_translated():
             if address.scheme == "s3":
                 if endpoint is not None:
-                    # obstore prefers this name to all others, so no variable can replace the value.
+                    # obstore prefers this name to all others.
                     common["aws_endpoint_url_s3"] = endpoint
                 common["region"] = variables.first(REGION_VARIABLES) or "us-east-1"
                 has_credentials = add_s3_identity(

@@ -58,10 +58,9 @@ class WebCredentials:
             raise _invalid(_HOST, f"{found or 'nothing'} beside it", expected)
 
     def headers_for(self, target: Address) -> dict[str, str]:
-        """Return the headers for a request to ``target``.
+        """Return the headers for a request to ``target``; empty for another host.
 
-        The result is empty if there are no credentials, if ``target`` is not on the host of the
-        credentials, or if the request would reach another machine without TLS.
+        Empty also if the request would reach another machine without TLS.
         """
         is_secure = target.scheme == "https" or target.is_loopback
         if self._header and target.host == self._host and is_secure:
@@ -70,11 +69,7 @@ class WebCredentials:
 
 
 def _parse_host(text: str) -> str:
-    """Return the value of ``WEB_HOST`` in the form of `Address.host`.
-
-    Raises:
-        UnusableError: The value is missing or not valid.
-    """
+    """Return the value of ``WEB_HOST`` in the form of `Address.host`."""
     if not text:
         raise _invalid(_HOST, "none", "the host to which the credentials are sent")
     address = None

@@ -1,7 +1,7 @@
 """How often Python's collector of reference cycles runs: rarely while a program starts.
 
-Loading modules makes many objects that stay, and by default the collector visits these objects
-again and again.  These visits took 7 percent of the processor time of a start.
+Loading modules makes many objects that stay.  Visiting them again and again took 7 percent of the
+processor time of a start.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 
 _DEFAULT: Final = gc.get_threshold()
 _RARELY: Final = (50_000, *_DEFAULT[1:])
-"""Thresholds for the start.  They are finite, so that memory is bounded if the start takes long."""
+"""Thresholds for the start; finite, so that memory is bounded if the start takes long."""
 
 
 def collect_rarely() -> None:
@@ -22,8 +22,7 @@ def collect_rarely() -> None:
 def collect_as_usual() -> None:
     """Let the collector run as often as by default, but never visit the objects that exist now.
 
-    A collection that visits the objects of all modules would delay requests.  Without a call of
-    `collect_rarely` before, nothing changes.
+    A collection that visits the objects of all modules would delay requests.
     """
     if gc.get_threshold() == _RARELY:
         gc.freeze()

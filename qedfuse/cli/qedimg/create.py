@@ -67,12 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Create the image; return 0.
-
-    Raises:
-        UsageError: An option is invalid, or options contradict each other.
-        QedError: The image cannot be created, or the base cannot be opened.
-    """
+    """Create the image; return 0."""
     require_local(arguments.image)
     take_options(arguments, "-b", "size")
     if arguments.base is None and arguments.unsafe:

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
 
 def json_value(image: ImageInfo, details: Details | None) -> dict[str, Any]:
-    """Return the description of an image as values for JSON.
+    """Return the description of an image as values for JSON, in qemu-img's order of the keys.
 
-    The keys that qemu-img prints keep the order that they have there.
     ``details`` is None if the tables and the free list were not read.
     """
     value: dict[str, Any] = {"children": [{"name": "file", "info": _host_file(image)}]}

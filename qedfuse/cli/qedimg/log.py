@@ -13,10 +13,7 @@ _OUTAGES: Final = "qedfuse.remote.outagelog"
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Return False for a message about the outage of a server, and True for any other.
-
-    Messages about outages are omitted, because `main` prints an outage that makes the command fail.
-    """
+    """Return False for a message about an outage; `main` prints an outage that ends the command."""
     return record.name != _OUTAGES
 
 
@@ -39,14 +36,13 @@ _recorder: Final = _Recorder()
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
     """Make the library's messages appear on stderr, if their level is at least WARNING.
 
-    With ``verbose`` the lowest level is INFO, and with ``quiet`` the lowest level is ERROR.
+    With ``verbose`` the lowest level is INFO, and with ``quiet`` it is ERROR.
     """
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_is_shown)
     logging.basicConfig(format="qedimg: %(message)s", level=level, handlers=[handler])
-    # This setting makes `logging` drop messages that it cannot write to stderr; by default it
-    # would print a traceback.  The exit code reports whether the command has failed.
+    # Drop messages that cannot be written to stderr; by default `logging` would print a traceback.
     logging.raiseExceptions = False
     _recorder.errors.clear()
     _recorder.addFilter(_is_shown)

@@ -1,8 +1,7 @@
 """The colours of the pictures of ``qedimg map``: one for each cell of the file and of the disk.
 
-In both parts of the picture, data has the colour of its position on the disk, from blue for the
-beginning to red for the end.  So a file whose data is in the order of the disk shows the colours in
-the same order as the disk, and a fragmented file shows a mixture of colours.
+Data has the colour of its position on the disk, from blue for the beginning to red for the end.  So
+a fragmented file shows a mixture of colours.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The output of ``qedimg map``: each batch of extents is formatted by a few calls.
 
-A full disk has millions of extents, so a call for each of them would take too long.
+A call for each of millions of extents would take too long.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ _HEX_ZERO: Final = re.compile(r"^0x0(?= )|(?<=^.{32})0x0(?= )", re.MULTILINE)
 
 
 _NO_OFFSET: Final = "-               %.0s"
-"""The format of a file offset that is not printed: a dash, and a conversion (``%.0s``) that takes
-the offset as its argument and prints nothing."""
+"""The format of a file offset that is not printed: a dash, and a conversion that prints nothing."""
 
 
 class Writer(Protocol):
@@ -33,10 +32,10 @@ class Writer(Protocol):
         """Return a batch of extents as text."""
 
     def tail(self, start: int) -> str:
-        """Return the end of the output, whose beginning (`HEADS` of `map`) the caller prints.
+        """Return the end of the output.
 
-        ``start`` is the offset of the disk at which the listed range begins.  This offset is used
-        only if there was no extent.
+        ``start`` is the offset of the disk at which the listed range begins, for a list without
+        extents.
         """
 
 
@@ -59,8 +58,8 @@ class HumanWriter:
         lines = self._lines
         text = "".join([lines[depth] for depth in depths]) % tuple(columns.ravel().tolist())
         # qemu-img prints a zero without "0x", as C's %#x does.  Only the line of guest offset 0 can
-        # have a zero: at file offset 0 a QED image has its header, not data, and a raw file has
-        # the data of guest offset 0.  So only a batch that begins with this line is searched.
+        # have a zero: at file offset 0 a QED image has its header, and a raw file has the data of
+        # guest offset 0.
         return _HEX_ZERO.sub("0  ", text) if len(columns) and not columns[0, 0] else text
 
     def tail(self, _start: int) -> str:
@@ -97,8 +96,7 @@ class JsonWriter:
     def tail(self, start: int) -> str:
         """Return the end of the list.
 
-        As in qemu-img's output, a list without extents gets a line for an extent of length 0,
-        whose flags are all false.
+        As in qemu-img's output, a list without extents gets a line for an extent of length 0.
         """
         empty = "" if self._has_extents else _json_line(0, BAD, has_offset=False) % (start, 0)
         return f"{empty.replace('true', 'false')}]\n"
@@ -109,10 +107,7 @@ _DEPTH_FACTOR: Final = 8
 
 
 def _json_line(depth: int, kind: int, *, has_offset: bool) -> str:
-    """Return the format string of a line of JSON for extents of this depth and kind.
-
-    ``has_offset`` says whether the file offsets of this depth are printed.
-    """
+    """Return the format string of a line of JSON for extents of this depth and kind."""
     words = {
         "present": kind != UNALLOCATED,
         "zero": kind in (UNALLOCATED, ZEROS, HOLE),

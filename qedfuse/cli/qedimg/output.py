@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE: Final = 141
 """The exit code that a shell shows for a program that was killed by SIGPIPE (128 + 13)."""
 _FAILED: Final = 1
-"""The exit code if stdout cannot be written to for another reason than a closed pipe.
-
-A caller of `finish_output` can choose another exit code.
-"""
+"""The exit code if stdout cannot be written to for another reason than a closed pipe."""
 
 
 def print_line(arguments: argparse.Namespace, text: str) -> None:
@@ -28,17 +25,14 @@ def print_line(arguments: argparse.Namespace, text: str) -> None:
 
 
 def print_json(value: Any) -> None:  # noqa: ANN401  any JSON value
-    """Print a value as JSON in qemu-img's layout, in ASCII, even if ``-q`` was given.
-
-    Bytes of file names that are not valid UTF-8 are escaped as lone surrogates.
-    """
+    """Print a value as JSON in qemu-img's layout, in ASCII, even if ``-q`` was given."""
     import json  # noqa: PLC0415  imported late: text output must not load it
 
     sys.stdout.write(json.dumps(value, indent=4, ensure_ascii=True) + "\n")
 
 
 def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
-    """Return ``rows`` as lines of text in aligned columns; there must be at least one row.
+    """Return ``rows``, at least one, as lines of text in aligned columns.
 
     The columns whose indices are in ``right`` are aligned to the right.
     """
@@ -55,10 +49,9 @@ def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str
 
 
 def print_error(message: str) -> None:
-    """Print an error message to stderr; if stderr cannot be written to, discard further output.
+    """Print an error message to stderr, without the queries of URLs, which may be secrets.
 
-    A message can repeat a URL, whose query may be a secret, so queries are left out.  The exit code
-    reports the failure even if no message can be printed.
+    If stderr cannot be written to, further output is discarded; the exit code reports the failure.
     """
     try:
         sys.stderr.write(f"qedimg: {without_queries(printable(message))}\n")
@@ -70,11 +63,9 @@ def print_error(message: str) -> None:
 def finish_output(code: int, failed: int = _FAILED) -> int:
     """Flush stdout and return the exit code.
 
-    If stdout cannot be written to, the reason is printed to stderr, except for a closed pipe.
-
     Returns:
-        ``code`` if everything was written or ``code`` is not 0.  Otherwise `BROKEN_PIPE` if
-        the reader has closed the pipe, and ``failed`` after any other error.
+        ``code`` if everything was written or ``code`` is not 0.  Otherwise `BROKEN_PIPE` if the
+        reader has closed the pipe, and ``failed`` after any other error.
     """
     try:
         sys.stdout.flush()

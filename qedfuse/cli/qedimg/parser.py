@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _OPERAND_MARK: Final = "\ufdd0"
-"""The mark in front of an operand that begins with a dash.  It is a noncharacter of Unicode."""
+"""The mark in front of an operand that begins with a dash: a noncharacter of Unicode."""
 _NEGATIVE: Final = re.compile(r"-\d")
 """The beginning of a size such as ``-1G``; no option has a digit after the dash."""
 
@@ -41,11 +41,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(marked)
 
     def error(self, message: str) -> NoReturn:
-        """Raise an error with argparse's message, as one line.
-
-        Raises:
-            UsageError: Always.
-        """
+        """Raise a `UsageError` with argparse's message, as one line."""
         msg = f"{printable(message.replace(_OPERAND_MARK, ''))} (see: {self.prog} --help)"
         raise UsageError(msg)
 

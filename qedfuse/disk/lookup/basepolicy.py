@@ -45,7 +45,7 @@ def open_local_base(
 ) -> PosixFile:
     """Open a backing file that is a local file, if the policy allows it.
 
-    The mode of the policy must not be ``none``: the caller refuses every base in this mode.
+    The mode of the policy must not be ``none``.
 
     Args:
         path: The path of the backing file.
@@ -67,8 +67,7 @@ def open_local_base(
         return base
     directory = os.path.dirname(image.path) or "."  # noqa: PTH120
     allowed = [os.path.realpath(path) for path in (directory, *policy.directories)]
-    # The kernel's path of the open file contains no symbolic links.  So the comparison below
-    # uses the directory of the file itself, even if ``path`` leads to the file through links.
+    # The kernel's path of the open file contains no symbolic links.
     real = os.readlink(f"/proc/self/fd/{base.fd}")  # noqa: PTH115
     if any(real.startswith(parent.rstrip("/") + "/") for parent in allowed):
         return base
@@ -101,9 +100,7 @@ def is_named(path: str, base: HostFile, trusted: str | None) -> bool:
 
 
 def is_same_url(address: Address, trusted: str | None) -> bool:
-    """Return whether ``trusted`` is a URL with the address ``address``.
-
-    ``trusted`` is a path or URL that the user has named, or None.
+    """Return whether ``trusted``, which the user has named, is a URL with this address.
 
     Raises:
         UsageError: ``trusted`` is a URL that is not valid.

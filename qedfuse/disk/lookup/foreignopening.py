@@ -50,7 +50,7 @@ async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> For
         ImageInUseError: Another program has locked a file.
         HostError: A file cannot be read, or a system call failed.
     """
-    # Imported late, because only images that QEMU serves need these modules.
+    # Imported late, because only few images need these modules.
     from qedfuse.foreign.graph import Limits  # noqa: PLC0415  late, see above
     from qedfuse.foreign.opening import ForeignOpening  # noqa: PLC0415
 
@@ -107,8 +107,7 @@ def graph_of(file: ReadableFile) -> Graph | None:
 def start_maps(layers: Iterable[Layer]) -> None:
     """Start the programs of QEMU that find out where layers that QEMU serves have their data.
 
-    Without this call the program for a layer starts after some reads of that layer.  The
-    call blocks for some milliseconds for each layer that QEMU serves.
+    The call blocks for some milliseconds for each such layer.
     """
     for layer in layers:
         start: Callable[[], None] | None = getattr(layer.file, "start_map", None)
@@ -117,11 +116,7 @@ def start_maps(layers: Iterable[Layer]) -> None:
 
 
 def refuse_foreign(layer: Layer) -> None:
-    """Raise if QEMU serves a layer, because such an image cannot be changed.
-
-    Raises:
-        UsageError: QEMU serves the layer, which can only be read.
-    """
+    """Raise `UsageError` if QEMU serves a layer, because such an image can only be read."""
     driver = driver_of(layer.file)
     if driver is not None:
         found = f"found a {driver} image, which can only be read"
@@ -130,11 +125,7 @@ def refuse_foreign(layer: Layer) -> None:
 
 
 def _open_named(name: bytes, image: PosixFile, *, policy: BackingPolicy) -> PosixFile:
-    """Open a file that an image in a format of QEMU names, if the policy allows it.
-
-    Raises:
-        BackingError: The file is missing or refused.
-    """
+    """Open a file that an image in a format of QEMU names, if the policy allows it."""
     found = checked_name(name, image.name)
     if policy.mode == "none":
         msg = f"{image.name}: backing file {shown_name(found)}: refused by backing=none"

@@ -3,12 +3,9 @@
 Without precautions, three things could be read in the added range instead of zeros:
 
 - Bytes past the end of the disk in its last cluster.  These bytes are overwritten with zeros.
-- Clusters to which table entries past the end of the disk refer.  Growing is refused if an entry
-  for the added range refers to data or is bad.  If the user has forced the growth, the clusters
-  are deallocated instead; a bad entry is refused even then.
+- Clusters to which table entries past the end of the disk refer.  Growing is refused; if the user
+  has forced it, the clusters are deallocated.  A bad entry is refused even then.
 - Data of a base that is longer than the disk.  Zero clusters hide it.
-
-These changes are made durable before the new size is written.
 """
 
 from __future__ import annotations
@@ -67,25 +64,13 @@ class DiskGrowth:
                 return
             await self._zero_past_end(size, force=force)
             # Make the zeros, and the entries that hide the base, durable before the size is
-            # written.  Otherwise, after a crash, the added range could show the old bytes of
-            # the file or the data of the base.
+            # written.  Otherwise, after a crash, the added range could show the old bytes of the
+            # file or the data of the base.
             await self._writeback.barrier()
             await self._disk_size.change(size)
 
     async def _zero_past_end(self, size: int, *, force: bool) -> None:
-        """Make the range from the disk's end to ``size`` read as zeros once the disk has grown.
-
-        The last cluster of the disk may hold bytes past the end of the disk, which are
-        zeroed.  In later clusters, the data of a base that is longer than the disk would show
-        through, so zero clusters hide this data.  If table entries for the range refer to data,
-        ``force`` deallocates the clusters.
-
-        Raises:
-            CorruptImageError: A table entry for the range is bad, or refers to data and
-                ``force`` is False.
-            HostError: A system call failed.
-            ReadOnlyError: The disk has become read-only during the call.
-        """
+        """Make the range from the disk's end to ``size`` read as zeros once the disk has grown."""
         geometry = self._layer.geometry
         old, cluster_end = self._layer.size, geometry.ceil(self._layer.size)
         base_end = max((base.size for base in self._chain.layers[1:]), default=0)

@@ -1,9 +1,9 @@
 """The first-write guard: before the first modification an image withdraws its claims.
 
-Two kinds of bits in a header claim something about the rest of the image: the autoclear
-feature bits of extensions that this program does not know, and the bit of a free list.  The
-first modification may make these claims untrue.  So the bits must be durably clear before
-anything else in the image changes, data included.
+Two kinds of bits in a header claim something about the rest of the image: the autoclear feature
+bits of extensions that this program does not know, and the bit of a free list.  The first
+modification may make these claims untrue.  So the bits must be durably clear before anything else
+in the image changes, data included.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ class FirstWriteGuard:
     """Prepares an image for its first modification, once.
 
     Attributes:
-        prepared: Whether the image may be modified without further preparation.  True from the
-            start if the image's header makes no claim; otherwise `prepare_write` sets it to True.
+        prepared: Whether the image may be modified without further preparation.
     """
 
     def __init__(
@@ -40,8 +39,8 @@ class FirstWriteGuard:
         """Guard modifications of ``file``.
 
         `prepare_write` awaits all ``hooks``, in their order, after it has durably withdrawn the
-        claims and before it returns for the first time.  If a hook raises, the next call
-        awaits all hooks again.  If the header makes no claim now, no hook is ever awaited.
+        claims and before it returns for the first time.  If a hook raises, the next call awaits all
+        hooks again.
         """
         self._file = file
         self._header_store = header_store
@@ -64,11 +63,11 @@ class FirstWriteGuard:
             raise ReadOnlyError(msg)
         if not self.prepared:
             async with self._lock:
-                # All writers wait for the lock while the first writer withdraws the claims.
-                # Not even data may change before the claims are durably withdrawn, because
-                # power may fail at any time after the change.  After such a failure the free list
-                # must be invalid.  An unknown autoclear bit must be clear: if set, it would claim
-                # that only programs that know the bit have changed the image.
+                # All writers wait for the lock while the first writer withdraws the claims.  Not
+                # even data may change before, because power may fail at any time after the change.
+                # After such a failure the free list must be invalid.  An unknown autoclear bit must
+                # be clear: if set, it would claim that only programs that know the bit have changed
+                # the image.
                 if not self.prepared:
                     await self._header_store.change(
                         lambda header: header.without_stale_autoclear().with_free_list(value=False)

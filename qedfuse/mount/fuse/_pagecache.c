@@ -16,7 +16,7 @@
 #define SYS_cachestat 451
 #endif
 
-/* The smallest page size, and the maximum number of such pages in a read, which can begin within a page. */
+/* The smallest page size, and the maximum number of such pages in a read. */
 #define PAGE_BYTES 4096
 #define MAX_PAGES ((1 << 20) / PAGE_BYTES + 1)
 
@@ -74,8 +74,7 @@ int has_valid_pages(char *address, uint64_t offset, size_t size)
 
     if (address == NULL || pages > MAX_PAGES)
         return 0;
-    /* A kernel with larger pages refuses a `start` that does not begin such a page, and sets fewer
-     * elements of the array.  The other elements must not count as missing pages. */
+    /* A kernel with larger pages sets fewer elements; the others must not count as missing. */
     memset(found, 1, pages);
     if (mincore(address + start, bytes, found))
         return 0;

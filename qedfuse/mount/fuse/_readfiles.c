@@ -1,10 +1,9 @@
 /*
  * The files from which _cachedread.c reads, and the runs by which a file refers to other files.
  *
- * A disk that qemu-nbd serves has no descriptor of its own.  Where one of the files that QEMU reads
- * has bytes of the disk, neither compressed nor encrypted, a run says in which file and where
- * (RunMap in foreign/runmap.py).  A search holds the GIL, but may begin when a Python thread has
- * added a run only in part.  The search then does not find this run.
+ * A disk that qemu-nbd serves has no descriptor of its own.  A run says in which of QEMU's files,
+ * and where, bytes of the disk are stored unchanged (RunMap in foreign/runmap.py).  A Python thread
+ * may have added a run only in part when a search begins; the search does not find this run.
  *
  * The functions that other files call are described in _extraops.h.
  */
@@ -14,8 +13,8 @@
 /* The layout of the cells (RunMap). */
 enum { COUNT, END, FIRST_START };
 
-/* A target has in its lowest FILE_BITS bits the number of a file plus FILE_BIAS, and in the other bits the
- * offset in that file; or it is 0 or 1, and has no file (RunMap). */
+/* A target is 0 or 1 and has no file; or its lowest FILE_BITS bits are the number of a file plus
+ * FILE_BIAS, and the other bits the offset in that file (RunMap). */
 #define FILE_BITS 8
 #define FILE_BIAS 2
 
@@ -92,8 +91,7 @@ struct read_file *make_files(PyObject *sources)
     return files;
 }
 
-/* Returns the index of the last of `count` runs that begins at or before an offset.  The first run must
- * begin at or before the offset. */
+/* Returns the index of the last run that begins at or before an offset.  The first run must. */
 static uint64_t run_at(const uint64_t *starts, uint64_t count, uint64_t offset)
 {
     uint64_t low = 0, middle;

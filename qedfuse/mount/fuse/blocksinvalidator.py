@@ -1,11 +1,10 @@
 """Making the kernel forget a wrong ``st_blocks`` of a disk after a flush.
 
 The kernel caches the attributes of a disk (`Attributes`), but ``st_blocks`` changes without a
-request of the kernel when the image file gets or loses space on the host.  After each
-invalidation the kernel requests all attributes again, and for the reply the server reads the times
-of the image file, which slows down later changes of the file (see
-`qedfuse.hostio.systemcalls.size_and_blocks`).  So a program that calls fsync(2) thousands of times
-a second must not cause as many invalidations.
+request of the kernel when the image file gets or loses space on the host.  After each invalidation
+the server must read the times of the image file, which slows down later changes of the file (see
+`qedfuse.hostio.systemcalls.size_and_blocks`).  So thousands of fsync(2) a second must not cause as
+many invalidations.
 """
 
 from __future__ import annotations
@@ -25,17 +24,13 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
 MIN_INTERVAL_SECONDS: Final = 0.1
-"""If a flush ends less than this time after a check of ``st_blocks``, the check for this flush is
-deferred.  `run` makes the deferred check at most this time after the flush; du(1) may show a wrong
-size until then.
-"""
+"""Minimum time between two checks of ``st_blocks``, in which du(1) may show a wrong size."""
 
 
 class BlocksInvalidator:
     """Invalidates the kernel's ``st_blocks`` of one disk's files if a flush has made them wrong.
 
-    The files are that of the whole disk and those of its partitions.  If the value that the kernel
-    has cached for a file is wrong, all cached attributes of the file are invalidated.
+    The files are that of the whole disk and those of its partitions.
     """
 
     def __init__(

@@ -1,9 +1,7 @@
 """Answers read, write and fsync requests in one step, if they need not wait.
 
-With the C extension (`extraops`), `DataRequests` gets a request first, and calls `disk_of`, `write`
-or `fsync` of `FastRequests`.  `Operations` gets the requests that `DataRequests` has not answered,
-and calls `read` or `write`.  An error in the first attempt is not reported: `Operations` meets the
-same error, and reports it to the kernel.  Without the extension, `Operations` gets every request.
+An error in this first attempt is not reported: `Operations` makes a second one, meets the same
+error, and reports it to the kernel.
 """
 
 from __future__ import annotations
@@ -40,8 +38,8 @@ class FastRequests:
     def read(self, handle: int, offset: int, size: int) -> memoryview | None:
         """Read ``size`` bytes at guest offset ``offset``; return None if the read would wait.
 
-        Also returns None for a read that is empty or goes past the end of the disk.  The next
-        call of any method may overwrite the bytes of the returned view.
+        Also returns None for a read that is empty or goes past the end of the disk.  The next call
+        of any method may overwrite the result.
         """
         exported = self.disk_of(handle)
         return None if exported is None else exported.disk.try_read(offset, size)

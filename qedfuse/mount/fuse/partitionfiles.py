@@ -1,12 +1,8 @@
 """Keeping the files of partitions in step with the partition tables of their disks.
 
 A program can write a different partition table through the file of a disk.  So after the last
-writer of the disk has closed that file, the next lookup, open or opendir reads the table again
-(`PartitionFiles.refresh`).  While a partition is open, the disk has no writer (`ExportedDisks`), so
-an open partition keeps its start and its size.
-
-If a table cannot be read, for example during an outage of a server, its disk has no files of
-partitions.  The first lookup, open or opendir at least `_RETRY_SECONDS` later tries again.
+writer has closed that file, the next lookup, open or opendir reads the table again.  While a
+partition is open, the disk has no writer, so an open partition keeps its start and its size.
 """
 
 from __future__ import annotations
@@ -44,7 +40,7 @@ class PartitionFiles:
         Args:
             disks: The disks.
             try_drop_pages: Makes the kernel drop all its cached pages of a file; returns False if
-                some may be left (`Laundering.try_drop_pages`).
+                some may be left.
             files_changed: Called after files were added or removed.
         """
         self._disks = disks
@@ -52,8 +48,8 @@ class PartitionFiles:
         self._files_changed = files_changed
         self._lock = trio.Lock()
         self._is_reading = False
-        # The disks whose tables could not be read, and the time of the next attempt; infinity
-        # while an attempt is due or under way.
+        # The disks whose tables could not be read, and the time of the next attempt; infinity while
+        # an attempt is due or under way.
         self._unread: dict[ExportedDisk, float] = {}
 
     async def refresh(self) -> None:
@@ -66,9 +62,8 @@ class PartitionFiles:
         """
         if self._unread:
             self._retry_unread()
-        # The loop tests `_is_reading` and not whether the lock is held.  A task that releases the
-        # lock hands it over to a waiter.  So if the loop tested the lock, two tasks would hand the
-        # lock to each other forever.
+        # A task that releases the lock hands it over to a waiter.  If the loop tested the lock
+        # instead of `_is_reading`, two tasks would hand the lock to each other forever.
         while self._disks.outdated or self._is_reading:
             async with self._lock:
                 self._is_reading = True
@@ -87,7 +82,7 @@ class PartitionFiles:
 
     async def _read_outdated(self) -> None:
         """Read the tables of all disks that are outdated; the caller holds the lock."""
-        # Imported late, because only few mounts need the parsers of partition tables.
+        # Few mounts need the parsers of partition tables.
         from qedfuse.mount.images.partitionwindows import read_windows  # noqa: PLC0415  late
 
         while self._disks.outdated:
@@ -113,8 +108,8 @@ class PartitionFiles:
         file with the same bytes can be written to during the call.
 
         Returns:
-            True if the kernel has no page that differs.  False if the kernel may have such a page;
-            the reply to the open must then make the kernel drop all pages.
+            False if the kernel may still have a page that differs; the reply to the open must then
+            make the kernel drop all pages.
         """
         if not exported.is_stale:
             return True

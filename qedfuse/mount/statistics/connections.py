@@ -1,8 +1,6 @@
 """Serving short connections beside the requests of a mount.
 
-Each connection is served by a task of its own for a limited time.  While the maximum number of
-connections is being served, new connections are closed without an answer.  So no client can stop
-the mount.
+Both the number of connections and their duration are limited, so no client can stop the mount.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ async def serve_connections(
 
     Args:
         listening: The socket, in non-blocking mode.
-        serve: Serves one connection.  The connection is closed when ``serve`` has returned, raised
-            an exception, or taken `_MAX_SECONDS`.  An exception does not affect other connections.
+        serve: Serves one connection, which is closed after the call or after `_MAX_SECONDS`.  An
+            exception does not affect other connections.
     """
     connections = 0
 

@@ -25,9 +25,8 @@ class BusyError(MountpointError):
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount what is mounted on a path.
 
-    The call may block until the kernel has sent its dirty pages to the server of the mount.
-    Therefore a server that still answers requests must call this function in a worker thread, never
-    in its event loop.
+    The call may block until the kernel has sent its dirty pages to the server of the mount.  So the
+    server must call this function in a worker thread, never in its event loop.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.
@@ -35,11 +34,9 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
     Raises:
         BusyError: The mount is in use, and ``lazy`` is False.
-        PrivilegeError: fusermount3 is missing, or the caller lacks the privilege to unmount.  For
-            root this privilege is CAP_SYS_ADMIN.
-        FuseError: The mount cannot be unmounted for another reason, for example because nothing
-            is mounted on the path, because fusermount3 finds no mount of the caller on the path, or
-            because the host cannot start fusermount3.
+        PrivilegeError: fusermount3 is missing, or the caller lacks the privilege to unmount.
+        FuseError: The mount cannot be unmounted for another reason, for example because nothing is
+            mounted on the path.
     """
     if os.geteuid() == 0:
         _unmount_by_syscall(mountpoint, lazy=lazy)
@@ -48,10 +45,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
 
 def _unmount_by_syscall(mountpoint: str, *, lazy: bool) -> None:
-    """Unmount as `unmount` does, by umount2(2), which needs CAP_SYS_ADMIN.
-
-    The errors are those of `unmount`.
-    """
+    """Unmount as `unmount` does, by umount2(2), which needs CAP_SYS_ADMIN."""
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
     if _libc.umount2(os.fsencode(mountpoint), flags) != 0:
         number = ctypes.get_errno()
@@ -61,8 +55,7 @@ def _unmount_by_syscall(mountpoint: str, *, lazy: bool) -> None:
 def unmount_by_fusermount(mountpoint: str, *, lazy: bool) -> None:
     """Unmount as `unmount` does, by the set-user-ID program fusermount3.
 
-    fusermount3 unmounts for a user only what the same user has mounted.  The errors are those of
-    `unmount`.
+    fusermount3 unmounts for a user only what the same user has mounted.
     """
     program = find_fusermount()
     if program is None:
@@ -81,22 +74,15 @@ def unmount_by_fusermount(mountpoint: str, *, lazy: bool) -> None:
         raise _error(mountpoint, 0, reason) from error
     if done.returncode != 0:
         printed = " ".join(os.fsdecode(done.stderr).split("\n")).strip()
-        # fusermount3 reports the reason only in words, which are searched for "busy" and
-        # "permitted".  The path of the mountpoint is cut out of the text before the search, because
-        # the path itself may contain one of these two words.
+        # fusermount3 reports the reason only in words.  The path is cut out first, because it may
+        # contain one of the words that are searched for.
         words = printed.replace(mountpoint, "")
         number = errno.EBUSY if "busy" in words else errno.EPERM if "permitted" in words else 0
         raise _error(mountpoint, number, printed or f"exit code {done.returncode}")
 
 
 def _error(mountpoint: str, number: int, reason: str) -> QedError:
-    """Return the error for a failed unmount, in the class that matches an errno.
-
-    Args:
-        mountpoint: The mountpoint.
-        number: The errno; 0 if the errno is unknown.
-        reason: The reason, for the message.
-    """
+    """Return the error for a failed unmount, in the class that matches the errno ``number``."""
     classes: dict[int, type[QedError]] = {errno.EBUSY: BusyError, errno.EPERM: PrivilegeError}
     shown = "in use" if number == errno.EBUSY else printable(reason)
     return classes.get(number, FuseError)(f"{printable(mountpoint)}: cannot unmount: {shown}")
@@ -105,8 +91,8 @@ def _error(mountpoint: str, number: int, reason: str) -> QedError:
 def sync_mount(mountpoint: str) -> None:
     """Make the kernel begin to write back all dirty pages of a mount (syncfs(2)).
 
-    This function can return before the writeback has ended.  The server of the mount must call this
-    function in a worker thread, like `unmount`.
+    This function can return before the writeback has ended.  The server of the mount must call it
+    in a worker thread, like `unmount`.
 
     Raises:
         OSError: The mountpoint cannot be opened, the server of the mount has ended, or an earlier

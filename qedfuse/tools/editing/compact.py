@@ -21,9 +21,7 @@ class CompactResult:
         bytes_before: Length of the file before the compaction.
         bytes_after: Length of the file after the compaction.
         moved_clusters: Number of clusters that were moved.
-        free_clusters: Number of free clusters that the compaction has left in the file, for
-            example because no run of free clusters was long enough for a table.  0 also if the
-            number is unknown.
+        free_clusters: Number of free clusters that are left in the file; 0 also if unknown.
     """
 
     bytes_before: int
@@ -39,10 +37,9 @@ async def compact(
 ) -> CompactResult:
     """Move the highest clusters of an image into its free clusters, and truncate the file.
 
-    The image is valid at any moment.  Clusters that were moved before an interruption or an
-    error stay moved.  Backing files are not opened, and need not exist.  If the image has too
-    many tables, or the scan for free clusters has failed, nothing is moved, and a warning is
-    logged.
+    The image is valid at any moment.  After an interruption or an error, clusters that were moved
+    stay moved.  Backing files are not opened.  If the image has too many tables, or the scan for
+    free clusters has failed, nothing is moved, and a warning is logged.
 
     Args:
         path: The image.
@@ -55,14 +52,13 @@ async def compact(
         CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or a system call failed.
     """
-    # Otherwise closing the disk could compact the image a second time.  That would move nothing,
-    # because the first compaction could not fill the clusters that are still free.
+    # Otherwise closing the disk could compact the image a second time, in vain.
     disk_options = replace(options or OpenOptions(), compact="off")
     async with open_writable(path, disk_options, with_bases=False) as disk:
         before = disk.fstat().st_size
-        # An image file has a maximum length, which protects the host against guests.  No guest can
-        # start this compaction, so it may exceed the maximum for a moment.  More tables can then
-        # move, because data in their way can first move to the end of the file.
+        # The bound protects the host against guests, and no guest can start this compaction.  Past
+        # the bound more tables can move, because data in their way can first move to the end of the
+        # file.
         moved = await disk.compact(progress, within_bound=False)
         if disk.damaged:
             msg = (

@@ -73,8 +73,8 @@ async def describe_chain(
         options: How to open the image, and which bases are allowed; None for the defaults.
 
     Raises:
-        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or the file is a
-            URL of an image in another format than QED and raw.
+        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or the file is a URL
+            of an image in another format than QED and raw.
         ForeignError: The file is of a format that QEMU reads, and QEMU fails or is missing.
         BackingError: A base is missing or refused, or has a format that the policy forbids, or the
             chain is a loop or too long.
@@ -146,12 +146,7 @@ def _describe_image(image: ChainImage, size: int) -> ImageInfo:
 async def _describe_file(
     file: HostFile, path: str, image_format: FormatChoice, allowed: Sequence[Address]
 ) -> ImageInfo:
-    """Return the description of an open file; ``allowed`` is as for `describe`.
-
-    Raises:
-        NotQedError: As `describe_any`.
-        HostError: The file cannot be read.
-    """
+    """Return the description of an open file; ``allowed`` is as for `describe`."""
     try:
         if file.fileno() >= 0:
             return describe_open(DescriptorReader(file.fileno()), path, image_format, allowed)

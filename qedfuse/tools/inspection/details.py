@@ -1,7 +1,4 @@
-"""The free list of an image, and the numbers of its tables and clusters.
-
-The tables are read slice by slice, so counting takes little memory.
-"""
+"""The free list of an image, and the numbers of its tables and clusters."""
 
 from __future__ import annotations
 
@@ -73,8 +70,7 @@ async def read_details(
         info: The description of the image.
         options: How to open the image; None for the defaults.
         allocation: Whether to count clusters, which reads all tables.
-        progress: Called with the number of L2 tables read so far and in all, if clusters are
-            counted.
+        progress: Called with the number of L2 tables read so far and in all.
 
     Raises:
         NeedsCheckError: ``allocation`` is True, and the image has more than
@@ -98,7 +94,7 @@ async def read_details(
         except RemoteError:
             raise
         except HostError as error:
-            # The rest of the description is useful although the host cannot read the list.
+            # The rest of the description is useful without the list.
             listed = FreeListInfo(present=True, problem=str(error))
     return Details(listed, counted)
 

@@ -1,7 +1,7 @@
 """The file system in a partition, with its label and UUID, as blkid(8) recognises them.
 
-blkid gets a sparse file (memfd) as long as the partition.  The file has the first and the last
-bytes of the partition, where file systems have their superblocks.  The rest of the file is a hole.
+blkid gets a sparse file (memfd) as long as the partition, with only the first and the last bytes,
+where file systems have their superblocks.
 """
 
 from __future__ import annotations
@@ -60,13 +60,10 @@ async def find_file_system(read: ReadDisk, start: int, length: int) -> FileSyste
 
 
 def _ask_blkid(head: bytes, tail_at: int, tail: bytes, length: int) -> FileSystem | None:
-    """Return what blkid recognises in a partition; None as for `find_file_system`.
+    """Return what blkid recognises in a partition of ``length`` bytes; None if it fails.
 
-    Args:
-        head: The first bytes of the partition.
-        tail_at: Distance in bytes from the beginning of the partition to ``tail``.
-        tail: The last bytes of the partition.
-        length: Bytes in the partition.
+    ``head`` and ``tail`` are its first and last bytes; ``tail_at`` is the distance of ``tail`` from
+    the beginning.
     """
     try:
         fd = os.memfd_create("partition", os.MFD_CLOEXEC)

@@ -20,16 +20,13 @@ class FreeListInfo:
     """The free list of an image; all numbers are 0 if there is no valid list.
 
     Attributes:
-        present: Whether the feature bit of the list is set; QEMU refuses an image with this
-            bit.
+        present: Whether the feature bit of the list is set.
         valid: Whether there is a valid list.
         runs: Number of runs of free clusters in the list.
-        clusters: Number of free clusters in the list.
+        clusters: Number of free clusters in the list, including those that store the list.
         bytes: Total length in bytes of the free clusters in the list.
-        list_clusters: Number of clusters that store the list itself.  The list is stored in free
-            clusters, so these clusters are in the list, and are counted in ``clusters``.
-        problem: Why the list is invalid, in one line; empty if the list is valid or there is no
-            list.
+        list_clusters: Number of clusters that store the list itself.
+        problem: Why the list is invalid, in one line; otherwise empty.
     """
 
     present: bool
@@ -63,9 +60,7 @@ async def describe_free_list(
     lock: LockMode | None = LockMode.READ,
     remote: RemoteOptions | None = None,
 ) -> FreeListInfo:
-    """Read and summarize the free list of an image.
-
-    The list is not compared with the entries of the L2 tables.  Only a check compares them.
+    """Read and summarize the free list of an image, without comparing it with the L2 tables.
 
     Args:
         path: The image, or its URL.
@@ -79,7 +74,7 @@ async def describe_free_list(
         header = await read_header(file)
         if not header.has_free_list:
             return FreeListInfo(present=False)
-        # The layer is only used to find the L2 tables.  So its cache needs no memory.
+        # The layer only finds the L2 tables, so its cache needs no memory.
         layer = QedLayer(file, header, make_store(0))
         await layer.scan_l1()
         try:
