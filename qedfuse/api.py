@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 
 _MAX_CALL_BYTES: Final = 1 << 24
-"""Maximum number of bytes in one call of `Disk.read` or `Disk.write`, so that it needs little
-memory."""
+"""Maximum number of bytes in one call of `Disk.read` or `Disk.write`."""
 
 
 def open(  # noqa: A001  a module's open, like gzip.open
@@ -126,38 +125,22 @@ class DiskFile(io.RawIOBase):
         return self._disk.size
 
     def readable(self) -> bool:
-        """Return True.
-
-        Raises:
-            ValueError: The file is closed.
-        """
+        """Return True."""
         self._check_open()
         return True
 
     def writable(self) -> bool:
-        """Return whether the file was opened for writing.
-
-        Raises:
-            ValueError: The file is closed.
-        """
+        """Return whether the file was opened for writing."""
         self._check_open()
         return self.mode == "r+b"
 
     def seekable(self) -> bool:
-        """Return True.
-
-        Raises:
-            ValueError: The file is closed.
-        """
+        """Return True."""
         self._check_open()
         return True
 
     def tell(self) -> int:
-        """Return the position in bytes.
-
-        Raises:
-            ValueError: The file is closed.
-        """
+        """Return the position in bytes."""
         self._check_open()
         return self._position
 

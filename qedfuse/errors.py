@@ -131,7 +131,7 @@ class RemoteError(HostError):
     """A server cannot be reached, refuses a request, or does not serve a file as needed.
 
     Attributes:
-        is_logged: Whether a request that fails with this error need not log it.
+        is_logged: Whether the failure was logged already, so that a request need not log it.
     """
 
     exit_code = 22
@@ -154,7 +154,7 @@ class ForeignError(HostError):
     QEMU is missing, fails or refuses the image; or this program refuses the image.
 
     Attributes:
-        is_logged: Whether a request that fails with this error need not log it.
+        is_logged: Whether the failure was logged already, so that a request need not log it.
     """
 
     exit_code = 25

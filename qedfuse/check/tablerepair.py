@@ -100,7 +100,7 @@ class TableRepair:
         return index >= self._geometry.l1_used(self._header.image_size)
 
     async def _find_tables(self) -> tuple[Indices, Values]:
-        """Return the indices and values of the valid L1 entries, by value; record the invalid ones.
+        """Return the valid L1 entries as indices and values, sorted by value; record the others.
 
         An entry is valid here even if the end of the file cuts its table short.
         """

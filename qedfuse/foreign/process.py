@@ -37,8 +37,7 @@ _EXPORT_REPLY_BYTES: Final = 10
 
 _OPTIONS_START: Final = "Failed to blk_new_open 'json:"
 _OPTIONS_END: Final = "}': "
-"""A message about an image that cannot be opened has the first text, options, this text, the
-reason."""
+"""The texts before and after the options in QEMU's message about an image that it cannot open."""
 _LOCK_MESSAGE: Final = "Failed to get "
 """Part of QEMU's message about a lock that another program holds."""
 _MAX_MESSAGE_BYTES: Final = 4096
@@ -120,7 +119,7 @@ class QemuNbd:
         return client
 
     def connect_negotiated(self) -> socket.socket:
-        """Return a new connection, after the negotiation of NBD (simple replies); the call blocks.
+        """Return a new connection that is ready for requests, with simple replies; the call blocks.
 
         Raises:
             OSError: The program has ended, does not answer, or a system call failed.

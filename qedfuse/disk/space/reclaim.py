@@ -43,7 +43,7 @@ _MAX_RUNS_PER_PUNCH: Final = 64
 _MAX_RUNS_RETIRED_SINGLY: Final = 64
 """If clusters form more runs than this, they go into quarantine as one list, not run by run.
 
-While the scan marks clusters (`Marking.active`), `Marking.record_drop` needs runs.
+While the scan marks clusters, all go run by run, because `Marking.record_drop` needs runs.
 """
 
 
@@ -219,7 +219,7 @@ class Reclaim:
                     log.warning("%s (while returning space to the host)", error)
 
     def _trusted_bits(self, block: int) -> int:
-        """Return a mask, a negative number, of the clusters of a block that `run` may free."""
+        """Return a bit mask of the clusters of a block that `run` is allowed to free."""
         untrusted = (
             (self._untrusted_end >> self._bits)
             + self._allocator.free.alignment
@@ -244,7 +244,8 @@ class Reclaim:
     async def _punch_some(self, clusters: FreeMap, max_runs: int) -> int:
         """Punch at most ``max_runs`` of the runs in ``clusters``; return how many were removed.
 
-        Runs that were holes already count.  After an error all runs are in the map again.
+        The number includes runs that were holes before.  After an error all runs are in the map
+        again.
         """
         allocator, bits = self._allocator, self._bits
         found = (clusters.take(BLOCK_CLUSTERS) for _ in range(max_runs))

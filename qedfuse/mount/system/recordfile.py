@@ -88,7 +88,7 @@ class MountRecordFile:
         raise HostError.from_os(failure or OSError(), str(path), "cannot write the mount record")
 
     def _write(self, name: str, record: MountRecord) -> None:
-        """Write the file ``name`` with a record, atomically, so that readers see no part of it."""
+        """Write a record to the file ``name``, atomically, so that no reader sees a part of it."""
         text = format_record(record)
         new = name + _NEW_SUFFIX
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC

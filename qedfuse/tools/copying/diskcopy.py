@@ -45,7 +45,8 @@ class DiskCopy:
     """One copy of a disk.
 
     Attributes:
-        data_bytes: Bytes of the disk that were copied as data so far, or would have been.
+        data_bytes: Bytes of the disk that were copied as data so far; in a measurement, those to
+            copy.
     """
 
     def __init__(

@@ -90,8 +90,8 @@ async def plan(
         repair_plan = RepairPlan()
         if report.errors and level == "all":
             repair_plan = await plan_repair(file, header)
-        # The repair of errors can leak clusters: those in the free list, which it drops, and the
-        # old clusters of a table that it moves.
+        # The repair of errors can leak further clusters: those in the free list, which it drops,
+        # and the old clusters of a table that it moves.
         keep_leaks = _must_keep_leaks(path, level, report) and bool(report.errors or report.leaks)
         risky = repair_plan.written > _max_unforced_bytes(file) or _is_risky(report, level)
         return CheckResult.of_check(
@@ -115,7 +115,7 @@ async def repair(
     """Check an image, and then repair its tables or reclaim its leaked clusters.
 
     Leaked clusters are reclaimed only if the image has no errors, because an invalid entry may have
-    been meant to point to one of these clusters.  Errors of the persistent free list count.  To
+    been meant to point to one of these clusters.  Errors of the free list are errors, too.  To
     reclaim leaked clusters, the highest clusters in use are moved into the space of the leaked
     ones, and the file is truncated.
 
@@ -220,8 +220,8 @@ def _must_keep_leaks(path: str, level: Literal["leaks", "all"], report: CheckRep
 def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
     """Return whether a repair could overwrite bytes that are not a table, or reclaim used clusters.
 
-    The check suggests this if the header may name the wrong offset or size of the tables.  With
-    ``leaks`` an image that has errors is not changed.
+    True if the header seems to name a wrong offset or size of the tables, unless nothing is
+    changed: with ``leaks`` an image that has errors stays unchanged.
     """
     return report.is_implausible and (level == "all" or not report.errors)
 
