@@ -90,7 +90,8 @@ class DiskFile(io.RawIOBase):
 
     Reads and writes are short only at the end of the disk.  A write that begins at or past the end
     raises `NoSpaceError`, unless it is empty.  Failures of the image or the host raise a `QedError`
-    with ``errno`` set.  Misuse raises the same exceptions as other file objects.
+    with ``errno`` set.  Misuse raises the same exceptions as other file objects: `ValueError` if
+    the file is closed, and `io.UnsupportedOperation` for a change of a file opened with ``rb``.
 
     Writes become durable with `flush` or `close`, or in the background after some seconds.  Several
     threads can share a file.  For many small reads, wrap it in an `io.BufferedReader`.
@@ -148,8 +149,7 @@ class DiskFile(io.RawIOBase):
         """Set the position, which can lie past the end, and return it.
 
         Raises:
-            ValueError: ``whence`` is unknown, the position would be negative, or the file
-                is closed.
+            ValueError: ``whence`` is unknown, or the position would be negative.
         """
         with self._lock:
             self._check_open()
@@ -171,10 +171,8 @@ class DiskFile(io.RawIOBase):
         If an error is raised, the position is unchanged.
 
         Raises:
-            ValueError: The file is closed.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A file cannot be read from the host or from a server.
-            RuntimeError: The event loop of the file has failed, or this process is a forked child.
         """
         with self._lock:
             self._check_open()
@@ -196,10 +194,8 @@ class DiskFile(io.RawIOBase):
         unchanged.
 
         Raises:
-            ValueError: The file is closed.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A file cannot be read from the host or from a server.
-            RuntimeError: The event loop of the file has failed, or this process is a forked child.
         """
         with self._lock, memoryview(buffer).cast("B") as view:
             self._check_open()
@@ -225,18 +221,15 @@ class DiskFile(io.RawIOBase):
     def write(self, data: Buffer, /) -> int:
         """Write ``data``; return the number of bytes written, fewer only at the end of the disk.
 
-        If ``data`` is empty, return 0.  If an error is raised, part of the data may have been
-        written, and the position is unchanged.
+        If an error is raised, part of the data may have been written, and the position is
+        unchanged.
 
         Raises:
-            ValueError: The file is closed.
-            io.UnsupportedOperation: The file was opened with ``rb``.
             NoSpaceError: The position is at or past the end, or the host is full.
-            ReadOnlyError: A flush, perhaps one in the background, has failed and has made the
-                disk read-only.
+            ReadOnlyError: A flush, perhaps one in the background, has failed and has made the disk
+                read-only.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host's file system or kernel refused.
-            RuntimeError: The event loop of the file has failed, or this process is a forked child.
         """
         with self._lock, memoryview(data).cast("B") as view:
             self._check_writable()
@@ -253,19 +246,16 @@ class DiskFile(io.RawIOBase):
     def truncate(self, size: int | None = None, /) -> int:
         """Grow the disk to ``size`` bytes; return the size.
 
-        If ``size`` is None, the new size is the position.  If the disk has the new size already,
-        nothing is done.  The added range reads as zeros, and the position is unchanged.
+        If ``size`` is None, the new size is the position.  The added range reads as zeros, and the
+        position is unchanged.
 
         Raises:
-            ValueError: The file is closed.
-            io.UnsupportedOperation: The file was opened with ``rb``.
-            UsageError: The disk would shrink, or the new size is not a multiple of 512 or is
-                more than the image's tables can address.
-            ReadOnlyError: A flush, perhaps one in the background, has failed and has made the
-                disk read-only.
+            UsageError: The disk would shrink, or the new size is not a multiple of 512 or is more
+                than the image's tables can address.
+            ReadOnlyError: A flush, perhaps one in the background, has failed and has made the disk
+                read-only.
             CorruptImageError: A table entry for the added range is bad, or refers to data.
             HostError: The host's file system or kernel refused.
-            RuntimeError: The event loop of the file has failed, or this process is a forked child.
         """
         with self._lock:
             self._check_writable()
@@ -278,9 +268,8 @@ class DiskFile(io.RawIOBase):
         """Make durable everything that has been written; do nothing if opened with ``rb``.
 
         Raises:
-            ValueError: The file is closed.
-            HostError: The host reported a failure.  A failed datasync makes the disk
-                read-only, and each later flush raises the error again.
+            HostError: The host reported a failure.  A failed datasync makes the disk read-only, and
+                each later flush raises the error again.
             RuntimeError: The event loop of the file has failed.  `close` raises the cause.
         """
         with self._lock:

@@ -34,6 +34,9 @@ _COPY_BYTES: Final = 1 << 20
 class Rewriter:
     """Writes copies and new tables to the end of an image, and changes entries in place.
 
+    The methods raise NoSpaceError if no file can be long enough or the host is full, and HostError
+    after another failed system call.
+
     Attributes:
         end: The file offset from which on copies and tables are appended; a multiple of the cluster
             size.
@@ -43,11 +46,7 @@ class Rewriter:
     changes_file = True
 
     def __init__(self, file: HostFile, header: Header) -> None:
-        """Prepare to change ``file``, whose header is ``header``.
-
-        Raises:
-            NoSpaceError: The file, rounded up to a whole cluster, would be too long.
-        """
+        """Prepare to change ``file``, whose header is ``header``."""
         self._file = file
         self._header = header
         self.end = self._checked_end(header.geometry.ceil(file.size()))
@@ -73,12 +72,7 @@ class Rewriter:
         return build_header(header.with_free_list(value=False))
 
     async def extend(self, end: int) -> None:
-        """Make the file at least ``end`` bytes long, durably; the new bytes read as zeros.
-
-        Raises:
-            NoSpaceError: No file can be that long, or the host is full.
-            HostError: A system call failed.
-        """
+        """Make the file at least ``end`` bytes long, durably; the new bytes read as zeros."""
         self.end = max(self.end, self._checked_end(end))
         if self._file.size() < self.end:
             await self._file.truncate(self.end)
@@ -88,10 +82,6 @@ class Rewriter:
         """Copy a range of the file to the end of the file; return the file offset of the copy.
 
         Holes and chunks of zeros become holes in the copy.  The copy is not durable yet.
-
-        Raises:
-            NoSpaceError: No file can be long enough for the copy, or the host is full.
-            HostError: A system call failed.
         """
         target = self._allocate(length)
         await self._file.truncate(self.end)
@@ -109,10 +99,6 @@ class Rewriter:
         """Append a table whose first ``count`` entries are ``value``; return its file offset.
 
         The other entries are 0.  The table is not durable yet.
-
-        Raises:
-            NoSpaceError: No file can be long enough for the table, or the host is full.
-            HostError: A system call failed.
         """
         target = self._allocate(self._header.geometry.table_bytes)
         await self._file.truncate(self.end)
@@ -160,15 +146,10 @@ class Rewriter:
         await self._file.pwrite(offset, new)
 
     async def clear_entries(self, offset: int, old: Values, new: Values) -> None:
-        """Write the new entries, from the first to the last one that differs from its old entry.
+        """Write the new entries, which differ from the old ones only where they are cleared.
 
-        Entries that differ are cleared.  `sync_pending` makes them durable.  No earlier write needs
-        to be durable first, because a cleared entry points to no cluster.
-
-        Args:
-            offset: The file offset of the first entry.
-            old: The entries in the file.
-            new: The new entries.
+        No earlier write needs to be durable first, because a cleared entry points to no cluster.
+        `sync_pending` makes the entries durable.
         """
         begin, end = _changed_range(old, new)
         if begin < end:
@@ -222,11 +203,7 @@ class DryRunRewriter(Rewriter):
     changes_file = False
 
     def __init__(self, file: HostFile, header: Header, save: Save | None = None) -> None:
-        """Prepare; ``save``, if given, is called for each change inside the present file.
-
-        Raises:
-            NoSpaceError: The file, rounded up to a whole cluster, would be too long.
-        """
+        """Prepare; ``save``, if given, is called for each change inside the present file."""
         super().__init__(file, header)
         self.written = 0
         # The range that was copied last: its file offset, length, and bytes that are not in holes.

@@ -27,16 +27,15 @@ STAT_BLOCK_BYTES: Final = 512
 
 
 def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
-    """Open a regular file.  Refuse a FIFO or a device without opening it.
+    """Open a regular file; return a descriptor, which the caller must close.
+
+    A FIFO or a device is refused without being opened.
 
     Args:
         path: The file.
         access: ``os.O_RDONLY`` or ``os.O_RDWR``.
-        dir_fd: Descriptor of the directory from which a relative path starts; None for the
-            current directory.
-
-    Returns:
-        A descriptor, which the caller must close.
+        dir_fd: Descriptor of the directory from which a relative path starts; None for the current
+            directory.
 
     Raises:
         HostError: The file cannot be opened, or /proc is not mounted.
@@ -46,10 +45,7 @@ def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
 
 
 def open_raw(path: str, access: int) -> int:
-    """Open a regular file or a block device, either of which can be a raw disk.
-
-    Returns:
-        A descriptor, which the caller must close.
+    """Open a regular file or a block device; return a descriptor, which the caller must close.
 
     Raises:
         HostError: The file cannot be opened, or /proc is not mounted.

@@ -145,16 +145,10 @@ class ConnectionPool:
         return self.closed.is_set()
 
     async def connection(self, end: float) -> Connection:
-        """Return the connection for the next request of a task.
+        """Return the connection for the next request of a task; errors as in `Slot.connect`.
 
         Args:
             end: The time (`time.monotonic`) at which the call ends at the latest.
-
-        Raises:
-            BrokenError: No connection can be made in time, or the pool was closed.
-            RefusedError: The server does not serve the export, or this client cannot use the
-                export.
-            QedError: An error of ``make``.
         """
         while True:
             # One thread runs all tasks and receives all of their replies, so further connections
@@ -183,17 +177,10 @@ class ConnectionPool:
         raise BrokenError(NO_CONNECTION)
 
     def connection_blocking(self, end: float) -> Connection:
-        """Return the connection for the next request of a thread.
+        """Return the connection for the next request of a thread; errors as in `Slot.connect`.
 
         Args:
             end: The time (`time.monotonic`) at which the call ends at the latest.
-
-        Raises:
-            BrokenError: No connection can be made in time, or the pool was closed.
-            RefusedError: The server does not serve the export, or this client cannot use the
-                export.
-            QedError: An error of ``make``.
-            trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         while True:
             slot = self._choose()

@@ -15,7 +15,7 @@ _RECEIVE_BYTES = 256 << 10
 
 
 class Wire(Protocol):
-    """A connection as a stream of bytes.
+    """A connection as a stream of bytes; the methods raise OSError if it is broken.
 
     Attributes:
         socket: The socket, on which callers wait until bytes can be received.
@@ -28,18 +28,12 @@ class Wire(Protocol):
 
         Bytes that the socket does not accept yet are sent by later calls of `send` or
         `receive_into`.
-
-        Raises:
-            OSError: The connection is broken.
         """
 
     def receive_into(self, view: memoryview) -> int | None:
         """Receive bytes into ``view``; return their number.
 
         Returns None if no byte has come, and 0 at the end of the stream.
-
-        Raises:
-            OSError: The connection is broken.
         """
 
 

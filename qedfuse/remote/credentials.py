@@ -62,10 +62,7 @@ def read_credentials(path: str) -> tuple[tuple[str, str], ...]:
 
 
 def _parse_line(line: bytes) -> tuple[str, str] | tuple[()] | None:
-    """Return the name and the value in a line; an empty tuple if the line is skipped.
-
-    Returns None if the line is not valid.
-    """
+    """Return the name and the value in a line; an empty tuple for none, None if not valid."""
     try:
         text = line.decode().strip()
     except UnicodeDecodeError:

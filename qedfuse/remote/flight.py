@@ -84,10 +84,7 @@ class Flight:
         return self.continues and self.first == flight.last + 1
 
     def end(self, error: HostError | None = None) -> None:
-        """End the flight, with an error if one is given; wake the readers that wait.
-
-        A second call does nothing.
-        """
+        """End the flight and wake the readers; a second call does nothing."""
         with self._lock:
             if self._ended.is_set():
                 return
@@ -115,11 +112,7 @@ class Flight:
         self._check(seconds, in_time=self._ended.is_set())
 
     async def wait(self) -> None:
-        """Wait in a task until the flight has ended.
-
-        Raises:
-            HostError: The fetch failed, or did not end within the time limit of the flight.
-        """
+        """Wait in a task until the flight has ended; errors as in `wait_blocking`."""
         event = trio.Event()
         token = trio.lowlevel.current_trio_token()
         with self._lock:

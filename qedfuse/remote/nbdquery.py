@@ -33,8 +33,7 @@ def nbd_query(text: str, scheme: str, query: str) -> str:
         query: The query of the URL, without ``?``.
 
     Raises:
-        UsageError: A parameter is unknown, given twice or not valid, or the path of the socket is
-            missing or not absolute.
+        UsageError: A parameter is missing, unknown, given twice or not valid.
     """
     allowed = _PARAMETERS[scheme]
     values: dict[str, str] = {}

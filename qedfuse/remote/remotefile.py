@@ -70,13 +70,11 @@ class RemoteFile(ReadOnlyFile):
         return (self.path, self._size, self._version.validator)
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
-        """Fill ``view`` from a file offset; return how many bytes were read.
-
-        The result is less than the length of the view only if the file ends earlier.
+        """Fill ``view`` from a file offset; return how many bytes were read: fewer only at the end.
 
         Raises:
-            RemoteError: A unit is not in the cache, and the server does not give it; or the file
-                is closed.
+            RemoteError: A unit is not in the cache, and the server does not give it; or the file is
+                closed.
         """
         length = max(0, min(len(view), self._size - offset))
         if not length:
@@ -94,8 +92,7 @@ class RemoteFile(ReadOnlyFile):
         """Fill ``view`` from a file offset; see `ReadableFile.read_blocking`.
 
         Raises:
-            RemoteError: A unit is not in the cache, and the server does not give it; or the file
-                is closed.
+            RemoteError: As in `pread_into`.
             trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         length = max(0, min(len(view), self._size - offset))

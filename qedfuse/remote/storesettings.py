@@ -112,7 +112,7 @@ def make_store(
             "connect_timeout": timedelta(seconds=options.connect_seconds),
             "timeout": timedelta(seconds=options.attempt_seconds),
         },
-        # `qedfuse.remote.object` repeats reads, for all clients in the same way.
+        # `qedfuse.remote.object` repeats reads.
         "retry_config": {
             "max_retries": _MAX_RETRIES if retry_seconds else 0,
             "retry_timeout": timedelta(seconds=retry_seconds),

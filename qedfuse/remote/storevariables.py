@@ -110,8 +110,7 @@ class Variables:
     def values_of_group(self, names: tuple[str, ...]) -> list[str]:
         """Return the values of variables that belong together; empty for each that is not set.
 
-        If the file sets one of the variables, all values come from the file.  If it sets none, all
-        come from the environment.
+        All come from the file if it sets one of them, and otherwise from the environment.
         """
         source = self.own if any(self.own.get(name) for name in names) else os.environ
         return [source.get(name, "") for name in names]

@@ -1,8 +1,8 @@
 """TLS sockets that are closed if the peer has gone before the handshake.
 
 Before the handshake, Python's own class asks for the address of the peer.  If the connection has
-been reset, the class either raises an exception and leaves its socket to the garbage collector, or
-returns a socket without TLS, to which a request would be written without encryption.
+been reset, it can return a socket without TLS, to which a request would be written without
+encryption.  Or it raises an exception and leaves its socket open.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ class _ClosingSocket(ssl.SSLSocket):
     """A socket that closes itself if the peer has gone when the handshake would begin."""
 
     def getpeername(self) -> Any:  # noqa: ANN401 - its type depends on the address family
-        """Return the address of the peer.
-
-        Raises:
-            ConnectionResetError: The peer has gone before the handshake.
-            OSError: The peer has gone later, or a system call failed.
-        """
+        """Return the address of the peer; close the socket if the peer has gone too early."""
         try:
             return super().getpeername()
         except OSError as error:

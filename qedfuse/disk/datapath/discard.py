@@ -42,7 +42,11 @@ _MAX_CLUSTERS_ONE_BY_ONE: Final = 64
 
 
 class Discard:
-    """Deallocates clusters of the disk, or writes zeros to them."""
+    """Deallocates clusters of the disk, or writes zeros to them.
+
+    The methods raise CorruptImageError for a bad table entry, HostError, and ReadOnlyError if the
+    disk has become read-only.  After an error a part of the range may have been changed.
+    """
 
     def __init__(
         self,
@@ -66,17 +70,10 @@ class Discard:
     async def discard(self, start: int, end: int, *, free: bool = True) -> None:
         """Make a range that lies within the disk read as zeros.
 
-        After an error parts of the range may read as zeros.
-
         Args:
             start: Guest offset of the first byte.
             end: Guest offset past the last byte.
             free: Whether to deallocate allocated clusters.  If False, zeros are written over them.
-
-        Raises:
-            CorruptImageError: A table entry for part of the range is bad.
-            HostError: A system call failed.
-            ReadOnlyError: The disk has become read-only during the call.
         """
         geometry = self._layer.geometry
         first = geometry.ceil(start)
@@ -99,18 +96,12 @@ class Discard:
     async def drop(self, start: int, end: int, progress: Progress | None = None) -> None:
         """Deallocate the data clusters of a range; leave unallocated and zero clusters unchanged.
 
-        Unlike `discard`, this method also works past the end of the disk.  After an error some
-        clusters may have been deallocated.
+        Unlike `discard`, this method also works past the end of the disk.
 
         Args:
             start: Guest offset at a cluster boundary.
             end: Guest offset at a cluster boundary.
             progress: Called with the number of bytes that are done, and the length of the range.
-
-        Raises:
-            CorruptImageError: A table entry for part of the range is bad.
-            HostError: A system call failed.
-            ReadOnlyError: The disk has become read-only during the call.
         """
         if start < end:
             await self._deallocate(
@@ -120,17 +111,10 @@ class Discard:
     async def clear(self, start: int, end: int, progress: Progress | None = None) -> None:
         """Make all clusters of a range unallocated, even zero clusters, so that the base shows.
 
-        After an error some clusters may be unallocated.
-
         Args:
             start: Guest offset at a cluster boundary.
             end: Guest offset at a cluster boundary.
             progress: Called with the number of bytes that are done, and the length of the range.
-
-        Raises:
-            CorruptImageError: A table entry for part of the range is bad.
-            HostError: A system call failed.
-            ReadOnlyError: The disk has become read-only during the call.
         """
         if start < end:
             await self._deallocate(
@@ -145,18 +129,11 @@ class Discard:
     async def write(self, start: int, data: memoryview, mode: Literal["on", "unmap"]) -> None:
         """Write ``data`` at a guest offset; whole clusters of zeros take no new space.
 
-        After an error parts of ``data`` may have been written.
-
         Args:
             start: Guest offset of ``data``.
             data: The bytes to write; the range must lie within the disk.
             mode: The value of ``detect_zeroes``.  It matters for an allocated cluster that ``data``
                 covers with zeros: ``unmap`` deallocates the cluster, and ``on`` overwrites it.
-
-        Raises:
-            CorruptImageError: A table entry for part of the range is bad.
-            HostError: A system call failed.
-            ReadOnlyError: The disk has become read-only during the call.
         """
         end, position = start + len(data), start
         for first, last in find_zero_clusters(data, start, self._layer.geometry):

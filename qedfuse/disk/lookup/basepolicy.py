@@ -89,8 +89,7 @@ def is_named(path: str, base: HostFile, trusted: str | None) -> bool:
         trusted: The path or URL that the user has named; None if the user has named no base.
 
     Raises:
-        UsageError: ``path`` is a URL that is not valid, or both are URLs and ``trusted`` is not
-            valid.
+        UsageError: One of the URLs is not valid.
     """
     if trusted is None:
         return False

@@ -27,7 +27,11 @@ class FreeClusterSource(Protocol):
 
 
 class SpaceManager:
-    """Hands out the clusters of one image file."""
+    """Hands out the clusters of one image file.
+
+    Methods that wait raise NoSpaceError if the file cannot grow any more, HostError if the host
+    refuses, and ReadOnlyError if the disk has become read-only.
+    """
 
     def __init__(
         self, file: HostFile, allocator: Allocator, length: FileLength, source: FreeClusterSource
@@ -72,11 +76,6 @@ class SpaceManager:
 
         The caller must have left its epoch (`Epochs`).  This method may wait until all requests of
         the epoch have ended, so the caller would wait for itself.
-
-        Raises:
-            NoSpaceError: The file cannot grow any more.
-            HostError: The host refused to grow the file, or to write back tables.
-            ReadOnlyError: The disk has become read-only.
         """
         if not self._free.count:
             await self._source.reclaim_before_growth()
@@ -89,11 +88,6 @@ class SpaceManager:
         """Hand out the clusters of a new table: within the bound if possible, else at the end.
 
         The caller must have left its epoch (`Epochs`): see `allocate`.
-
-        Raises:
-            NoSpaceError: The file cannot grow any more.
-            HostError: The host refused to grow the file, or to write back tables.
-            ReadOnlyError: The disk has become read-only.
         """
         found = self._allocator.choose_table()
         while found is None and await self._source.wait_for_free_clusters():
@@ -106,21 +100,13 @@ class SpaceManager:
         """Hand out the clusters of a table at the end of the file, even past its bound.
 
         Does not wait for clusters to become free.
-
-        Raises:
-            NoSpaceError: The file cannot grow any more.
-            HostError: The host refused to grow the file.
         """
         return await self._hand_out_and_grow(
             self._allocator.end >> self._allocator.cluster_bits, self._free.table_clusters
         )
 
     async def allocate_lowest(self, clusters: int) -> Run | None:
-        """Hand out the lowest free run, or only its first clusters; None if no cluster is free.
-
-        Raises:
-            HostError: The host refused to grow the file, or is full (NoSpaceError).
-        """
+        """Hand out the lowest free run, or only its first clusters; None if no cluster is free."""
         found = self._free.take(clusters)
         return found and await self._hand_out_and_grow(*found)
 
@@ -128,10 +114,6 @@ class SpaceManager:
         """Hand out the lowest free run of at most ``clusters`` clusters from ``first`` on.
 
         If there is none, the run lies at the end of the file, even past the file's bound.
-
-        Raises:
-            NoSpaceError: The file cannot grow any more.
-            HostError: The host refused to grow the file.
         """
         end = self._allocator.end >> self._allocator.cluster_bits
         found = self._free.take_from(first, clusters) or (end, clusters)

@@ -63,11 +63,10 @@ class FirstWriteGuard:
             raise ReadOnlyError(msg)
         if not self.prepared:
             async with self._lock:
-                # All writers wait for the lock while the first writer withdraws the claims.  Not
-                # even data may change before, because power may fail at any time after the change.
-                # After such a failure the free list must be invalid.  An unknown autoclear bit must
-                # be clear: if set, it would claim that only programs that know the bit have changed
-                # the image.
+                # All writers wait while the first one withdraws the claims, because power may fail
+                # at any time after a change, even of data.  After such a failure the free list must
+                # be invalid.  An unknown autoclear bit must be clear: if set, it would claim that
+                # only programs that know the bit have changed the image.
                 if not self.prepared:
                     await self._header_store.change(
                         lambda header: header.without_stale_autoclear().with_free_list(value=False)

@@ -220,8 +220,8 @@ def _must_keep_leaks(path: str, level: Literal["leaks", "all"], report: CheckRep
 def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
     """Return whether a repair could overwrite bytes that are not a table, or reclaim used clusters.
 
-    True if the header seems to name a wrong offset or size of the tables, unless nothing is
-    changed: with ``leaks`` an image that has errors stays unchanged.
+    True if the header seems to name a wrong offset or size of the tables.  With ``leaks`` an image
+    that has errors is not changed, so the result is False.
     """
     return report.is_implausible and (level == "all" or not report.errors)
 
