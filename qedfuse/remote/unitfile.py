@@ -8,7 +8,7 @@ from its checksum, and is fetched again.
 
 If several processes have an entry open, a unit is first read with ``O_DIRECT``, around the page
 cache, and compared.  Otherwise another process could read unchecked bytes in the page cache.
-`qedfuse.remote.localdata` lists the cases in which this can happen nevertheless.
+docs/remote.md lists the cases in which this can happen nevertheless.
 """
 
 from __future__ import annotations
