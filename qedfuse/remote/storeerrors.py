@@ -61,6 +61,13 @@ _CAUSES: Final = (
 )
 """Where obstore's debugging output names the cause of a failure; the first match counts."""
 _NO_CONNECTION: Final = re.compile(r"client::legacy::Error\(\s*Connect\b")
+_TUNNEL: Final = re.compile(r"\bConnect,\s*(Tunnel\w+|ProxyAuthRequired)")
+_TUNNEL_REASONS: Final = {
+    "TunnelUnsuccessful": "found a refusal to connect to the host",
+    "ProxyAuthRequired": "found a demand for a user and a password",
+}
+"""What a proxy does in place of connecting to a server with TLS, by the name in obstore's debugging
+output."""
 _NO_ADDRESS: Final = "failed to lookup address information: "
 _RETRIED: Final = (
     HTTPStatus.REQUEST_TIMEOUT,
@@ -210,6 +217,10 @@ def _for_no_answer(text: str, details: str) -> Exception:
         )
         return UnusableError(msg)
     kind = UnreachableError if _NO_CONNECTION.search(details) else AttemptError
+    tunnel = _TUNNEL.search(details)
+    if tunnel is not None:
+        reason = _TUNNEL_REASONS.get(tunnel[1], "found the end of the connection")
+        return UnreachableError(f"proxy: {reason}")
     if cause in {"Timeout", "TimedOut"}:
         return kind("found no answer in time")
     if cause is None:

@@ -1,7 +1,8 @@
 """The connection pools of a client for web servers.
 
 The connections are direct or lead through proxies.  The usual variables of the environment
-(``https_proxy``, ``no_proxy``) configure the proxies.
+(``https_proxy``, ``http_proxy``, ``all_proxy``, ``no_proxy``) configure the proxies, as obstore
+reads them too.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class WebPools:
     def pool_for(self, target: Address) -> urllib3.PoolManager:
         """Return the pool for an address; each scheme and host has its own pool.
 
-        The pool connects through the proxy that the environment names for the scheme.  The pool
-        connects directly if the environment names no proxy, if ``no_proxy`` excludes the host, or
-        if the host is this machine.
+        The pool connects through the proxy that the environment names for the scheme, or for all.
+        The pool connects directly if the environment names no proxy, if ``no_proxy`` excludes the
+        host, or if the host is this machine.
 
         Raises:
             UnusableError: The URL of the proxy cannot be used.
@@ -57,10 +58,12 @@ def _make_pool(target: Address) -> urllib3.PoolManager:
         UnusableError: The URL of the proxy cannot be used.
     """
     is_direct = target.is_loopback or proxy_bypass(target.host)
-    proxy = None if is_direct else getproxies().get(target.scheme)
+    proxies = {} if is_direct else getproxies()
+    variable = f"{target.scheme}_proxy" if proxies.get(target.scheme) else "all_proxy"
+    proxy = proxies.get(target.scheme) or proxies.get("all")
     try:
         return make_pool(proxy or None, _MAX_KEPT_CONNECTIONS)
     except (HTTPError, ValueError) as error:
         # The message has no URL, because the URL of a proxy may contain a password.
-        msg = f"found a proxy in the environment that is not a usable URL ({target.scheme}_proxy)"
+        msg = f"found a proxy in the environment that is not a usable URL ({variable})"
         raise UnusableError(msg) from error

@@ -6,12 +6,13 @@ Each server is started once in a test process.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.support.nginx import serving_nginx, why_no_nginx
+from tests.support.nginx import make_certificate, serving_nginx, why_no_nginx
 from tests.support.remotes import fetching_threads
+from tests.support.servers import missing_programs
 from tests.support.swift import serving_swift, why_no_swift
 from tests.support.webserver import wait_until
 
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     from tests.support.nginx import Nginx
     from tests.support.swift import Swift
     from tests.support.webserver import WebServer
+
+
+NAMES: Final = (
+    "store.example",
+    "s3.us-east-1.amazonaws.com",
+    "bucket.vpce-1.s3.eu-central-1.vpce.amazonaws.com",
+)
+"""Names of hosts for which servers of the tests have a certificate."""
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +51,17 @@ def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
         pytest.skip(f"nginx: {reason}")
     with serving_nginx(tmp_path_factory.mktemp("nginx") / "web") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a certificate for loopback and `NAMES`, in one file with its key."""
+    if missing := missing_programs("openssl"):
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    directory = tmp_path_factory.mktemp("certificate")
+    path = make_certificate(directory, *NAMES)
+    path.write_bytes(path.read_bytes() + (directory / "key.pem").read_bytes())
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,8 @@ import pytest
 from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import RemoteError
 from tests.support.keyservice import ROLE, SESSION, KeyService, giving_keys
-from tests.support.nginx import make_certificate
 from tests.support.proxies import proxying
 from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
-from tests.support.servers import missing_programs
 from tests.support.webserver import WebServer, serving
 
 if TYPE_CHECKING:
@@ -66,17 +64,6 @@ class Role:
             for key, value in headers.items()
             if key.lower() == name
         }
-
-
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a certificate for loopback and Amazon's hosts, in one file with its key."""
-    if missing := missing_programs("openssl"):
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    directory = tmp_path_factory.mktemp("certificate")
-    path = make_certificate(directory, AMAZON, AMAZON_VPC)
-    path.write_bytes(path.read_bytes() + (directory / "key.pem").read_bytes())
-    return path
 
 
 @pytest.fixture(params=KINDS)

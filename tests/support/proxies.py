@@ -23,11 +23,13 @@ class Proxy:
         hosts: For each host with its port, as in a request, the port of loopback that serves it.
         asked: The host with its port of each request, in order.
         refused: Those of them that were refused.
+        refusal: The status of a refusal.
     """
 
     hosts: dict[str, int]
     asked: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    refusal: int = 403
     port: int = 0
 
     @property
@@ -114,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         port = self.proxy.hosts.get(host)
         if port is None:
             self.proxy.refused.append(host)
-            self.send_response(403)
+            self.send_response(self.proxy.refusal)
             self.send_header("Content-Length", "0")
             self.end_headers()
         return port
