@@ -1,8 +1,8 @@
 """Serving a mount: from mounting until the connection to the kernel is closed.
 
-If the server fails after the mount was announced, the mount stays, and every access to the mount
-fails with ENOTCONN.  If the mount were undone, a backup program would see the empty directory
-beneath the mount, and would store an empty backup without an error.
+If the server fails after the mount was announced, the mount stays, and each access fails with
+ENOTCONN.  If the mount were undone, a backup program would find the empty directory beneath it,
+and would store an empty backup without an error.
 """
 
 from __future__ import annotations
@@ -63,12 +63,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MIN_TASKS: Final = 16
-"""Number of idle tasks that pyfuse3 keeps.  With fewer idle tasks, pyfuse3 would have to start new
-tasks for requests, and starting a task costs as much as answering several requests."""
+"""Number of idle tasks that pyfuse3 keeps.  To start one costs as much as several requests."""
 _MAX_TASKS: Final = 2 * MAX_BACKGROUND_REQUESTS_OF_SEVERAL_DISKS
-"""Maximum number of tasks of pyfuse3, each of which handles one request at a time.  If a host file
-does not answer, all background requests may wait for the file, one task for each.  The same number
-of tasks remains for all other requests.  pyfuse3's default is 99."""
+"""Maximum number of tasks of pyfuse3, one for each request.  If a host file does not answer, all
+background requests may wait for it; half of the tasks remain for others."""
 
 
 class Server:
@@ -92,9 +90,9 @@ class Server:
             disks: The disks.
             options: The options of the mount.
             mountpoint: The mountpoint, absolute and free of symbolic links.
-            launderer: The launderer, which was forked already; None if there is no launderer.
+            launderer: The launderer, already forked; None for no launderer.
             unmounter: Unmounts the mountpoint; a helper process if there is a sandbox.
-            sandbox: The sandbox to enter before the first request; None for no sandbox.
+            sandbox: Entered before the first request; None for no sandbox.
             metrics: The socket at which the metrics are served; None for nowhere.
             is_directory: Whether the mountpoint is a directory.
         """
@@ -117,8 +115,8 @@ class Server:
         self._is_ready = False
         self._serve_metrics: Callable[[StatisticsSource], Awaitable[None]] | None = None
         if metrics is not None:
-            # Modules that only one option needs are imported here.  A later import is impossible,
-            # because no module may be imported while the mount is served.
+            # Modules for one option are imported here, because no module may be imported while
+            # the mount is served.
             from qedfuse.mount.statistics.metricsserver import serve_metrics  # noqa: PLC0415
 
             self._serve_metrics = partial(serve_metrics, metrics)
@@ -131,7 +129,7 @@ class Server:
     def _share_files(self) -> None:
         """Let the extension answer reads of all files that the mount has now.
 
-        Nothing is done if pyfuse3 gets all reads (``-d``), or before requests are served.
+        Does nothing if pyfuse3 gets all reads (``-d``), or before requests are served.
         """
         if self._data_requests is not None:
             tables = self._data_requests.tables_for_reads()
@@ -150,28 +148,24 @@ class Server:
         Args:
             source: The source that the mount table shows.
             lock_name: The name of the mountpoint's lock; None to mount without the lock.
-            signals: Passes signals to the shutdown while the disks are served.  After that, each
-                signal ends the compaction of the disks.
+            signals: Passes signals to the shutdown while the disks are served; later, to the
+                compaction, which a signal ends.
             announcement: Announces the mount to other processes.
             protection_failure: Why the process is not protected from memory pressure, for the
-                log; None if the process is protected.
+                log; None if it is protected.
 
         Returns:
-            None if no data was lost.  An error if a forced unmount may have lost data, or if a
-            write to a part of a cluster was lost because the rest of the cluster could not be
-            read.  With or without an error, the caller must close the disks to make the last
-            changes durable.
+            None, or an error if data that programs have written is lost or may be lost.  In both
+            cases the caller must close the disks, which makes the last changes durable.
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  The mount
-                is undone unless another mount covers it.  If the kernel refuses to unmount, the
-                refusal is logged.
+                is undone unless another mount covers it.
         """
         mountpoint = self._mountpoint
         await self._partition_files.refresh()
         async with mountpoint_locked(lock_name):
-            # The mountpoint is checked a second time, because another qedfuse may have mounted
-            # there while the images were opened.
+            # Another qedfuse may have mounted there while the images were opened.
             check_not_mounted(mountpoint)
             mounts_before = read_mounts()
             connection = attach(self._operations, mountpoint, self._options, source)
@@ -191,15 +185,15 @@ class Server:
         finally:
             extraops.end()
             for disk in self._disks.whole_disks:
-                # The caller flushes the disks once more when it closes them.  `_after_flush` must
-                # not be called after that flush, because it would use the closed connection.
+                # The caller's last flush must not call `_after_flush`, which would use the closed
+                # connection.
                 disk.when_flushed(lambda: None)
             self._laundering.stop()
-            # Without an entry `_undo_mount` cannot find the mount, so libfuse must unmount here.
+            # Without an entry `_undo_mount` cannot find the mount, so libfuse must unmount.
             pyfuse3.close(unmount=entry is None)
             self._laundering.wait()
             if entry is not None and not self._is_ready:
-                # The mount was never announced, so no program relies on it, and it is undone.
+                # No program relies on a mount that was never announced.
                 self._undo_mount(entry)
 
     async def _serve(
@@ -210,17 +204,13 @@ class Server:
         announcement: Announcement,
         protection_failure: str | None,
     ) -> QedError | None:
-        """Announce the mount ``entry``, and answer requests until the mount is gone.
-
-        ``connection`` is the descriptor of the connection to the kernel.  The other arguments, the
-        result and the errors are those of `run`.
-        """
+        """Announce the mount ``entry``, and answer requests until it is gone; see `run`."""
         options, operations = self._options, self._operations
         announcement.write_record(entry.device)
         readahead_failure = set_readahead(entry.device, options.readahead)
         if readahead_failure is not None and options.readahead is not None:
-            # The warning precedes the announcement of the mount, because after the announcement
-            # the log of a background process no longer goes to the terminal of the user.
+            # The warning comes before the announcement, because the log of a background process
+            # no longer goes to the user's terminal afterwards.
             _log.warning("%s: option readahead: %s", printable(self._mountpoint), readahead_failure)
         statistics_socket = announcement.statistics_socket()
         writeback_cache = operations.enable_writeback_cache
@@ -254,9 +244,8 @@ class Server:
                     "mounted without fallocate and lseek, so discards free no space: %s",
                     extraops_failure,
                 )
-            # A shared memory map can make pages dirty even if the write-back cache is off, so the
-            # shutdown launders the disks whether the cache is on or off.  With ``direct_io`` there
-            # is nothing to launder, because the kernel refuses such a map.
+            # A shared memory map can make pages dirty even without the write-back cache, so the
+            # shutdown always launders.  With ``direct_io`` the kernel refuses such a map.
             laundering = None if options.direct_io else self._laundering
             shutdown = Shutdown(
                 *(self._disks, laundering, self._mountpoint, entry.device),
@@ -264,16 +253,15 @@ class Server:
             )
             signals.handle_with(shutdown.receive)
             try:
-                # If a signal arrived before `handle_with`, the signal has cancelled this task.
-                # The cancellation must be raised here, before the mount is announced.
+                # A signal before `handle_with` has cancelled this task.  The cancellation must be
+                # raised here, before the mount is announced.
                 await trio.lowlevel.checkpoint_if_cancelled()
-                # The pid file is written before the sandbox is entered.  If the file were written
-                # later, the sandbox would have to keep the right to make files in the directory of
-                # the pid file, often /run.  A program that reads the pid file and then opens a disk
-                # waits until the sandbox is entered, because the server answers no request earlier.
+                # The pid file is written before the sandbox is entered.  Otherwise the sandbox
+                # would have to permit new files in its directory, often /run.  A program that reads
+                # the pid file and opens a disk must wait for the sandbox, because the server
+                # answers no request before it is entered.
                 announcement.write_pidfile()
-                # The queue is made before the sandbox is entered, because the sandbox forbids to
-                # make a queue.
+                # The sandbox forbids to make a queue.
                 async with queued_reads(data_requests.answer_slowly):
                     if self._sandbox is not None:
                         self._sandbox.enter(announcement.needed_files())
@@ -287,8 +275,8 @@ class Server:
                     await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
             finally:
                 with trio.CancelScope(shield=True):
-                    # Deferred reads must end here, because their threads use descriptors that the
-                    # caller closes next.
+                    # Deferred reads must end here: their threads use descriptors that the caller
+                    # closes next.
                     await data_requests.drain()
                 signals.handle_with(lambda _name: self._disks.stop_compacting())
             announcement.stopping()
@@ -298,12 +286,7 @@ class Server:
     async def _start_statistics(
         self, nursery: trio.Nursery, statistics_socket: socket.socket | None
     ) -> None:
-        """Start the tasks that serve statistics and metrics, and log statistics after signals.
-
-        Args:
-            nursery: Where the tasks run until the mount ends.
-            statistics_socket: The socket to which ``qedfuse stats`` connects; None for no socket.
-        """
+        """Start the tasks that serve statistics and metrics, and log statistics after signals."""
         source = StatisticsSource(self._disks, self._mountpoint, self._sandbox)
         if statistics_socket is not None:
             nursery.start_soon(serve_statistics, statistics_socket, source)
@@ -312,7 +295,7 @@ class Server:
         await nursery.start(log_on_signals, source)
 
     def _loss(self) -> QedError | None:
-        """Return an error if `ExportedDisk.has_lost_data` is set for any disk, otherwise None."""
+        """Return an error if any disk has lost data of programs, otherwise None."""
         names = self._disks.with_lost_data
         if not names:
             return None
@@ -323,32 +306,22 @@ class Server:
         return HostError(msg)
 
     def _log_refusals(self, readahead_failure: str | None, protection_failure: str | None) -> None:
-        """Log what the sandbox covers, and why the read-ahead or the protection is missing.
-
-        For a read-only mount the missing protection is not logged: such a mount has no dirty pages.
-        If the user has asked for a read-ahead, `_serve` has logged the refusal already.
-
-        Args:
-            readahead_failure: Why the read-ahead was not set; None if it was set.
-            protection_failure: The argument of `run`.
-        """
+        """Log what the sandbox covers, and why the read-ahead or the protection is missing."""
         shown = printable(self._mountpoint)
         if self._sandbox is not None:
             _log.info("%s: sandbox %s", shown, self._sandbox)
         if readahead_failure is not None and self._options.readahead is None:
-            # This is not a warning, because the user has not asked for a read-ahead.
+            # If the user has asked for a read-ahead, `_serve` has logged a warning.
             _log.info("%s: %s", shown, readahead_failure)
         if protection_failure is not None and not self._options.read_only:
-            # Only root gets a warning, because an ordinary user cannot give the process the
-            # privilege that the protection needs.
+            # An ordinary user cannot give the process the privilege that the protection needs.
             level = logging.INFO if os.geteuid() else logging.WARNING
             _log.log(level, "%s: %s", shown, protection_failure)
 
     def _undo_mount(self, mount: MountEntry) -> None:
         """Unmount the mount, unless it is gone or another mount covers it.
 
-        A failure is logged and not raised, because it would replace the error for which the mount
-        is undone.
+        A failure is only logged, because it would hide the error for which the mount is undone.
         """
         try:
             now = find_mount(mount.path)
@@ -366,13 +339,10 @@ def _after_flush(invalidator: BlocksInvalidator, trim_heap: HeapTrimmer) -> None
 
 
 async def _call_at_end(connection: int, action: Callable[[], object]) -> None:
-    """Call ``action`` as soon as the kernel has ended the connection.
+    """Call ``action`` when the kernel has ended the connection; it must end requests that wait.
 
-    `pyfuse3.main` waits until all requests have been answered, although no program waits for the
-    answers any more.  ``action`` must make requests that wait for a server end early.
-
-    The kernel wakes this task's epoll for every request, which costs time.  So the caller must not
-    start this task for a mount without files on servers.
+    Otherwise `pyfuse3.main` would wait for them.  The kernel wakes this task's epoll for every
+    request, which costs time, so only a mount with files on servers starts this task.
     """
     with select.epoll() as epoll:
         epoll.register(connection, 0)  # errors only, which are always reported

@@ -1,8 +1,7 @@
-"""A client for web servers that uses urllib3: reads ranges of one version of the object at a URL.
+"""A client for web servers: reads ranges of one version of the object at a URL.
 
 A redirection is followed only to the scheme and host of the URL itself, and to prefixes that the
-user allows.  So a server cannot make its clients send requests to machines that the user has
-not chosen.
+user allows.  So a server cannot make its clients send requests to other machines.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
     from qedfuse.remote.client import ClientOptions, Version
 
-# Records of these loggers contain URLs with their queries, which may be secrets.
+# Records of these loggers contain URLs, whose queries may be secrets.
 for _name in ("urllib3.connection", "urllib3.connectionpool"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
@@ -58,24 +57,23 @@ _MAX_REDIRECTS: Final = 5
 _MAX_SHOWN_CHARACTERS: Final = 300
 """How much of the target of a redirection is shown in a message."""
 _MAX_DRAINED_BYTES: Final = 1 << 16
-"""If at most this many bytes of a body are left, they are read, and the connection is kept."""
+"""If at most this many bytes of a body are left, they are read to keep the connection."""
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _RETRIED_STATUS: Final = (408, 409, 425, 429)
 """Statuses below 500 after which another attempt can succeed.  Swift answers 409 for an object
-whose parts it cannot read at the moment."""
+that it cannot read at the moment."""
 _PERMANENT_STATUS: Final = (501, 505)
-"""Statuses above 500 for requests that the server does not support, so retries do not help."""
+"""Statuses above 500 for requests that the server does not support."""
 
 
 class WebClient:
     """Reads one object of a web server."""
 
     def __init__(self, address: Address, options: ClientOptions) -> None:
-        """Make a client for the object at ``address``; the first request makes a connection.
+        """Make a client for the object at ``address``, without a connection yet.
 
         Raises:
-            UnusableError: The environment names a proxy that cannot be used, or the credentials
-                for web servers are not valid.
+            UnusableError: The proxy of the environment or the credentials cannot be used.
         """
         self._address = address
         self._options = options
@@ -87,14 +85,14 @@ class WebClient:
 
     @property
     def store_id(self) -> str:
-        """Empty, because the URL of the object names the server; see `Client.store_id`."""
+        """Empty, because the URL names the server; see `Client.store_id`."""
         return ""
 
     def head(self) -> Version:
         """Return the object's present version.
 
-        The request is a GET of the first byte, because a signed URL may not permit HEAD, and
-        because the response shows whether the server can serve ranges.
+        The request is a GET of the first byte.  A signed URL may not permit HEAD, and the response
+        shows whether the server can serve ranges.
         """
         return settled_version(self._query)
 
@@ -124,9 +122,9 @@ class WebClient:
         try:
             yield from self._get(offset, lengths, version, allocate)
         except TruncatedError as error:
-            # The object may have changed.  Then a caching server sends the slices that it has of
-            # the old version, and ends the response at a slice that it cannot fetch any more.  A
-            # retry would end at the same slice.  So ask which version the server has now.
+            # The object may have changed.  Then a caching server can send the slices that it has of
+            # the old version, and end the response at the first one that it lacks.  A retry would
+            # end at the same slice.  So ask which version the server has now.
             with suppress(AttemptError, RefusedError, UnusableError):
                 if not self._query()[0].is_same(version):
                     raise ChangedError from error
@@ -139,10 +137,7 @@ class WebClient:
         version: Version,
         allocate: Callable[[int], Buffer] = bytearray,
     ) -> Generator[Buffer]:
-        """Yield adjacent parts of a version of the object with one request.
-
-        A truncated response raises TruncatedError; `get` finds out whether the object has changed.
-        """
+        """Yield adjacent parts of a version of the object with one request."""
         length = sum(lengths)
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         if version.etag:
@@ -155,7 +150,7 @@ class WebClient:
             found = content_range(response)
             if response.status != HTTPStatus.PARTIAL_CONTENT or found is None:
                 raise no_range_error(response)
-            # The server may ignore the condition, so the version in the response is compared too.
+            # The server may have ignored the condition.
             if not version_of(response, found[1]).is_same(version):
                 raise ChangedError
             if found[0] != range(offset, offset + length):
@@ -179,8 +174,8 @@ class WebClient:
     def _open(self, headers: dict[str, str]) -> Iterator[BaseHTTPResponse]:
         """Make a request and follow redirections; yield the response, whose body is not read yet.
 
-        At the end of the caller's ``with`` block, the connection is kept if at most
-        `_MAX_DRAINED_BYTES` of the body are left, and closed if more or an unknown number are left.
+        After the caller's ``with`` block, the connection is kept if at most `_MAX_DRAINED_BYTES` of
+        the body are left, and closed otherwise.
         """
         end = time.monotonic() + self._options.attempt_seconds
         remembered = target = self._target
@@ -196,9 +191,8 @@ class WebClient:
         except BaseException as error:
             # After any failure, the next attempt follows the redirections from the beginning.
             self._target = self._address
-            # MissingError and UnusableError end all retries.  From the remembered target they
-            # become an error that permits a retry, because the target may be a signed URL that has
-            # expired.
+            # MissingError and UnusableError end all retries.  But the remembered target may be a
+            # signed URL that has expired, so an error of this target permits a retry.
             is_permanent = isinstance(error, (MissingError, UnusableError))
             if is_permanent and target is remembered is not self._address:
                 msg = f"{target.shown}: {str(error) or 'found no such object'}"
@@ -250,11 +244,7 @@ class WebClient:
             raise translated(error) from error
 
     def _redirected(self, source: Address, location: str) -> Address:
-        """Return the target of a redirection.
-
-        Raises:
-            UnusableError: The target is not a usable URL, or is not allowed.
-        """
+        """Return the target of a redirection, if it is usable and allowed."""
         try:
             target = parse_address(urldefrag(urljoin(source.url, location)).url)
         except UsageError as error:
@@ -278,10 +268,7 @@ class WebClient:
         raise UnusableError(msg)
 
     def _raise_for_status(self, response: BaseHTTPResponse, target: Address) -> None:
-        """Raise the exception for the status of a response, unless the status is a success.
-
-        Status 416 counts as a success: its header can have the size of an empty object.
-        """
+        """Raise the exception for a status, unless it is a success or 416 (an empty object)."""
         status = response.status
         if status in {200, 206, 416}:
             return

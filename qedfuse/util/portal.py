@@ -3,24 +3,16 @@
     with closing(Portal(open_something(...), "something")) as portal:
         answer = portal.call(portal.value.ask, "what")
 
-Each portal has a thread with a trio event loop, in which an async context manager is open.
-A portal ends in one of these ways:
+Each portal has a thread with a trio event loop, in which an async context manager is open.  If a
+background task of the context manager fails, running calls are cancelled, and the context manager
+is left.
 
-- `close` lets running calls finish, leaves the context manager and waits until the thread
-  has ended.
-- If `close` or `ask_to_close` is called while the context manager is being entered, or if a
-  KeyboardInterrupt interrupts the constructor, entering is cancelled.
-- If a background task of the context manager fails, running calls are cancelled, and the context
-  manager is left.
-- A portal that is still open when the program ends is closed by a watcher thread.  The watcher
-  waits until all threads of the program have ended, the main thread included; daemon threads and
-  the threads of portals do not count.  Python itself waits for the portal's thread before the
-  process ends, so the watcher has the time to close the portal.  A function of ``atexit`` would
-  run too late: since Python 3.12 it cannot start threads, and closing a file can need a new
-  thread.
+A portal that is still open when the program ends is closed by a watcher thread, after all other
+threads have ended.  A function of ``atexit`` would run too late: since Python 3.12 it cannot start
+threads, and closing a file can need a new thread.
 
-After ``os.fork`` the child process has no portal thread, so every call in the child fails
-immediately.  In the parent process the portal stays open.
+After ``os.fork`` every call in the child process fails immediately.  In the parent process the
+portal stays open.
 """
 
 from __future__ import annotations
@@ -73,13 +65,12 @@ class Portal(Generic[T]):
         Args:
             manager: The context manager.
             name: The name of the thread.
-            before_leaving: Called in the event loop with ``value`` when the portal ends, before the
-                wait for the running calls.
+            before_leaving: Called in the event loop with ``value``, before running calls end.
 
         Raises:
             OSError: The host cannot start a thread.
-            BaseException: The error of entering ``manager``, or a KeyboardInterrupt while
-                ``manager`` is being entered.  The thread has ended.
+            BaseException: The error of entering ``manager``, or a KeyboardInterrupt meanwhile.  The
+                thread has ended.
         """
         self._before_leaving = before_leaving
         self._opened: Future[T] = Future()
@@ -89,7 +80,7 @@ class Portal(Generic[T]):
         self._close_called = False  # set only by `close`
         self._log_failure = False  # True if leaving began before `close` was called
         self._closing = trio.Event()
-        # The scope of the whole event loop.  It is cancelled only while `_opened` is not done.
+        # The scope of the whole event loop, cancelled only while `_opened` is not done.
         self._scope = trio.CancelScope()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
@@ -104,7 +95,7 @@ class Portal(Generic[T]):
         try:
             self.value = self._opened.result()
         except BaseException:
-            # Entering the manager has failed, or a KeyboardInterrupt has interrupted the wait.
+            # Entering has failed, or a KeyboardInterrupt has interrupted the wait.
             self.ask_to_close()
             self._thread.join()
             raise
@@ -116,17 +107,16 @@ class Portal(Generic[T]):
     def call(self, function: Callable[[*Args], Awaitable[R]], *args: *Args) -> R:
         """Run an async function in the event loop; return its result or raise its error.
 
-        The portal's own thread must not call this method, because it would wait for itself.  If a
-        KeyboardInterrupt interrupts the caller, ``function`` runs on in the event loop.
+        The portal's own thread must not call this method, because it would wait for itself.  After
+        a KeyboardInterrupt in the caller, ``function`` runs on.
 
         Raises:
-            PortalClosedError: The portal is closing or closed, the event loop runs in another
-                process, or the event loop failed during the call.  In the last case, ``function``
-                may have been cancelled halfway.
+            PortalClosedError: The portal is closing or closed, runs in another process, or failed
+                during the call.  In the last case ``function`` may have been cancelled.
         """
         future: Future[R] = Future()
-        # Record the future before queuing the call: when the loop ends, `_run` fails all
-        # futures that are recorded, so no caller waits forever.
+        # Record the future before the call is queued: when the loop ends, `_run` fails all recorded
+        # futures, so no caller waits forever.
         self._pending.add(future)
         try:
             if self._token is None or not self.is_alive():
@@ -141,11 +131,7 @@ class Portal(Generic[T]):
             del future  # breaks a cycle: future -> error -> traceback -> this frame
 
     def raise_failure(self) -> None:
-        """Raise an error if the event loop has failed and `close` has not raised its error yet.
-
-        Raises:
-            PortalClosedError: The event loop has failed, and `close` has not raised its error yet.
-        """
+        """Raise PortalClosedError if the event loop has failed and `close` has not raised that."""
         if self._failure is not None:
             raise _closed() from self._failure
 
@@ -156,8 +142,8 @@ class Portal(Generic[T]):
         would wait for itself.
 
         Raises:
-            BaseException: The error of leaving the context manager, or of one of its background
-                tasks; raised only once.
+            BaseException: The error of the context manager or of one of its background tasks;
+                raised only once.
         """
         self._close_called = True
         self.ask_to_close()
@@ -169,20 +155,18 @@ class Portal(Generic[T]):
     def call_soon(self, function: Callable[[], object]) -> None:
         """Call a function in the event loop, and do not wait for it.
 
-        Nothing is called if the event loop has ended or runs in another process.  The function must
-        not raise.
+        Nothing is called if the event loop has ended.  The function must not raise.
         """
         if self._token is not None and self.is_alive():
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(function)
 
     def ask_to_close(self) -> None:
-        """Start to close the portal, and return without waiting until it is closed.
+        """Start to close the portal without waiting; cancel entering the context manager.
 
-        If leaving the context manager fails, the first call of `close` raises the error, even if it
-        comes afterwards.  If `close` was not called before leaving began, the error is also logged.
-        A finalizer, which Python can run in the portal's own thread, may call this method, but must
-        not call `close`.
+        `close` raises the error if leaving the context manager fails.  If leaving began before
+        `close` was called, the error is also logged.  A finalizer, which Python can run in the
+        portal's own thread, may call this method, but not `close`.
         """
         self._close_requested = True
         self.call_soon(self._begin_closing)
@@ -202,25 +186,19 @@ class Portal(Generic[T]):
             if self._opened.done():
                 self._failure = error
                 if self._log_failure:
-                    # Perhaps no caller will ever get the error from `close`.
+                    # The caller may never call `close`.
                     _log.error("%s: %s", self._thread.name, error)
             else:
                 self._opened.set_exception(error)
         finally:
-            # Fail the calls that the loop has not run.  Later calls fail by themselves, because
-            # they find that the loop has ended.
+            # Fail the calls that the loop has not run.  Later calls find that the loop has ended.
             for future in list(self._pending):
                 if not future.done():
                     future.set_exception(_closed())
             _watcher.forget(self)
 
     async def _serve(self, manager: AbstractAsyncContextManager[T]) -> None:
-        """Keep the context manager open until closing is requested.
-
-        Raises:
-            PortalClosedError: Closing was requested before the context manager was entered.
-            BaseException: Any error of the context manager or of one of its background tasks.
-        """
+        """Keep the context manager open until closing is requested."""
         # `_serve` sets the token before it reads `_close_requested`.  `ask_to_close` sets
         # `_close_requested` before it reads the token.  So at least one of the two sees what
         # the other has set, and the request is not lost.
@@ -284,17 +262,13 @@ class _Watcher:
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        """Watch no portal: in a forked child, the portals of the parent process have no threads."""
+        """Watch no portal; in a forked child, the parent's portals have no threads."""
         self._lock = threading.Lock()
         self._portals: set[Portal[Any]] = set()
         self._thread: threading.Thread | None = None
 
     def watch(self, portal: Portal[Any]) -> None:
-        """Arrange that ``portal`` is closed when the program ends, if it is still open then.
-
-        Raises:
-            OSError: The host cannot start a thread.
-        """
+        """Arrange that ``portal`` is closed when the program ends, if it is still open then."""
         with self._lock:
             # One thread watches all portals.
             if self._thread is None or not self._thread.is_alive():
@@ -309,9 +283,8 @@ class _Watcher:
     def _run(self) -> None:
         """Wait for the end of the program, then close the portals that are open."""
         threading.main_thread().join()
-        # Wait for all threads but daemons, as Python itself does, because they may still use a
-        # portal.  The threads of portals are left out, because they end only when their portals are
-        # closed.
+        # Wait for all threads but daemons, as Python itself does: they may still use a portal.
+        # The threads of portals end only when the portals are closed.
         while users := [
             thread
             for thread in threading.enumerate()

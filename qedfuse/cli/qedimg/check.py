@@ -123,10 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _try_fast_check(arguments: argparse.Namespace) -> CheckResult | None:
-    """Return the result of the fast check, or None if the full check is needed.
-
-    The full check is needed to repair, to undo, for a URL, and if the fast check gives up.
-    """
+    """Return the result of the fast check, or None if the full check is needed."""
     if arguments.repair is not None or arguments.undo is not None or is_url(arguments.image):
         return None
     found = fast_check(arguments.image, share=arguments.force_share)
@@ -134,7 +131,7 @@ def _try_fast_check(arguments: argparse.Namespace) -> CheckResult | None:
 
 
 async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CheckResult:
-    """Return the result of the full check, of a dry run, of a repair, or of an undo."""
+    """Do the full check, a dry run, a repair or an undo, and return its result."""
     from qedfuse.tools.repair.imagecheck import check, plan, repair, undo  # noqa: PLC0415  imported late: --help must not load it
 
     path, level, share = arguments.image, arguments.repair, arguments.force_share
@@ -149,10 +146,7 @@ async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CheckRe
 
 
 def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, Any]:
-    """Return the result as JSON values: first qemu-img's keys, then the others.
-
-    As in qemu-img's output, an optional key whose number is 0 is omitted.
-    """
+    """Return the result as JSON: first qemu-img's keys, which are omitted if 0, then the others."""
     after = result.after
     repaired = bool(arguments.repair) and not result.dry
     optional = {
@@ -161,8 +155,8 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "corruptions-fixed": result.errors_fixed if repaired else 0,
         "leaks-fixed": result.leaks_fixed if repaired else 0,
         "total-clusters": result.total_clusters,
-        # As in qemu-img, this number includes L2 entries with an invalid offset, and those past the
-        # end of the disk.  The number in the text does not.
+        # As in qemu-img, this includes L2 entries with an invalid offset, and those past the end of
+        # the disk.  The number in the text does not.
         "allocated-clusters": after.referenced_clusters,
         "fragmented-clusters": after.fragmented_clusters,
     }
@@ -172,7 +166,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "check-errors": 0,
         **{key: number for key, number in optional.items() if number},
     }
-    # The values of these keys are from the check before the repair, and show what was repaired.
+    # These values are from the check before the repair, and show what was repaired.
     found = result.before.as_json()
     value |= {key.replace("_", "-"): found[key] for key in _ADDED_KEYS}
     if arguments.repair:
@@ -201,8 +195,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
 
 
 _ADDED_KEYS: Final = ("file_clusters", "listed_clusters", "counts", "findings")
-"""The keys of `CheckReport.as_json` that the JSON has besides qemu-img's keys, but with dashes in
-place of underscores."""
+"""The keys of `CheckReport.as_json` that the JSON has too, with dashes in place of underscores."""
 
 
 def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
@@ -226,7 +219,7 @@ def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 
 def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print what a repair did, or would do in a dry run, and what is lost."""
+    """Print what a repair did, or what it would do, and what is lost."""
     plan = result.plan
     would = "would be " if result.dry else ""
     for lost in result.lost:
@@ -248,8 +241,8 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
         if result.needs_force:
             print_line(arguments, "the repair needs --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
-        # A repair of errors frees no space.  But `leaks_fixed` can be positive: if the repair makes
-        # an invalid table valid, the table's clusters no longer count as leaked.
+        # A repair of errors frees no space.  But `leaks_fixed` is positive if the repair makes an
+        # invalid table valid, because the table's clusters are leaked no longer.
         is_freed = result.leaks_fixed and not result.before.errors
         freed = f"freed: {result.leaks_fixed} leaked clusters; " if is_freed else ""
         print_line(
@@ -260,10 +253,7 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 
 def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print why leaked space was kept, and how to free the space; nothing if none was kept.
-
-    A dry run prints nothing if the space is kept only because there is damage.
-    """
+    """Print why leaked space was kept, and how to free it; nothing if none was kept."""
     if result.leaks_kept:
         name = shown_name(arguments.image)
         force = " --force" if result.after.is_implausible and not result.after.errors else ""
@@ -281,9 +271,8 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
 def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print the state of the image after the check, repair or undo, and its numbers."""
     after, total = result.after, result.total_clusters
-    # This number is printed as a fraction of all clusters of the disk.  So, unlike
-    # "allocated-clusters" in the JSON, it leaves out L2 entries with an invalid offset or past the
-    # end of the disk.
+    # A fraction of the disk's clusters: unlike "allocated-clusters" in the JSON, without the L2
+    # entries that have an invalid offset or are past the end of the disk.
     used = after.allocated_clusters - after.past_end_clusters
     notes = sum(count for code, count in after.counts.items() if not code.severity)
     listed = after.listed_clusters
@@ -302,7 +291,7 @@ def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 
 def _state(report: CheckReport) -> str:
-    """Return the state of an image in one or two words; notes do not affect the state."""
+    """Return the state of an image in one or two words."""
     if report.errors:
         return "damaged"
     return "leaks space" if report.leaks else "sound"

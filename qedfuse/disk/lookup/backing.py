@@ -1,11 +1,9 @@
 """Opening the backing files of an image, as far as the policy for them allows.
 
-An untrusted image can name any file as its backing file.  The guest would see the content of that
-file if the user can read it.  So by default a base must lie inside the directory of the image
-that names the base.  The user can name a base elsewhere, allow further directories, or allow all
-files.  For a local base the policy is applied to the open file, not to its name.  So symbolic links
-and renames cannot evade the policy.  A URL is allowed or refused by its name, before a connection
-is made.  ``backing=none`` refuses every base before it is opened.
+An untrusted image can name any file that the user can read, and the guest would see its content.
+So by default a base must lie inside the directory of the image that names it.  The policy is
+applied to an open file, not to its name, so symbolic links and renames cannot evade it.  A URL is
+allowed or refused by its name, before a connection is made.
 """
 
 from __future__ import annotations
@@ -51,8 +49,7 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
 
     Raises:
         CorruptImageError: The image ends before the end of the name.
-        BackingRefusedError: The name contains a NUL byte; or it begins with a protocol other than
-            ``file:`` and is not a URL.
+        BackingRefusedError: The name contains a NUL byte, or begins with an unknown protocol.
         HostError: The host cannot read the image.
     """
     size = header.backing_filename_size
@@ -77,27 +74,23 @@ async def open_bases(
 ) -> list[Layer]:
     """Open the bases of an image, read-only; return their layers, from the first base downwards.
 
-    The list is empty if the image has no base.  For each image of the chain, the bases below it
-    are compared with the versions that this image remembers (`verify_bases`).  If ``name`` is
-    given, the versions that ``file`` remembers are ignored.
+    For each image of the chain, the bases below it are compared with the versions that the image
+    remembers (`verify_bases`), except those that ``file`` remembers if ``name`` is given.
 
     Args:
         path: The path or URL of the image.
         file: The image's open file.
         header: The image's header.
-        options: The policy for bases, and whether to lock the bases.  The path or URL
-            ``options.backing.trusted`` is allowed as the first base, in any directory and on any
-            server.
+        options: The policy for bases, and whether to lock the bases.  The first base may be
+            ``options.backing.trusted`` in any directory or on any server.
         store: Holds the table slices of all layers.
         name: The name of the first base; None to read the name that the image stores.
 
     Raises:
         BackingError: A base is missing or refused, has a format that the policy does not allow, or
-            has another version than an image remembers (`rememberedbase`).  Or the chain is a loop
-            or too long.
+            is not of the remembered version.  Or the chain is a loop or too long.
         RemoteError: The server of a base cannot be reached, or does not serve the base.
-        ImageError: A QED base is invalid or corrupt, or uses features that this version does not
-            know.
+        ImageError: A QED base is invalid or corrupt, or uses unknown features.
         ImageInUseError: A base is locked by another process.
         HostError: The host cannot read or lock a base, the cache cannot be used, or QEMU cannot
             serve a base in a format other than QED and raw.
@@ -106,8 +99,7 @@ async def open_bases(
     """
     layers: list[Layer] = []
     # The images above the base that is opened next, each with the name that it stores for its own
-    # base.  If the caller has passed ``name``, ``file`` gets an empty name here, so that the
-    # versions that it remembers are ignored.
+    # base.  With an empty name, the versions that an image remembers are ignored.
     images = [] if name is None else [(file, "")]
     seen = {file.identity}
     trusted = options.backing.trusted
@@ -153,10 +145,7 @@ async def open_bases(
 
 @contextmanager
 def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
-    """At the end of the ``with`` block, close the files of the layers that are still in the list.
-
-    Yields the list itself, to which the block may add layers.  Removed layers are not closed.
-    """
+    """At the end of the ``with`` block, close the files of the layers that are in the list."""
     try:
         yield layers
     finally:
@@ -166,11 +155,7 @@ def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
 
 @contextmanager
 def _prefixing_errors(image: HostFile) -> Iterator[None]:
-    """Put the name of an image before the message of a RemoteError or CacheError in the block.
-
-    The class of the error stays the same, so that a script can distinguish an outage from a base
-    that is refused.
-    """
+    """Put the name of an image before the message of a RemoteError or CacheError in the block."""
     try:
         yield
     except (RemoteError, CacheError) as error:
@@ -179,14 +164,7 @@ def _prefixing_errors(image: HostFile) -> Iterator[None]:
 
 
 def _extend_chain(base: HostFile, image: str, seen: set[FileIdentity]) -> None:
-    """Add the identity of a base to ``seen``; refuse a chain that is a loop or too long.
-
-    ``seen`` has the identities of the image at the top and of the bases above this one.  ``image``
-    is the name of the image that names this base, for messages.
-
-    Raises:
-        BackingError: The chain is a loop, or has more than `MAX_CHAIN_DEPTH` bases.
-    """
+    """Add the identity of a base to ``seen``; refuse a chain that is a loop or too long."""
     identity = base.identity
     if identity in seen:
         msg = f"{image}: backing file {base.name}: found a loop in the chain"
@@ -214,18 +192,16 @@ async def open_base(
         image: The image that names it.
         options: The policy, and how to read a URL.
         trusted: A path or URL that is allowed in any directory and on any server, unless the mode
-            is ``none``; None if there is no such path or URL.
-        images: The images above the backing file; see `verify_bases`.  They may remember a version
-            of a file on a server.  If the cache has all of this version, the file is read from the
-            cache, even if the server has another version.  If the policy accepts other versions,
-            the remembered version is ignored.
+            is ``none``; None without one.
+        images: The images above the backing file; see `verify_bases`.  Unless the policy accepts
+            other versions, a remembered version on a server is read from the cache if the cache
+            has all of it, whatever version the server has.
 
     Raises:
-        BackingError: The file is missing, is not a regular file, or cannot be opened.  Or the path
-            is a URL that is not valid.
+        BackingError: The file is missing, is not a regular file, or cannot be opened, or the URL
+            is not valid.
         RemoteError: The server cannot be reached, or does not serve the file.
-        HostError: The path is a URL, and either the cache cannot be used or the host has no free
-            descriptor.
+        HostError: For a URL, the cache cannot be used, or the host has no free descriptor.
         BackingRefusedError: The policy forbids the file.
     """
     if options.backing.mode == "none":
@@ -275,25 +251,9 @@ async def _format_of(
 ) -> str:
     """Return the format of a base as QEMU calls it.
 
-    The first of these rules that applies decides:
-
-    1. The user has given a format for all bases.
-    2. The base is raw if the header of the image that names it forbids probing
-       (BACKING_FORMAT_NO_PROBE).  Headers can forbid probing because a guest that writes to a raw
-       disk can put any magic there.
-    3. The base's magic decides.
-
-    Args:
-        base: The base.
-        image: The name of the image that names the base, for messages.
-        header: The header of the image that names the base.
-        policy: The policy for bases.
-        is_trusted: Whether the user has named the base.
-
-    Raises:
-        BackingError: The magic is that of an image format other than QED, the policy does not allow
-            that format, and the user has not named the base.
-        HostError: The host cannot read the base.
+    If the header of the image forbids probing (BACKING_FORMAT_NO_PROBE), the base is raw, whatever
+    its magic: a guest that writes to a raw disk can put any magic there.  A foreign format is
+    refused unless the policy allows it or the user has named the base.
     """
     if policy.format is not None:
         return policy.format
@@ -316,17 +276,7 @@ async def _format_of(
 async def _open_foreign_base(
     base: HostFile, image: str, driver: str, options: OpenOptions
 ) -> HostFile:
-    """Return the disk of a base in a format of QEMU; close the base after an error.
-
-    Args:
-        base: The base.
-        image: The name of the image that names the base, for messages.
-        driver: The format of the base as QEMU calls it.
-        options: The policy for the files that the base itself names.
-
-    Raises:
-        QedError: See `open_foreign`.
-    """
+    """Return the disk of a base in a format of QEMU; close the base after an error."""
     try:
         return await open_foreign(base, driver, options)
     except ForeignError as error:

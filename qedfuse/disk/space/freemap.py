@@ -1,13 +1,11 @@
 """A bitmap of free clusters, in which the allocator quickly finds runs and table slots.
 
 The map is divided into blocks of 4096 clusters, and each block is one Python integer.  The lowest
-bit stands for the first cluster of the block; a set bit means that the cluster is free.  A block
-without a free cluster takes no memory.  Finding, taking or adding a run within a block takes a
-few operations on the block's integer.  All positions and lengths in this module are in clusters.
+bit stands for the first cluster of the block; a set bit means that the cluster is free.  All
+positions and lengths in this module are in clusters.
 
-A *table slot* is a run of free clusters as long as a table.  A longer run has as many slots as
-tables fit into it.  When slots are counted, a run that crosses the border of two blocks is treated
-as two runs, one in each block.
+A *table slot* is a run of free clusters as long as a table.  When slots are counted, a run that
+crosses the border of two blocks counts as two runs.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ class FreeMap:
         slots: How many tables fit into the free runs; 0 if slots are not counted.
         table_clusters: Number of clusters in a table, a power of two up to 16.
         alignment: A block begins at each cluster n for which n + alignment is a multiple of
-            `BLOCK_CLUSTERS`.  The alignment is less than `table_clusters`.
+            `BLOCK_CLUSTERS`.
     """
 
     def __init__(
@@ -48,10 +46,10 @@ class FreeMap:
 
         Args:
             table_clusters: Number of clusters in a table.
-            anchor: The cluster at which a row of adjacent tables can begin.  The borders of
-                blocks are placed so that no table of the row crosses a border.
-            counts_slots: Whether to maintain `slots`.  If the free clusters are scattered,
-                counting slots is most of the work of a change.
+            anchor: A cluster at which a row of adjacent tables can begin.  No table of the row
+                crosses the border of a block.
+            counts_slots: Whether to maintain `slots`, which is most of the work of a change if the
+                free clusters are scattered.
         """
         self.table_clusters = table_clusters
         self.count = 0
@@ -84,22 +82,18 @@ class FreeMap:
             self._blocks.pop(block, None)
 
     def _slots(self, bits: int, changed: int) -> int:
-        """Count the slots in those runs of a block that a change of some bits can affect.
-
-        ``bits`` are all bits of the block; ``changed`` has only the bits that change.
-        """
+        """Count the slots in those runs of a block that the bits ``changed`` can affect."""
         if not changed:
             return 0
-        # Only the part from the lowest to the highest changed bit, and the runs that touch this
-        # part, are examined.
+        # Examine the part from the lowest to the highest changed bit, and the runs that touch it.
         low, high = _lowest_bit(changed), changed.bit_length()
         low -= _ones_below(bits, low)
         high += _lowest_bit(~(bits >> high))
         bits = bits >> low & ((1 << (high - low)) - 1)
         if self.table_clusters == 1:
             return bits.bit_count()
-        # Keep only the bits of clusters at which a table could begin.  A run of n such bits
-        # stands for a run of n + table_clusters - 1 free clusters.
+        # A run of n bits at which a table could begin stands for n + table_clusters - 1 free
+        # clusters.
         bits = self._slot_starts(bits)
         found = 0
         while bits:
@@ -133,7 +127,7 @@ class FreeMap:
             self._set_bits(block, old, old | mask)
 
     def add_many(self, clusters: NDArray[np.uint64]) -> None:
-        """Make clusters free, in any order; one call for all is cheaper than several calls."""
+        """Make clusters free, in any order; cheaper than a call of `add` for each."""
         positions = np.sort(clusters) + np.uint64(self.alignment)
         blocks, starts = np.unique(positions // BLOCK_CLUSTERS, return_index=True)
         flags = np.zeros(BLOCK_CLUSTERS, np.uint8)
@@ -146,15 +140,15 @@ class FreeMap:
             self.add_block(block, bits)
 
     def add_block(self, block: int, bits: int) -> None:
-        """Free the clusters of a block for which a bit is set in ``bits``."""
+        """Free the clusters for which a bit is set in ``bits``."""
         old = self._blocks.get(block, 0)
         self._set_bits(block, old, old | bits)
 
     def pop_block(self) -> tuple[int, int] | None:
-        """Remove from the map all free clusters of the lowest block that has any.
+        """Remove all free clusters of the lowest block that has any.
 
         Returns:
-            The number of the block and the bits that it had; None if the map is empty.
+            The number of the block and its bits; None if the map is empty.
         """
         first = self.lowest()
         if first is None:
@@ -213,10 +207,7 @@ class FreeMap:
         return first, count
 
     def take_outside_slots(self) -> int | None:
-        """Remove and return the lowest free cluster whose removal costs no slot.
-
-        Returns None if there is no such cluster.
-        """
+        """Remove and return the lowest free cluster that no slot needs; None without one."""
         for first, count in self._block_runs():
             if count % self.table_clusters:
                 self.remove(first, 1)
@@ -233,17 +224,14 @@ class FreeMap:
         return None
 
     def take_slot(self) -> int | None:
-        """Remove the lowest slot from the map; return its first cluster, None without a slot."""
+        """Remove the lowest slot; return its first cluster, None without a slot."""
         first = self.find_slot()
         if first is not None:
             self.remove(first, self.table_clusters)
         return first
 
     def find_run(self, count: int) -> int | None:
-        """Return where the lowest run of at least ``count`` clusters begins; None without a run.
-
-        The run may cross the borders of blocks.
-        """
+        """Return the start of the lowest run of at least ``count`` clusters; None without one."""
         return next((first for first, length in self.runs() if length >= count), None)
 
     def count_below(self, end: int) -> int:
@@ -262,8 +250,7 @@ class FreeMap:
     def tail_start(self, end: int, max_used: int) -> int:
         """Return the start of the longest range directly below ``end`` with few used clusters.
 
-        The range has at most ``max_used`` used clusters, which are clusters that are not free.
-        Returns 0 if the range can begin at the first cluster of the file.
+        A used cluster is one that is not free; the range has at most ``max_used`` of them.
         """
         position, left = end + self.alignment, max_used
         while position > self.alignment:
@@ -289,11 +276,7 @@ class FreeMap:
         return self._cluster(block, self._blocks[block].bit_length())
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """Yield the runs of free clusters, lowest first, joined across blocks.
-
-        Yields:
-            The first cluster of each run and its length.
-        """
+        """Yield the start and length of each free run, lowest first, joined across blocks."""
         first = count = 0
         for start, length in self._block_runs():
             if count and first + count == start:
@@ -308,12 +291,11 @@ class FreeMap:
     def take_from(self, start: int, limit: int) -> tuple[int, int] | None:
         """Remove the lowest run at or past ``start``, or only its first ``limit`` clusters.
 
-        Of a run that begins before the cluster ``start``, only the part from ``start`` on counts.
-        A run ends at the border of a block.
+        Of a run that begins before ``start``, only the part from ``start`` on counts.  A run ends
+        at the border of a block.
 
         Returns:
-            The first cluster and the number of removed clusters; None if no cluster at or past
-            ``start`` is free.
+            The first cluster and the number of removed clusters; None without a run.
         """
         block, bit = divmod(start + self.alignment, BLOCK_CLUSTERS)
         for candidate in sorted(number for number in self._blocks if number >= block):

@@ -1,7 +1,6 @@
 """Requests about data: open, read, write, flush, fsync and release.
 
-Each handler checks a request, calls a method of the disk, and converts the result for the
-kernel.  The disk (`qedfuse.disk`) reads and changes the image.
+Each handler checks a request, calls a method of the disk, and converts the result.
 """
 
 from __future__ import annotations
@@ -34,15 +33,14 @@ if TYPE_CHECKING:
 class Operations(MetadataOperations):
     """The handlers of all requests for one mount, except fallocate and lseek.
 
-    pyfuse3 calls a handler for each request that pyfuse3 gets.  `DataRequests` answers some reads,
-    writes and fsyncs before pyfuse3 gets them.  pyfuse3 cannot receive fallocate and lseek, so
-    `qedfuse.mount.fuse.fallocate` answers these requests.
+    `DataRequests` answers some reads, writes and fsyncs before pyfuse3 gets them.  pyfuse3 cannot
+    receive fallocate and lseek (`qedfuse.mount.fuse.fallocate`).
 
     Attributes:
         enable_writeback_cache: Whether the kernel may delay writes; pyfuse3 reads this attribute.
-        has_page_cache: Whether the kernel caches pages of the disks.  If so, a program can change
-            them by a shared memory map, and the kernel sends these changes later, with and without
-            the write-back cache.
+        has_page_cache: Whether the kernel caches pages of the disks.  Then a shared memory map can
+            change them, and the kernel sends the changes later, with or without the write-back
+            cache.
         fast: Answers reads, writes and fsyncs that need not wait.
     """
 
@@ -60,10 +58,9 @@ class Operations(MetadataOperations):
         super().__init__(
             disks, options, truncation, size_fixup, partition_files, is_directory=is_directory
         )
-        # If the mountpoint is a file, the kernel starts with the size 0 for that file.  With the
-        # write-back cache the kernel would never replace this size, so the cache is off.
-        # `qedfuse.mount.fuse.truncation` explains why the write-back cache is off with
-        # truncate=zero.
+        # For a mountpoint that is a file, the kernel starts with the size 0, and with the
+        # write-back cache it would never replace this size.  `qedfuse.mount.fuse.truncation`
+        # explains why the write-back cache is off with truncate=zero.
         self.enable_writeback_cache = (
             is_directory
             and not (options.read_only or options.direct_io)
@@ -79,15 +76,14 @@ class Operations(MetadataOperations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a disk and return its file handle.
 
-        The open makes the kernel drop the pages that it has cached of the disk if another program
-        can change the image (``force_share``), if the page cache is off (``direct_io``), or if the
-        pages may be stale (`ExportedDisk.is_stale`).
+        The kernel drops the cached pages of the disk if another program can change the image
+        (``force_share``), or if the pages may be stale (`ExportedDisk.is_stale`).
 
         Raises:
-            FUSEError: EBUSY, another file with the same bytes is open, and the new handle or a
-                handle of that file may write; EACCES, the option ``allow_root`` excludes the user;
-                EISDIR, the inode is that of the directory; ENOENT, no file has the inode; ESTALE,
-                as in `disk_of`; EROFS, ``flags`` ask for write access, and the disk is read-only.
+            FUSEError: EBUSY, another file with the same bytes is open, and one of the two handles
+                may write; EACCES, the option ``allow_root`` excludes the user; EISDIR, the inode
+                is the directory; ENOENT, no file has the inode; ESTALE, as in `disk_of`; EROFS,
+                ``flags`` ask to write to a disk that is read-only.
         """
         self.admit(ctx.uid)
         await self._partition_files.refresh()
@@ -102,14 +98,13 @@ class Operations(MetadataOperations):
             self._exported_disks.handle_closed(exported, writer=writer)
             raise
         direct = not self.has_page_cache
-        # HANDLE_DIRECT distinguishes the writes that bypass the kernel's cache.  With ``direct_io``
-        # all writes bypass the cache, and no handle needs the bit.
+        # HANDLE_DIRECT marks writes that bypass the kernel's cache.  With ``direct_io`` all
+        # writes do, so no handle needs the bit.
         handle = inode | HANDLE_DIRECT if flags & os.O_DIRECT and not direct else inode
         handle |= HANDLE_WRITER if writer else 0
         if direct and writer and (flags & os.O_DSYNC or self._sync):
             # With ``direct_io`` the kernel leaves O_DSYNC, O_SYNC and the mount flag ``sync`` to
-            # the server.  Without ``direct_io`` the kernel sends an fsync after each write(2) on
-            # such a handle or mount.
+            # the server.  Otherwise the kernel sends an fsync after each write(2).
             handle |= HANDLE_SYNC
         return pyfuse3.FileInfo(
             fh=handle,
@@ -120,8 +115,7 @@ class Operations(MetadataOperations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Return ``size`` bytes from guest offset ``off``; fewer only at the end of the disk.
 
-        At or past the end, no bytes are returned.  The slow path (`read_slowly`) answers the
-        request if the read would wait or would go past the end, or if it must be logged.
+        If the read would wait, would go past the end, or must be logged, `read_slowly` answers it.
 
         Raises:
             FUSEError: The read has failed; the errno is that of the error of the disk.
@@ -143,8 +137,8 @@ class Operations(MetadataOperations):
         """Write ``buf`` at guest offset ``off``; return how many bytes were written.
 
         The result is less than the length of ``buf`` only at the end of a disk that cannot grow.
-        The slow path (`_write`) answers the request if the write would wait or would go past the
-        end, or if it must be logged or be durable before the reply.
+        `_write` answers a write that would wait or go past the end, or that must be logged or be
+        durable before the reply.
 
         Raises:
             FUSEError: As in `_write`.
@@ -165,11 +159,7 @@ class Operations(MetadataOperations):
 
     @answered
     async def read_slowly(self, fh: int, off: int, size: int) -> bytes:
-        """Do the work of `read` on the slow path, which may wait.
-
-        Raises:
-            FUSEError: The disk could not be read.
-        """
+        """Do the work of `read` on the slow path, which may wait."""
         exported = self.disk_of(fh)
         with exported.counters.counted(READ) as request:
             content = await exported.disk.read(off, size)
@@ -181,18 +171,16 @@ class Operations(MetadataOperations):
         """Do the work of `write` on the slow path, which may wait and can grow the disk.
 
         Raises:
-            FUSEError: ENOSPC, the write starts at or past the end of a disk that cannot grow.  On a
-                handle with `HANDLE_DIRECT`, a write that starts before the end and ends past it
-                also gets ENOSPC, after the part before the end has been written.  EFBIG, the
-                tables cannot address a disk of the necessary size.  Any other errno is that of an
-                error of the disk.
+            FUSEError: ENOSPC, the write starts at or past the end of a disk that cannot grow.  With
+                `HANDLE_DIRECT`, ENOSPC also if it ends past the end; the part before the end is
+                written.  EFBIG, the tables cannot address the size.  Or the disk's error.
         """
         exported = self.disk_of(fh)
         with exported.counters.counted(WRITE, len(buf)):
             return await self._write_counted(exported, fh, off, buf)
 
     async def _write_counted(self, exported: ExportedDisk, fh: int, off: int, buf: bytes) -> int:
-        """Do the work of `_write` on the disk ``exported``; the errors are those of `_write`."""
+        """Do the work of `_write` on the disk ``exported``."""
         end = off + len(buf)
         exported.slow_writes += 1
         try:
@@ -212,8 +200,8 @@ class Operations(MetadataOperations):
         finally:
             exported.slow_writes -= 1
         if written < len(buf) and fh & HANDLE_DIRECT:
-            # If the reply were the number of bytes written, the kernel would return EIO to a
-            # program that uses O_DIRECT.  So the reply is ENOSPC, which names the reason.
+            # If the reply were the number of bytes, the kernel would return EIO to a program that
+            # uses O_DIRECT.  ENOSPC names the reason.
             raise FUSEError(errno.ENOSPC)
         return written
 
@@ -224,23 +212,12 @@ class Operations(MetadataOperations):
 
         With the write-back cache the kernel accepts a write past the end without a request,
         increases the size that it has cached, and sends the write later.  If the disk cannot grow,
-        this method requests a correction of the cached size.  If the write starts at or past
-        the end, the reply is an error, and the kernel reports the error to the writer.  If the
-        write starts before the end, the reply says that fewer bytes were written, but the kernel
-        ignores this number.  So ``overrun`` is set, and the next flush or fsync of a handle that
-        may write reports the error.  For a write that does not come from the write-back cache,
-        nothing is noted, because the program gets the reply itself.
+        the cached size must be corrected.  For a write that starts at or past the end, the kernel
+        reports the error reply.  For a write that starts before the end, the reply is a smaller
+        number of bytes, which the kernel ignores.  So ``overrun`` is set, and the next flush or
+        fsync of a handle that may write reports the error.
 
-        Args:
-            exported: The disk.
-            start: Guest offset of the write.
-            end: Guest offset of the end of the write, more than the size of the disk.
-            direct: Whether the handle has `HANDLE_DIRECT`, so the write does not come from the
-                kernel's cache.
-
-        Raises:
-            FUSEError: EFBIG, the tables cannot address a disk of the necessary size.
-            QedError: The disk could not grow.
+        A ``direct`` write does not come from the kernel's cache, so the program gets the reply.
         """
         if self.may_grow(exported) and exported.disk.writable:
             await self.grow(exported, end)
@@ -276,8 +253,8 @@ class Operations(MetadataOperations):
     def _report_lost_writes(self, fh: int) -> None:
         """Raise an error if writes were lost after write(2) had reported success.
 
-        The loss of writes past the end is reported only once, by the next flush or fsync of a
-        handle that may write.  The failure of a disk is reported every time, to all handles.
+        The loss of writes past the end is reported only once, to a handle that may write.  The
+        failure of a disk is reported every time, to all handles.
 
         Raises:
             FUSEError: EIO, the disk has failed; ENOSPC, a write went past the end of the disk.
@@ -291,7 +268,7 @@ class Operations(MetadataOperations):
 
     @answered
     async def release(self, fh: int) -> None:
-        """Count a handle as closed, because its last descriptor was closed."""
+        """Count a handle as closed."""
         self._exported_disks.handle_closed(self.disk_of(fh), writer=bool(fh & HANDLE_WRITER))
 
 
@@ -301,7 +278,7 @@ def _lost_data(
     """Record that a write from the kernel's cache has failed; return the error for the log.
 
     write(2) has reported success, and the kernel does not repeat the write.  So the loss is logged
-    even if the outage of the server, or the end of qemu-nbd, has been logged already.
+    even if the cause has been logged already.
     """
     exported.has_lost_data = True
     lost = error.prefixed(

@@ -1,11 +1,10 @@
 """The sandbox of a server: what the server is not permitted to do while it answers requests.
 
 Before the first request the images are open, and the process needs few other files, few system
-calls and hardly any capability.  The sandbox forbids everything else.  If a hostile image made the
-server run code of an attacker, the sandbox would restrict that code as well.
+calls and hardly any capability.  The sandbox forbids everything else.
 
-The rules are prepared before the mount exists.  If the server resolved the paths in the rules
-later, and a path led through the mount, the server would wait forever for its own reply.
+The rules are prepared before the mount exists.  Later, a path through the mount could not be
+resolved, because the server would wait for its own reply.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ SandboxMode = Literal["on", "off", "strict"]
 _MIN_LANDLOCK_VERSION: Final = 2
 """Version 1 of Landlock cannot permit the renames of the cache for remote files."""
 _DEFAULT_PORTS: Final = (53, 80, 443)
-"""The ports of name servers, of stores, and of the services that give credentials for stores.  A
-server that reads remote files can always connect to these ports."""
+"""Ports of name servers, stores and services for credentials, to which a server that reads remote
+files can always connect."""
 _ADDRESS_VARIABLE_PREFIXES: Final = ("AWS_", "AZURE_", "GOOGLE_")
-"""Prefixes of names of environment variables.  The value of such a variable can be the URL of a
-store, or of a service that gives credentials."""
+"""Prefixes of environment variables whose values can be the URL of a store or of a service for
+credentials."""
 
 
 class Sandbox:
@@ -95,13 +94,7 @@ class Sandbox:
             self._add_missing("seccomp", str(error.strerror))
 
     def _try_make_rules(self) -> Ruleset | None:
-        """Return the ruleset; if Landlock cannot be used, add the reason to ``missing``.
-
-        Returns None if Landlock cannot be used.
-
-        Raises:
-            HostError: The mode is ``strict``, and Landlock cannot be used, or cannot restrict TCP.
-        """
+        """Return the ruleset; if Landlock cannot be used, add that to ``missing``, return None."""
         version = landlock_version()
         if version == 0:
             self._add_missing("Landlock", "the kernel or a filter of system calls refuses it")
@@ -121,14 +114,10 @@ class Sandbox:
         return None
 
     def _make_rules(self, version: int) -> Ruleset:
-        """Return the ruleset, to which `enter` later adds the mount and some open files.
-
-        Raises:
-            OSError: The kernel refused.
-        """
+        """Return the ruleset, to which `enter` later adds the mount and some open files."""
         needs = self._needs
-        # `SCOPE_SIGNALS` is left out, because signals to qemu-nbd must stay possible.  The filter
-        # of system calls decides which signals the server can send.
+        # Signals to qemu-nbd must stay possible, so `SCOPE_SIGNALS` is left out.  The filter of
+        # system calls restricts signals.
         rules = Ruleset(version, SCOPE_ABSTRACT_SOCKETS)
         for path, rights in allowedfiles.system_files():
             rules.try_allow_path(path, rights)
@@ -147,11 +136,7 @@ class Sandbox:
         return rules
 
     def _add_missing(self, what: str, reason: str) -> None:
-        """Add the part ``what`` of the sandbox to ``missing``, with the reason.
-
-        Raises:
-            HostError: The mode is ``strict``.
-        """
+        """Add the part ``what`` to ``missing``, or raise a HostError if the mode is ``strict``."""
         if self._is_strict:
             msg = f"option sandbox=strict: {what}: {reason} (sandbox=on goes on without)"
             raise HostError(msg)
@@ -166,8 +151,7 @@ class Sandbox:
         """Put the sandbox into force in all threads, and set ``in_force``.
 
         Args:
-            files: Descriptors of files and directories to add to the rules, each with the rights
-                that stay.
+            files: Descriptors of files to add to the rules, each with the rights that stay.
 
         Raises:
             HostError: The mode is ``strict``, and the kernel refused something.
@@ -186,11 +170,7 @@ class Sandbox:
         self.in_force = [*self._restrict_threads(), *self._load_filter(), *parts]
 
     def _allow(self, allow: Callable[[Ruleset, *Args], None], *args: *Args) -> None:
-        """Call ``allow`` with the ruleset and ``args``; if that fails, do without Landlock.
-
-        Raises:
-            HostError: The mode is ``strict``, and the kernel refused.
-        """
+        """Call ``allow`` with the ruleset and ``args``; if that fails, do without Landlock."""
         if self._rules is None:
             return
         try:
@@ -201,13 +181,9 @@ class Sandbox:
             self._rules = None
 
     def _allow_mountpoint(self, rules: Ruleset) -> None:
-        """Add the mount itself to the ruleset.
-
-        Raises:
-            OSError: The kernel refused.
-        """
-        # fstat(2) cannot be used to find out whether the mountpoint is a directory, because the
-        # call would wait for this server itself.
+        """Add the mount itself to the ruleset."""
+        # fstat(2) cannot find out whether the mountpoint is a directory, because the call would
+        # wait for this server itself.
         rights = allowedfiles.SERVE if self._needs.is_directory else allowedfiles.SERVE_FILE
         mountpoint = os.open(self._needs.mountpoint, os.O_PATH | os.O_CLOEXEC)
         try:
@@ -216,11 +192,7 @@ class Sandbox:
             os.close(mountpoint)
 
     def _restrict_threads(self) -> list[str]:
-        """Restrict all threads by the rules, and drop capabilities; return what is in force.
-
-        Raises:
-            HostError: The mode is ``strict``, and the kernel refused.
-        """
+        """Restrict all threads by the rules, and drop capabilities; return what is in force."""
         if self._restrict is None:
             return []
         rules, capabilities = self._rules, self._kept_capabilities()
@@ -244,11 +216,7 @@ class Sandbox:
         return parts
 
     def _load_filter(self) -> list[str]:
-        """Put the filter of system calls into force; return what is in force.
-
-        Raises:
-            HostError: The mode is ``strict``, and the kernel refused.
-        """
+        """Put the filter of system calls into force; return what is in force."""
         if self._filter is None:
             return []
         try:
@@ -261,13 +229,11 @@ class Sandbox:
     def _kept_capabilities(self) -> int:
         """Return the set of the capabilities that root needs to serve this mount, one bit each.
 
-        The mountpoint and the pid file may lie in a directory of another user, which root can
-        search and read only with CAP_DAC_READ_SEARCH.  If the pid file or the socket for metrics
-        is in such a directory, root can remove the file only with CAP_DAC_OVERRIDE.  Landlock still
-        decides which files this capability can affect.  If the mount can be written to, the server
-        truncates files of the mount, or sets their permissions, to correct their sizes
-        (`qedfuse.mount.fuse.sizefixup`).  These files may have another owner, so the server also
-        needs CAP_DAC_OVERRIDE and CAP_FOWNER.
+        CAP_DAC_READ_SEARCH reaches the mountpoint and the pid file in a directory of another user.
+        To remove the pid file or a socket from such a directory takes CAP_DAC_OVERRIDE, which
+        Landlock still restricts.  To correct sizes, the server truncates files of the mount or sets
+        their permissions (`qedfuse.mount.fuse.sizefixup`).  Another user may own them, which takes
+        CAP_DAC_OVERRIDE and CAP_FOWNER.
         """
         kept = 1 << privileges.CAP_DAC_READ_SEARCH
         if self._needs.writable:
