@@ -52,24 +52,23 @@ def make_connection(
         connect: Returns a connected socket, within a limited time.
         name: The name of the export.
         tls: How to use TLS; None to use none.
-        attempt_seconds: Maximum time in seconds of the handshake.  After the handshake, a reader
-            that waits for a reply gives the connection up if no byte comes for this time.
-        closed: Event that ends the call when it is set.
+        attempt_seconds: Maximum time in seconds of the handshake; later, of a wait for a byte of a
+            reply.
+        closed: Ends the call when it is set.
         end: The time (`time.monotonic`) at which the call ends at the latest.
 
     Raises:
         BrokenError: The server cannot be reached, does not answer in time, is shutting down, has a
             certificate that is not trusted, or violates the protocol; or ``closed`` was set.
-        RefusedError: The server does not serve the export, or this client cannot use the export, or
-            no certificate can have the name of the host.
+        RefusedError: The server does not serve the export, or this client cannot use it, or no
+            certificate can have the name of the host.
         QedError: An error that ``connect`` has raised.
         trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
     """
     try:
         sock = _Connecting(connect).wait(closed, end)
         try:
-            # The handshake gets the whole ``attempt_seconds``, because connecting has its own
-            # limit.
+            # Connecting has its own limit, so the handshake gets all of ``attempt_seconds``.
             deadline = _Deadline(min(end, time.monotonic() + attempt_seconds), closed)
             wire, export = _shake_hands(PlainWire(sock), name, tls, deadline)
         except BaseException:
@@ -92,11 +91,7 @@ class _Connecting:
     """A thread that calls ``connect``; the thread that waits for the result can give up."""
 
     def __init__(self, connect: Callable[[], socket.socket]) -> None:
-        """Start a thread that calls ``connect``.
-
-        Raises:
-            OSError: No thread can be started.
-        """
+        """Start a thread that calls ``connect``."""
         self._connect = connect
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -106,13 +101,9 @@ class _Connecting:
         start_thread(self._run, name="qedfuse connect")
 
     def wait(self, closed: threading.Event, end: float) -> socket.socket:
-        """Return the socket, or raise the exception of ``connect``.
+        """Return the socket, or raise the exception of ``connect`` or of `check_wanted`.
 
-        If this method gives up, the socket is closed, even if ``connect`` returns the socket later.
-
-        Raises:
-            BrokenError: ``closed`` was set, or the time ``end`` (`time.monotonic`) has come.
-            trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
+        After an exception the socket is closed, even if ``connect`` returns it later.
         """
         try:
             while not self._ended.wait(CANCEL_POLL_SECONDS):
@@ -145,23 +136,13 @@ class _Connecting:
 
 @dataclass(frozen=True, slots=True)
 class _Deadline:
-    """How long a handshake waits.
-
-    Attributes:
-        end: The time (`time.monotonic`) at which waiting ends.
-        closed: Event that ends waiting when it is set.
-    """
+    """How long a handshake waits: until the time ``end``, or until ``closed`` is set."""
 
     end: float
     closed: threading.Event
 
     def wait(self, wire: Wire) -> None:
-        """Wait until bytes can be received.
-
-        Raises:
-            BrokenError: No byte has come in time, or `closed` was set.
-            trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
-        """
+        """Wait until bytes can be received."""
         poll = select.poll()
         poll.register(wire.socket, select.POLLIN)
         while (seconds := self.end - time.monotonic()) > 0:
@@ -175,16 +156,7 @@ class _Deadline:
 def _shake_hands(
     wire: Wire, name: str, tls: Tls | None, deadline: _Deadline
 ) -> tuple[Wire, Export]:
-    """Make the handshake; return the wire for all later messages, and the export.
-
-    If ``tls`` is not None, the wire that is returned is a `TlsWire`.
-
-    Raises:
-        BrokenError: As in `make_connection`.
-        RefusedError: As in `make_connection`.
-        OSError: The connection broke, or TLS failed.
-        trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
-    """
+    """Make the handshake; return the wire for all later messages, and the export."""
     steps = handshake(name, use_tls=tls is not None)
     data: bytes | None = None
     while True:
@@ -207,11 +179,7 @@ def _shake_hands(
 
 
 def _tls_wire(sock: socket.socket, host: str) -> TlsWire:
-    """Return a wire with TLS; the caller must make the handshake of TLS.
-
-    Raises:
-        RefusedError: No certificate can have the name ``host``.
-    """
+    """Return a wire with TLS; the caller must make the handshake of TLS."""
     context = ssl.create_default_context()
     try:
         return TlsWire(sock, context, host)
@@ -221,13 +189,7 @@ def _tls_wire(sock: socket.socket, host: str) -> TlsWire:
 
 
 def _receive(wire: Wire, length: int, deadline: _Deadline) -> bytes:
-    """Receive exactly ``length`` bytes.
-
-    Raises:
-        BrokenError: The server has closed the connection, or an error of `_Deadline.wait`.
-        OSError: The connection broke.
-        trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
-    """
+    """Receive exactly ``length`` bytes."""
     data = bytearray(length)
     at = 0
     while at < length:

@@ -1,7 +1,6 @@
 """The handshake with an NBD server (fixed newstyle), without any I/O.
 
-The generator `handshake` yields steps.  Its caller, the driver, has the socket and performs each
-step.  The errors of the private functions are those of `handshake`.
+The generator `handshake` yields steps, which its caller, the driver, performs on a socket.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 _MAX_REPLY_BYTES: Final = 64 << 10
-"""Maximum length of the data of a reply to an option; servers need less."""
+"""Maximum length of the data of a reply to an option."""
 _MAX_REPLIES: Final = 64
 """Maximum number of replies to one option."""
 _MAX_BLOCK_BYTES: Final = 1 << 16
@@ -25,7 +24,7 @@ _MAX_BLOCK_BYTES: Final = 1 << 16
 _DEFAULT_MAX_PAYLOAD_BYTES: Final = 32 << 20
 """Maximum length of a read if the server does not state one."""
 _SIZE_LIMIT: Final = 1 << 63
-"""The size of an export in bytes must be below this, because file offsets have 63 bits."""
+"""The size of an export in bytes must be below this."""
 
 _ERRORS: Final = {
     messages.REP_ERR_UNSUP: ("found a server without {}, expected one with it", errno.EOPNOTSUPP),
@@ -36,8 +35,7 @@ _ERRORS: Final = {
     ),
     messages.REP_ERR_UNKNOWN: ("found no such export", errno.ENOENT),
 }
-"""For each error reply: a message, in which ``{}`` stands for the feature that the client has asked
-for, and the error number that readers get."""
+"""For each error reply: a message, in which ``{}`` stands for the refused feature, and an errno."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class Export:
         can_multi_conn: Whether several connections to the export are allowed.
         is_structured: Whether replies are structured.
         context: The number of the metadata context ``base:allocation`` in replies; None if the
-            server has not agreed to serve the context.
+            server does not serve it.
     """
 
     size: int
@@ -95,8 +93,7 @@ def handshake(name: str, *, use_tls: bool) -> Steps:
     Raises:
         ProtocolError: The server violates the protocol.
         BrokenError: The server is shutting down.
-        RefusedError: The server does not serve the export, or this client cannot use the server's
-            protocol, its TLS or the export.
+        RefusedError: The server does not serve the export, or this client cannot use it.
     """
     greeting = yield Receive(18)
     if greeting[:8] != messages.INIT_MAGIC:
@@ -125,10 +122,7 @@ def handshake(name: str, *, use_tls: bool) -> Steps:
 
 
 def _choose_replies(name: str) -> Generator[Step, bytes, tuple[bool, int | None]]:
-    """Negotiate structured replies and the metadata context ``base:allocation``.
-
-    Returns whether replies are structured, and the number of the context (`Export.context`).
-    """
+    """Negotiate structured replies; return whether they are used, and `Export.context`."""
     yield Send(messages.option(messages.OPT_STRUCTURED_REPLY))
     kind, data = yield from _reply(messages.OPT_STRUCTURED_REPLY)
     if kind & messages.REP_IS_ERROR:
@@ -245,10 +239,7 @@ def _string(raw: bytes) -> bytes:
 
 
 def _refusal(feature: str, kind: int, data: bytes) -> tuple[str, int]:
-    """Return the message and the error number for a refused option.
-
-    ``feature`` names in the message what the client has asked for.
-    """
+    """Return the message and the errno for a refused ``feature``, such as TLS."""
     error_code = kind - messages.REP_IS_ERROR
     message, number = _ERRORS.get(kind, (f"found error {error_code} for {{}}", errno.EIO))
     message = message.format(feature)

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 _UNIT_BYTES = 1 << 18
 """Length of the units for which `RecentFailures` remembers that a read has failed."""
 _NOT_SUPPORTED: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
-"""The errors with which a server says that it cannot report extents."""
+"""The errors with which a server answers that it cannot report extents."""
 _MAX_EXTENT_FAILURES: Final = 8
-"""Number of consecutive errors after which a server is not asked for extents any more."""
+"""After this number of consecutive errors, a server is not asked for extents any more."""
 
 
 class NbdFile(ReadOnlyFile):
@@ -83,8 +83,7 @@ class NbdFile(ReadOnlyFile):
         Raises:
             RemoteError: The server cannot be reached, answers with an error, or does not serve the
                 same export any more; or the file was closed.
-            QedError: An error of the ``connect`` function that was given to
-                `qedfuse.nbd.opening.open_nbd`.
+            QedError: An error of the ``connect`` function of `qedfuse.nbd.opening.open_nbd`.
         """
         length = max(0, min(len(view), self._size - offset))
         if not length:
@@ -137,11 +136,9 @@ class NbdFile(ReadOnlyFile):
     async def next_data(self, offset: int) -> int | None:
         """Return where the first data at or past ``offset`` begins; None if no data follows.
 
-        A range counts as data unless the server reports in time that the range reads as zeros.
+        A range counts as data unless the server reports in time that it reads as zeros.
 
         Raises:
-            RemoteError: The server cannot be reached, or does not serve the same export any more;
-                or the file was closed.
             QedError: See `pread_into`.
         """
         return await self._find(offset, is_zero=False)
@@ -149,7 +146,7 @@ class NbdFile(ReadOnlyFile):
     async def next_hole(self, offset: int) -> int | None:
         """Return where the first hole at or past ``offset`` begins.
 
-        The end of the file counts as a hole.  Returns None if ``offset`` is at or past the end.
+        The end of the file counts as a hole.  Returns None at or past the end.
 
         Raises:
             QedError: See `next_data`.
@@ -174,17 +171,11 @@ class NbdFile(ReadOnlyFile):
         self.close()
 
     def close(self) -> None:
-        """Close the connections: reads that wait, and later ones, fail.
-
-        A second call has no effect.
-        """
+        """Close the connections: reads that wait, and later ones, fail."""
         self._connections.close()
 
     def _attempts(self, offset: int, length: int) -> Attempts:
-        """Return the attempts of a read.
-
-        The attempts are brief (`Attempts`) if another read in one of its units has just failed.
-        """
+        """Return the attempts of a read, which are brief if another read there has just failed."""
         is_brief = self._failures.has_any(*_units(offset, length))
         return Attempts(self.name, self._deadlines, self._outages, is_brief=is_brief)
 
@@ -195,11 +186,7 @@ class NbdFile(ReadOnlyFile):
         offset: int,
         length: int,
     ) -> float:
-        """Return how long to wait after a failed attempt of a read before the next attempt.
-
-        Raises:
-            RemoteError: No further attempt is made.
-        """
+        """Return how long to wait before the next attempt of a read; raise if none is made."""
         try:
             return attempts.pause_after(error, is_closed=self._connections.is_closed)
         except RemoteError:
@@ -207,10 +194,9 @@ class NbdFile(ReadOnlyFile):
             raise
 
     async def _find(self, offset: int, *, is_zero: bool) -> int | None:
-        """Return where the first zeros (if ``is_zero``) or the first data begin.
+        """Return where the first zeros (``is_zero``) or data begin, from ``offset`` on.
 
-        The search begins at ``offset``.  Returns None if it finds nothing up to the end of the
-        file.
+        Zeros may be reported as data.  Returns None if nothing is found.
         """
         await trio.lowlevel.checkpoint()
         end = time.monotonic() + self._deadlines.total_seconds
@@ -221,10 +207,9 @@ class NbdFile(ReadOnlyFile):
             elif found.is_zero is is_zero:
                 return offset
             elif time.monotonic() > end:
-                # The time of the search is over, so it reports zeros as data, which is always
-                # allowed.  So that the next search has the same result, a search for zeros records
-                # the whole export as data, and a search for data records the rest of this extent
-                # of zeros as data.
+                # The time of the search is over, so zeros are reported as data.  The next search
+                # must have the same result.  So a search for zeros records the whole export as
+                # data, and a search for data records the rest of these zeros as data.
                 if is_zero:
                     self._extents.set_all_data()
                     return None
@@ -237,8 +222,7 @@ class NbdFile(ReadOnlyFile):
     async def _ask_for_extents(self, offset: int) -> None:
         """Ask the server for the extents at ``offset``, and record them.
 
-        The whole export is recorded as data if the server cannot report extents, or takes too long
-        for extents of few bytes (`SmallSteps`).
+        The whole export is recorded as data if the server cannot report extents or is too slow.
         """
         attempts = Attempts(self.name, self._deadlines, self._outages)
         start = time.monotonic()
@@ -260,18 +244,13 @@ class NbdFile(ReadOnlyFile):
                 self._record_reply(request, offset)
                 is_too_slow = self._small_steps.add_reply(request, time.monotonic() - start)
                 # The request begins at the start of the block that contains ``offset``, so a reply
-                # can end before ``offset``.  Then find() returns None, and asking the server again
-                # would not help.
+                # can end before ``offset``.  Then another request would not help.
                 if is_too_slow or self._extents.find(offset) is None:
                     self._extents.set_all_data()
                 return
 
     def _record_reply(self, request: BlockStatus, offset: int) -> None:
-        """Record the extents of a reply; after an error, record data at ``offset``.
-
-        The whole export becomes data if the server does not support the request, or has answered
-        `_MAX_EXTENT_FAILURES` consecutive requests with an error.
-        """
+        """Record the extents of a reply; after an error, record data at ``offset``."""
         failure = request.failure
         if failure is None:
             self._extent_failures = 0
@@ -282,11 +261,11 @@ class NbdFile(ReadOnlyFile):
         if is_final or self._extent_failures >= _MAX_EXTENT_FAILURES:
             self._extents.set_all_data()
         else:
-            # A range is recorded, so that the next search at ``offset`` has the same result.  The
-            # range is short, because the server may answer a later request without an error.
+            # The next search at ``offset`` must have the same result.  The range is short, because
+            # the server may answer a later request without an error.
             self._extents.replace(offset, [(MIN_STEP_BYTES, 0)])
 
 
 def _units(offset: int, length: int) -> tuple[int, int]:
-    """Return the indices of the first and the last unit (`_UNIT_BYTES`) of a range."""
+    """Return the first and the last unit (`_UNIT_BYTES`) of a range."""
     return offset // _UNIT_BYTES, (offset + length - 1) // _UNIT_BYTES

@@ -1,9 +1,8 @@
 """The threads that fetch units of remote files, and the queues of their work.
 
-The number of trio's threads is limited.  The threads of this module are separate from trio's, so a
-slow server does not delay reads of local files.  There are at most 20 threads, of which at most 16
-fetch at a time.  The others only look up units in the cache, so cached units can be read even while
-the server does not answer.
+They are separate from trio's threads, whose number is limited, so a slow server does not delay
+reads of local files.  Some of them only look up units in the cache, so cached units can be read
+even while the server does not answer.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _log = logging.getLogger(__name__)
 _MAX_FETCH_THREADS: Final = 16
 """Maximum number of threads that fetch at a time."""
 _LOOKUP_THREADS: Final = 4
-"""Number of further threads, which only look up units in the cache while the others fetch."""
+"""Number of further threads, which only look up units in the cache."""
 _MAX_PREFETCHES: Final = 4
 """Maximum number of prefetches that run at a time."""
 _IDLE_SECONDS = 10.0
@@ -43,11 +42,9 @@ _Step: TypeAlias = "tuple[Callable[[], None], deque[Flight], int, int]"
 class FetchThreads:
     """Runs the steps of flights (`Flight`): cache lookups, fetches for readers, and prefetches.
 
-    Threads and tasks may use the object concurrently.
-
     Attributes:
-        lock: Protects this object.  The owner of the object uses the lock for its own attributes as
-            well.  The lock is reentrant, and it is not held while a step runs.
+        lock: Protects this object and attributes of its owner.  It is reentrant, and not held while
+            a step runs.
         is_closed: Whether `close` was called.
     """
 
@@ -63,11 +60,10 @@ class FetchThreads:
 
         Args:
             name: The name of the object for messages.
-            look_up: Looks for the units of a flight in the cache; then ends the flight if the cache
-                has all of the units, or queues the flight with `add_fetch`.
+            look_up: Looks for the units of a flight in the cache; then ends the flight if all are
+                there, or queues it with `add_fetch`.
             fetch: Fetches the units of adjacent flights, and removes each flight that it ends.
-            fail: Ends a flight with an error, unless the flight has ended; called if a step raises
-                an exception.
+            fail: Ends a flight with an error, unless it has ended; called if a step raises.
             become_idle: Called by the last thread before it ends, with ``lock`` held.
         """
         self.lock = threading.Condition()
@@ -90,7 +86,7 @@ class FetchThreads:
             self._start_thread()
 
     def add_fetch(self, flight: Flight) -> None:
-        """Queue a flight that a reader waits for, to fetch units that the cache does not have."""
+        """Queue a flight that a reader waits for, to fetch its units."""
         with self.lock:
             if not self.is_closed:
                 self._fetches.append(flight)
@@ -105,10 +101,7 @@ class FetchThreads:
                 self._start_thread()
 
     def promote(self, flight: Flight) -> None:
-        """Move a flight from the prefetches to the lookups, because a reader now waits for it.
-
-        If a thread has taken the flight from the prefetches, nothing changes.
-        """
+        """Move a flight, unless taken, to the lookups, because a reader now waits for it."""
         with self.lock, suppress(ValueError):
             self._prefetches.remove(flight)
             self.add_lookup(flight)
@@ -130,8 +123,7 @@ class FetchThreads:
     def _start_thread(self) -> None:
         """Wake or start a thread for a flight that was queued; the caller holds the lock.
 
-        If the host cannot start a thread, the flight stays queued for the threads that are running,
-        and `ensure_thread` tries again.
+        If that fails, the flight stays queued, and `ensure_thread` tries again.
         """
         self.lock.notify()
         queued = len(self._lookups) + len(self._fetches) + len(self._prefetches)
@@ -149,10 +141,7 @@ class FetchThreads:
             self._is_failure_logged = False
 
     def _work(self) -> None:
-        """Run steps until `close`, or until none has come for `_IDLE_SECONDS`.
-
-        This is the main function of a thread.
-        """
+        """Run steps until `close`, or until none has come for `_IDLE_SECONDS`."""
         while True:
             with self.lock:
                 step = self._wait_for_step()
@@ -179,10 +168,7 @@ class FetchThreads:
         return step
 
     def _next(self) -> _Step | None:
-        """Take a step out of the queues, and count it; return the arguments of `_run`.
-
-        Returns None if the queues are empty, or if their steps must wait for other steps to end.
-        """
+        """Take a step out of the queues, and count it; None if no step can run now."""
         if self._lookups:
             flight = self._lookups.popleft()
             return partial(self._look_up, flight), deque([flight]), 0, 0
@@ -208,13 +194,9 @@ class FetchThreads:
         fetching: int,
         prefetching: int,
     ) -> None:
-        """Run one step of flights; if the step raises any exception, end the flights with an error.
+        """Run one step; if it raises any exception, end the flights that are left with an error.
 
-        Args:
-            step: The step.
-            flights: The flights, from which the step may remove those that have ended.
-            fetching: 1 if the step counts as a fetch (`_MAX_FETCH_THREADS`), otherwise 0.
-            prefetching: 1 if the step also counts as a prefetch (`_MAX_PREFETCHES`), otherwise 0.
+        ``fetching`` and ``prefetching`` are 1 or 0, for the limits that the step counts against.
         """
         try:
             step()

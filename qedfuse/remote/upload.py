@@ -37,8 +37,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_PARALLEL_PARTS: Final = 4
 _MAX_PART_SECONDS: Final = 600.0
-"""Maximum time for one part.  Four concurrent parts need at least 55 KiB/s if each has 8 MiB, and
-437 KiB/s if each has 64 MiB."""
+"""Maximum time for one part.  Four concurrent parts of 64 MiB need at least 437 KiB/s."""
 _RETRY_SECONDS: Final = 60.0
 """The default of ``retry_seconds`` of `Upload`."""
 _NOT_IMPLEMENTED: Final = "NotImplemented"
@@ -51,8 +50,7 @@ class Uploaded:
 
     Attributes:
         size: Length of the object in bytes.
-        version: The version of the object; empty if the store keeps no versions, or did not report
-            the version.
+        version: The version of the object; empty if the store did not report one.
     """
 
     size: int
@@ -81,10 +79,9 @@ class Upload:
             size: Length of the content in bytes.
             options: How to connect.
             overwrite: Whether to replace an object that exists.
-            progress: Called with a number of bytes and ``size``.  An upload in several parts
-                reports how many bytes obstore has taken.  If the object must be read to compare it
-                after the upload, the comparison counts its bytes from 0 again.
-            retry_seconds: For how long a request that sends content is repeated if it fails.
+            progress: Called with a number of bytes and ``size``.  A comparison after the upload
+                counts its bytes from 0 again.
+            retry_seconds: For how long a request with content is repeated if it fails.
         """
         self._address = address
         self._size = size
@@ -94,8 +91,8 @@ class Upload:
         self._retry_seconds = retry_seconds
         self._steps = 0
         self._stopped = threading.Event()
-        # Another program may store an object during the upload.  So after all parts were read, the
-        # store is asked again whether there is an object.
+        # Another program may store an object during the upload.  So the store is asked again after
+        # all parts were read.
         self._parts = ContentParts(
             *(content, size, address.shown),
             before_end=self._refuse_existing,
@@ -122,18 +119,17 @@ class Upload:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the content may have been read, and the store may have a part of it.
+        """Whether `run` may have read the content and stored a part of it.
 
-        If the value is false after `stop`, `run` does not read the content, and stores nothing.
+        If the value is false after `stop`, `run` reads and stores nothing.
         """
         return self._has_begun
 
     def stop(self) -> None:
         """Make `run` end soon with `StoppedError`, or with its result if it has nearly ended.
 
-        `run` removes what it has stored, except in three cases: the store does not answer, the
-        object is complete and was allowed to replace another one, or the store has given the
-        object no entity tag.  See `remains`.
+        `run` removes what it has stored, unless the store does not answer, has given the object no
+        entity tag, or has a complete object that was allowed to replace another.  See `remains`.
         """
         self._stopped.set()
 
@@ -142,9 +138,8 @@ class Upload:
 
         Raises:
             UsageError: There is an object, and ``overwrite`` is false.
-            RemoteError: The store cannot be reached, refuses, or has other content afterwards.  If
-                the store does not answer after the upload, the object may exist, as the message
-                says.
+            RemoteError: The store cannot be reached, refuses, or has other content afterwards.  The
+                object may exist if the message says so.
             QedError: The content cannot be read or has changed, or no thread can be started.
             StoppedError: `stop` was called.
         """
@@ -179,24 +174,17 @@ class Upload:
             self._on_progress(done, total)
 
     def _make_store(self, options: ClientOptions) -> Store:
-        """Return the store for an upload with the credentials of ``options``.
-
-        Raises:
-            UnusableError: The variables of the credentials file or of the environment configure no
-                usable store.
-        """
+        """Return the store for an upload with the credentials of ``options``."""
         part_options = replace(options, attempt_seconds=_MAX_PART_SECONDS)
-        # obstore repeats the requests for parts.  A single request is repeated by `_call_store`
-        # instead, because obstore would also repeat a conditional put that the store does not
-        # support.
+        # obstore repeats the requests for parts.  A single request is repeated by `_call_store`,
+        # because obstore would also repeat a conditional put that the store does not support.
         seconds = 0.0 if self._parts.is_single else self._retry_seconds
         return make_store(self._address, part_options, retry_seconds=seconds, read_keys_again=True)
 
     def _warn_of_restart(self) -> None:
         """Log that the store refused the credentials, if parts were sent before."""
         if self._has_sent_parts:
-            # With refused credentials obstore cannot remove the parts that were sent, and it does
-            # not report that.
+            # With refused credentials obstore cannot remove these parts, and does not report that.
             _log.warning(
                 "%s: the store refused the credentials during the upload, which begins again; "
                 "parts of the first upload may be left in the store",
@@ -206,8 +194,7 @@ class Upload:
     def _put(self, store: Store) -> Any:  # noqa: ANN401  obstore's PutResult cannot be imported
         """Store content of one part with one request, and longer content in several parts.
 
-        A single request can have the condition that there is no object yet; an upload in several
-        parts cannot.
+        Only a single request can have the condition that there is no object yet.
         """
         # Set before the check: another thread calls `stop`, and then reads `has_begun`.
         self._has_begun = True
@@ -244,12 +231,7 @@ class Upload:
         )
 
     def _refuse_existing(self) -> None:
-        """Ask the store whether there is an object, unless the upload may replace it.
-
-        Raises:
-            UsageError: There is an object.
-            RemoteError: The store cannot be reached, or refuses.
-        """
+        """Raise a UsageError if there is an object that the upload may not replace."""
         if self._overwrite:
             return
         try:
@@ -273,8 +255,7 @@ class Upload:
     ) -> Any:  # noqa: ANN401  what the call returns
         """Call a function; raise the errors of `retry` instead of the exceptions of a client.
 
-        If the store refuses the credentials, ``renew`` reads them again, and the function is called
-        a second time.  If the store does not answer, the call is repeated for ``total_seconds``, or
-        until `stop` is called.
+        After refused credentials, ``renew`` reads them again, and the function is called once more.
+        If the store does not answer, the call is repeated for ``total_seconds``, or until `stop`.
         """
         return retry(self._address, call, renew, total_seconds, self._stopped)

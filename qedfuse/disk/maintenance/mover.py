@@ -1,10 +1,9 @@
 """Moving clusters within the file: copy, change the entry, retire the old cluster.
 
-Each move is an ordinary change.  After the copy has been written, a write-back cycle
-(`MetadataWriteback`) first makes the copy durable, and then the entry that points to the copy.  The
-old cluster goes through the quarantine (`Quarantine`).  So the image is sound at any moment.  The
-caller must ensure that no request runs during a move, because a write in place does not check
-whether its cluster is being moved.
+After the copy has been written, a write-back cycle (`MetadataWriteback`) first makes the copy
+durable, and then the entry that points to the copy.  The old cluster goes through the quarantine
+(`Quarantine`).  So the image is sound at any moment.  No request may run during a move, because a
+write in place does not check whether its cluster is being moved.
 """
 
 from __future__ import annotations
@@ -67,18 +66,16 @@ class Mover:
     async def move_table(self, l1_index: int, table: int, slot: int) -> None:
         """Move the L2 table of an L1 entry to other clusters, durably.
 
-        The caller must ensure that no slice of the table is dirty or pinned.
+        No slice of the table may be dirty or pinned.
 
         Args:
             l1_index: Index of the L1 entry.
             table: The first cluster of the table.
-            slot: The first of the table's new clusters, all of which the caller has
-                allocated.
+            slot: The first of the new clusters, all of which are allocated.
 
         Raises:
             HostError: A system call failed.  If only the flush at the end has failed, the table has
-                moved.  After an earlier failure the table is where it was, and the new clusters
-                are free again.
+                moved.  Otherwise it has not, and the new clusters are free again.
             ReadOnlyError: The disk has become read-only during the flush; the table has moved.
         """
         layer = self._layer
@@ -91,7 +88,7 @@ class Mover:
                     layer.header.l1_table_offset, l1_index, L1
                 )
                 # No await up to the end of this block, so that the entry, the table registry
-                # and the quarantine change atomically with respect to other tasks.
+                # and the quarantine change atomically for other tasks.
                 layer.tables.set(slice_, l1_index % layer.tables.slice_entries, new)
                 is_unused = False
                 layer.move_table(old, new)
@@ -109,20 +106,19 @@ class Mover:
 
         Args:
             entries: File offsets of the entries.
-            lowest: The lowest cluster that may be allocated.  If no cluster is free from there on,
-                the file grows.  With None the lowest free clusters are allocated, and a cluster
-                stays where it is if no lower one is free.
+            lowest: The lowest cluster that may be allocated; the file grows if none is free from
+                there on.  With None, clusters move only to lower free clusters, or not at all.
             moved: Called with the number of clusters that have just been moved.
 
         Raises:
-            HostError: A system call failed; clusters that were moved before stay moved.
+            HostError: A system call failed; earlier moves stay.
         """
         ordered = np.sort(entries)
         slice_bytes = self._layer.tables.slice_entries * ENTRY_BYTES
         tables = self._layer.l2_tables
         owners = tables[np.searchsorted(tables, ordered, "right") - 1]
-        # The file offset of the slice in which each entry lies: slices begin at multiples of
-        # the slice length from the beginning of the table.
+        # The file offset of the slice of each entry.  Slices begin at multiples of their length
+        # from the beginning of the table.
         starts = ordered - (ordered - owners) % np.uint64(slice_bytes)
         edges = np.flatnonzero(np.diff(starts)) + 1
         for first, last in pairwise([0, *edges.tolist(), len(ordered)]):
@@ -139,18 +135,7 @@ class Mover:
         lowest: int | None,
         moved: Callable[[int], None],
     ) -> None:
-        """Move the clusters of some entries of one slice.
-
-        Args:
-            table: File offset of the table.
-            offset: File offset of the slice.
-            indices: The indices of the entries in the slice, ascending.
-            lowest: See `move_data`.
-            moved: See `move_data`.
-
-        Raises:
-            HostError: A system call failed; clusters that were moved before stay moved.
-        """
+        """Move the clusters of the entries ``indices``, ascending, of the slice at ``offset``."""
         size = self._layer.geometry.cluster_size
         edges = np.flatnonzero(np.diff(indices) != 1) + 1
         async with self._needcheck.changing():
@@ -174,12 +159,7 @@ class Mover:
     ) -> None:
         """Move ``count`` contiguous clusters to one or more free runs.
 
-        The first cluster lies at the file offset ``value``, and its entry has the index
-        ``at`` in the slice.  If ``lowest`` is None and no lower cluster is free, the rest of
-        the clusters stay where they are.
-
-        Raises:
-            HostError: A system call failed; clusters that were moved before stay moved.
+        The first cluster lies at the file offset ``value``, and has the entry ``at`` of the slice.
         """
         tables, size = self._layer.tables, self._layer.geometry.cluster_size
         done = 0
@@ -198,7 +178,7 @@ class Mover:
                 self._space.release(run)
                 raise
             # No await up to the end of this pass of the loop, so that the entries and the
-            # quarantine change atomically with respect to other tasks.
+            # quarantine change atomically for other tasks.
             clusters = run.length >> self._bits
             for step in range(clusters):
                 tables.set(slice_, at + done + step, run.offset + step * size)
@@ -208,18 +188,11 @@ class Mover:
             done, value = done + clusters, value + run.length
 
     async def _copy(self, source: int, target: int, length: int) -> None:
-        """Copy bytes within the file; a hole stays a hole if the host can punch holes.
-
-        A table can be a hole of 1 GiB, and writing its zeros would take long.
-
-        Raises:
-            HostError: A system call failed, or another program has made the file shorter; the
-                target may be partly written.
-        """
+        """Copy bytes within the file; a hole, which can be 1 GiB, stays one if the host permits."""
         file, at = self._layer.file, 0
         while at < length:
-            # Reads and writes that need not wait make no checkpoint.  Without this checkpoint a
-            # deadline would have no effect during a sequence of such reads and writes.
+            # Reads and writes that need not wait make no checkpoint.  Without this one a deadline
+            # would have no effect.
             await trio.lowlevel.checkpoint()
             data = await file.next_data(source + at)
             if data is None:
@@ -227,8 +200,7 @@ class Mover:
             hole = (length if data is None else min(length, data - source)) - at
             if hole > 0 and file.can_punch:
                 await file.punch((target + at, hole))
-            # Test `can_punch` again, because `punch` may just have found that the host cannot
-            # punch holes.  If so, copy the zeros of the hole.
+            # `punch` may just have found that the host cannot punch holes.  Then copy the zeros.
             if hole > 0 and file.can_punch:
                 at += hole
             else:
@@ -240,11 +212,7 @@ class Mover:
                 at += len(content)
 
     def _refuse_short_file(self, end: int) -> None:
-        """Raise if another program has cut the file to fewer than ``end`` bytes.
-
-        Raises:
-            HostError: The file is shorter.
-        """
+        """Raise a HostError if another program has cut the file to fewer than ``end`` bytes."""
         file = self._layer.file
         if file.size() < end:
             msg = f"{file.name}: found the file cut to {file.size()} bytes, expected at least {end}"

@@ -5,20 +5,15 @@
  * That costs as much as a short request itself.  So an operation that has answered its request
  * takes the next one here, from within pyfuse3's call of fuse_session_process_buf().
  *
- * A burst ends with the first request that is passed on to pyfuse3, because pyfuse3 then has a
- * coroutine to run, and can keep only one.  A burst also ends after MAX_REQUESTS, because no other
- * task of the event loop runs during a burst.  The scheduler lets other tasks run after a number of
- * requests, and counts those of the bursts as well (take_burst_count()).
+ * A burst ends with the first request that is passed on to pyfuse3, because pyfuse3 can keep only
+ * one coroutine to run.  A burst also ends after MAX_REQUESTS, because no other task of the event
+ * loop runs during a burst.
  *
- * If the kernel has no request, the burst polls for the next one, as far as the scheduler permits it
- * (permit_polling()).  A program with one request in flight sends the next request a few microseconds
- * after the answer, in less time than pyfuse3's loop and the Python code of the scheduler take.  The
- * scheduler permits polling only if no other task needs the event loop, so the burst may be longer then
- * (MAX_POLLED_REQUESTS).  The permission ends after a few milliseconds, because a timer or a signal may
- * make another task runnable.
- *
- * The memory for the requests is a huge page if the kernel has one: a write of 1 MiB is copied into it
- * and out of it, and with small pages the processor would look up the address of each page.
+ * If the kernel has no request, the burst polls for the next one (permit_polling()).  A program with
+ * one request in flight sends the next one in less time than pyfuse3's loop and the scheduler take.
+ * The scheduler permits polling only if no other task needs the event loop, so the burst may be
+ * longer then (MAX_POLLED_REQUESTS).  The permission ends after a few milliseconds, because a timer
+ * or a signal may make another task runnable.
  *
  * stop_blocking() makes reads of the device non-blocking.  A request may vanish after poll(2) has
  * found it, because its process was killed; a read(2) that blocks would then stop the event loop
@@ -37,21 +32,20 @@
 /* Maximum number of requests of one burst, after the one that pyfuse3's loop has taken. */
 #define MAX_REQUESTS 7
 
-/* The maximum of a burst while polling is permitted. */
+/* The same while polling is permitted. */
 #define MAX_POLLED_REQUESTS 63
 
-/* Size and alignment of a huge page; only a part of memory that has both can be one. */
+/* Size and alignment of a huge page, into which writes are copied faster. */
 #define HUGE_PAGE_BYTES ((size_t)1 << 21)
 
-/* Maximum length of a request beyond the data of a write (FUSE_BUFFER_HEADER_SIZE in libfuse). */
+/* Maximum length of a request without the data of a write (FUSE_BUFFER_HEADER_SIZE in libfuse). */
 #define HEADER_BYTES 4096
 
-/* Maximum length of the data of a write for which this module allocates the memory. */
+/* Maximum length of the data of a write for which memory is allocated here. */
 #define MAX_WRITE_BYTES ((size_t)1 << 24)
 
-/* Number of pause instructions between two looks for a request.  During the pause the other hardware
- * thread of the core can use the parts that both share, and the program that sends a request can take
- * the lock of the kernel's queue. */
+/* Number of pause instructions between two looks for a request.  Meanwhile the other hardware
+ * thread of the core runs faster, and a program can take the lock of the kernel's queue. */
 #define PAUSES 8
 #if defined(__x86_64__) || defined(__i386__)
 #define PAUSE() __builtin_ia32_pause()
@@ -70,7 +64,7 @@ static unsigned long taken; /* requests taken in bursts since the last call of t
 static int64_t poll_nanoseconds;   /* maximum time to poll for one request */
 static int64_t polling_ends;       /* when the permission to poll ends; 0 without permission */
 static PyObject *has_finished;     /* called while polling; polling ends if the result is not False */
-static int64_t polled_nanoseconds; /* duration of the last poll, if no request has come since it began */
+static int64_t polled_nanoseconds; /* duration of the last poll, if no request has come since */
 
 static int is_interposed;  /* whether pyfuse3 calls receive_request(), which hides EAGAIN */
 static int is_nonblocking; /* whether reads of the session's device do not block */
@@ -111,8 +105,7 @@ void reserve_request_memory(size_t max_write)
         (void)madvise(buffer.mem, size, MADV_HUGEPAGE); /* a kernel without huge pages refuses */
 }
 
-/* Receives a request as libfuse's function does; returns -EAGAIN if none is there and reads of the
- * device do not block. */
+/* Receives a request as libfuse's function does; returns -EAGAIN if a read would block. */
 static int receive(struct fuse_session *from, struct fuse_buf *into)
 {
     static int (*in_libfuse)(struct fuse_session *, struct fuse_buf *);
@@ -148,8 +141,7 @@ PyObject *stop_blocking(PyObject *module, PyObject *unused)
     return PyBool_FromLong(is_nonblocking);
 }
 
-/* Returns whether the event loop is needed: a call on a host file has finished, or has_finished() has
- * raised an exception. */
+/* Returns whether has_finished() reports that the event loop is needed, or has failed. */
 static int must_stop_polling(void)
 {
     PyObject *result = PyObject_CallNoArgs(has_finished);
@@ -160,8 +152,8 @@ static int must_stop_polling(void)
     return result != Py_False;
 }
 
-/* Polls for the next request, and receives it.  Returns what receive() returns: -EAGAIN if no request has
- * come in the time that is permitted, or if the event loop is needed. */
+/* Polls for the next request, and receives it.  Returns -EAGAIN if none has come in the permitted
+ * time, or if the event loop is needed. */
 static int poll_and_receive(void)
 {
     int64_t since = monotonic_time(), now = since, end;
@@ -184,15 +176,14 @@ static int poll_and_receive(void)
     return result;
 }
 
-/* Returns whether polling is permitted, and the time of the permission is not over. */
+/* Returns whether polling is permitted now. */
 static int may_poll(void)
 {
     return polling_ends != 0 && monotonic_time() < polling_ends;
 }
 
-/* Receives the next request of a burst in which `count` requests have been taken.  Returns what receive()
- * returns; or 0 if the burst has reached its maximum, or if the kernel has no request and receive()
- * would wait for one.  The burst must end if the result is not positive. */
+/* Receives the next request of a burst in which `count` requests have been taken.  The burst must
+ * end if the result is not positive. */
 static int receive_next(int count)
 {
     struct pollfd device = {.fd = fuse_session_fd(session), .events = POLLIN};
@@ -217,7 +208,7 @@ void take_more(void)
     if (session == NULL)
         return;
     in_burst = 1;
-    /* If an error prevents taking a request, pyfuse3's loop meets the same error, and handles it. */
+    /* If an error prevents taking a request, pyfuse3's loop meets and handles the same error. */
     for (count = 0; receive_next(count) > 0; count++) {
         answered = 0;
         taken++;

@@ -1,11 +1,9 @@
 """The map of an image without a backing file, written while its tables are read.
 
-`qedfuse.tools.inspection.mapping` needs numpy and trio, and loading them takes longer than
-reading the tables of a full image of 1 TiB.  So a small C extension (`_maplines.c`) formats the
-lines, slice by slice of each table.  It stops at a slice that is unreadable or may hold an invalid
-entry.  If `FastMap.reached`, the guest offset behind the last line, is not the end of the disk, the
-caller must continue there with `mapping`.  The extension is optional.  If it was not built, the
-caller must use `mapping` for the whole map, which gives the same output.
+To load numpy and trio for `qedfuse.tools.inspection.mapping` takes longer than to read the tables
+of a full image of 1 TiB.  So a small C extension (`_maplines.c`) formats the lines.  It stops at a
+slice that is unreadable or may hold an invalid entry, and the caller continues there with
+`mapping`.  The extension is optional; `mapping` gives the same output.
 """
 
 from __future__ import annotations
@@ -35,17 +33,10 @@ if TYPE_CHECKING:
     Lines = Callable[[bytes, int, int, int, array[int], int, array[int], bool, bytes], bytes | None]
 
 _MAX_L1_BYTES: Final = 1 << 22
-"""Maximum length in bytes of the part of an L1 table that the disk uses.
-
-An image with a larger part is left to `mapping`, because the whole part is read into memory.
-"""
+"""Maximum length in bytes of the used part of an L1 table, which is read into memory."""
 
 _MAX_NAME_CHARS: Final = 4096
-"""Maximum length of the printable name of an image.
-
-An image with a longer name is left to `mapping`, because the extension allocates memory for the
-name once per entry of a slice.
-"""
+"""Maximum length of the printable name of an image, which the extension copies for each entry."""
 
 
 _INTERFACE: Final = 1
@@ -64,8 +55,8 @@ class FastMap:
 
     Attributes:
         size: Bytes of the disk.
-        reached: Guest offset in bytes up to which the caller has written the extents.  `lines`
-            counts a text as written when the caller asks for the next one.
+        reached: Guest offset in bytes up to which the caller has written the extents, assuming
+            that it writes each text before it asks for the next one.
     """
 
     def __init__(self, fd: int, header: Header, tables: array[int], lines: Lines) -> None:
@@ -74,8 +65,7 @@ class FastMap:
         Args:
             fd: Descriptor of the image.
             header: The header of the image.
-            tables: The L1 entries that the disk uses, which must be valid; 0 for a missing
-                table.
+            tables: The valid L1 entries that the disk uses; 0 for a missing table.
             lines: Function ``lines`` of the extension.
         """
         self._fd = fd
@@ -90,25 +80,23 @@ class FastMap:
     def lines(self, *, as_json: bool, name: str) -> Iterator[str]:
         """Yield text with the extents, up to the first slice that the extension cannot handle.
 
-        Such a slice is unreadable or may have an invalid entry.  After the last text, `reached`
-        is the size of the disk, or less if there is such a slice.
+        Such a slice is unreadable or may have an invalid entry.
 
         Args:
-            as_json: True for JSON, False for the lines of the text table.  In JSON each line
-                begins with the comma that separates it from the previous line.
+            as_json: True for JSON, False for the text table.  Each JSON line begins with the comma
+                that separates it from the previous line.
             name: Name of the image, for the last column of the text table.
         """
         geometry = self._header.geometry
         ending = f"{name}\n".encode()
-        # Start, length and first entry of the pending extent: the last extent so far, whose line
-        # is not written yet because the next entries may continue the extent.
+        # Start, length and first entry of the last extent so far.  Its line is not written yet,
+        # because the next entries may continue it.
         pending = array("Q", (0, 0, UNALLOCATED))
         left = geometry.clusters(self.size)
         for table in self._tables:
             count = min(left, geometry.entries)
-            # All clusters of a missing table are unallocated.  To save time, only one entry of
-            # 0 is passed to the extension.  Then the pending extent, which ends with this
-            # entry, is extended by the clusters of the other entries.
+            # A missing table is unallocated.  To save time, only one of its entries is passed to
+            # the extension, and the extent is then extended by the others.
             rest = count - 1 if table == UNALLOCATED else 0
             for raw in self._slices(table, count - rest):
                 if raw is None:
@@ -120,9 +108,8 @@ class FastMap:
                 self.reached = pending[0]
             pending[1] += rest * geometry.cluster_size
             left -= count
-        # The last extent is still pending.  It is cut off at the end of the disk, because the
-        # last cluster may reach past the end.  One more entry, of another kind, ends the
-        # extent, so that the extension writes its line.
+        # The last extent is pending.  It is cut off at the end of the disk, because the last
+        # cluster may reach past it.  An entry of another kind makes the extension write its line.
         pending[1] = self.size - pending[0]
         other_kind = array("Q", (UNALLOCATED if pending[2] else 1,)).tobytes()
         text = self._write(other_kind, pending, ending, as_json=as_json)
@@ -131,10 +118,9 @@ class FastMap:
             self.reached = self.size
 
     def _slices(self, table: int, count: int) -> Iterator[bytes | None]:
-        """Yield the first ``count`` entries of a table as stored, slice by slice.
+        """Yield the first ``count`` entries of a table slice by slice; None for an unreadable one.
 
-        Slices of a missing table (offset 0) and holes of the file are yielded as zeros.  None
-        is yielded for a slice that cannot be read.
+        A missing table (offset 0) is yielded as zeros.
         """
         left = count * ENTRY_BYTES
         position = table
@@ -145,12 +131,7 @@ class FastMap:
             left -= length
 
     def _read(self, position: int, length: int) -> bytes | None:
-        """Read a range of the file; return None if the host refuses or the read is short.
-
-        A range without data is returned as zeros: a hole, or a range past the end of a file that
-        has shrunk.  After None, the caller must leave the range to `mapping`, which reports the
-        error.
-        """
+        """Return a range of the file, zeros if it has no data; None if it cannot be read."""
         try:
             data = seek(self._fd, position, os.SEEK_DATA)
             if data is None or data >= position + length:
@@ -163,17 +144,10 @@ class FastMap:
     def _write(
         self, raw: bytes, pending: array[int], ending: bytes, *, as_json: bool
     ) -> str | None:
-        """Return the text of the extents that end within some table entries.
+        """Return the text of the extents that end within the entries ``raw``.
 
-        Returns None if one of the entries may be invalid.
-
-        Args:
-            raw: The entries as stored.
-            pending: Start, length and first entry of the extent that the entries may continue.
-                The call replaces these values by those of the last extent, unless the call
-                returns None.
-            ending: The last column of the text table, and a newline.
-            as_json: True for JSON, False for the lines of the text table.
+        Returns None if one of the entries may be invalid.  Otherwise ``pending`` (start, length and
+        first entry of the extent before) becomes that of the last extent.
         """
         limits = self._limits
         text = self._lines(
@@ -194,9 +168,7 @@ class FastMap:
 def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]:
     """Open an image and yield its fast map; yield None if `mapping` must map the image.
 
-    None is yielded if the image has a property that `FastMap` does not support, or if the
-    extension cannot be used.  None is also yielded if the image is invalid or cannot be opened,
-    because `mapping` then raises the error.
+    Errors are left to `mapping`, which raises them.
 
     Args:
         path: The image.
@@ -216,19 +188,7 @@ def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]
 
 
 def _examine(fd: int, path: str, lines: Lines) -> FastMap | None:
-    """Return the map of an open image; None if `mapping` must map the image.
-
-    Returns None in these cases:
-
-    - The image has a base, or its disk has 0 bytes.
-    - An L1 entry is invalid, or points to a table before the L1 table.
-    - The file ends within the used L1 entries.
-    - `_MAX_L1_BYTES` or `_MAX_NAME_CHARS` is exceeded.
-
-    Raises:
-        QedError: The header is invalid.
-        OSError: The file cannot be read.
-    """
+    """Return the map of an open image; None if `mapping` must map the image."""
     name = printable(path)
     header, size = read_header_of(fd, name)
     geometry = header.geometry

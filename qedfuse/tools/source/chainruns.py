@@ -1,8 +1,7 @@
 """How a whole chain stores a range of the disk, as arrays: the runs of each layer combined.
 
-Where the upper layers store nothing, the disk reads as the next layer below.  One call of
-`ChainRunReader.read` returns a limited number of runs, so a disk of any size takes little memory.
-For speed, numpy processes whole arrays instead of single entries.
+Where the upper layers store nothing, the disk reads as the next layer below.  For speed, numpy
+processes whole arrays.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class ChainRuns:
         starts: Guest offset of each run in bytes.
         lengths: Length of each run in bytes.
         depths: Depth of the layer that stores each run; 0 is the image itself.  If no layer
-            stores the run, the depth of the last layer that was searched for the run.
+            stores the run, the last depth that was searched.
         kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD` for each run.
         offsets: An offset in bytes for each run, by the kind of the run:
 
@@ -61,15 +60,11 @@ class ChainRuns:
         return int(self.starts[-1] + self.lengths[-1])
 
     def count_bad(self) -> int:
-        """Return the number of `BAD` runs.
-
-        One invalid entry can give several runs: if an upper layer stores the middle of the entry's
-        range, a `BAD` run remains on each side.
-        """
+        """Return the number of `BAD` runs; one invalid entry can give several."""
         return int((self.kinds == BAD).sum())
 
     def slice_of(self, which: slice) -> ChainRuns:
-        """Return the runs that a slice of their indices selects."""
+        """Return the runs whose indices a slice selects."""
         return ChainRuns(
             self.starts[which],
             self.lengths[which],
@@ -85,16 +80,15 @@ class ChainRunReader:
     Attributes:
         size: Bytes of the disk.
         files: Paths by which the chain's files were opened, the image itself first.
-        unknown_depths: Depths of the layers that QEMU serves.  Their file offsets are not known
-            here, so the offsets of their runs are guest offsets instead of file offsets.
+        unknown_depths: Depths of the layers that QEMU serves.  The offsets of their runs are guest
+            offsets, because their file offsets are not known.
     """
 
     def __init__(self, layers: list[Layer]) -> None:
         """Make a reader of open layers, which the caller must close later.
 
         Args:
-            layers: The chain, the image itself first.  The caller must have called `scan_l1`
-                of each QED layer.
+            layers: The chain, the image itself first; `scan_l1` of each QED layer was called.
         """
         self._readers = [
             QedRunReader(layer) if isinstance(layer, QedLayer) else RawRunReader(layer)
@@ -109,13 +103,12 @@ class ChainRunReader:
     ) -> AsyncGenerator[ChainRuns, None]:
         """Yield the runs of a range of the disk in order, in batches.
 
-        No run is split between two batches.  Yields nothing if the range is empty or begins at
-        or past the end of the disk.
+        No run is split between two batches.
 
         Args:
             start: Guest offset in bytes where the range begins.
-            length: Length of the range in bytes, cut off at the end of the disk; None for all
-                up to the end of the disk.
+            length: Length of the range in bytes, cut off at the end of the disk; None for the
+                rest of the disk.
 
         Raises:
             HostError: The host cannot read a file.
@@ -136,8 +129,7 @@ class ChainRunReader:
     async def read(self, start: int, end: int) -> ChainRuns:
         """Return the runs from ``start`` on, up to ``end`` or an earlier offset.
 
-        The caller must pass a range that is not empty and lies within the disk.  The result
-        has at least one run.
+        The range must lie within the disk and not be empty.  The result has at least one run.
 
         Args:
             start: Guest offset in bytes where the runs begin.
@@ -156,8 +148,8 @@ class ChainRunReader:
                 break
             first = int(runs.starts[unallocated[0]])
             last = int(unallocated[-1]) + 1
-            # A layer reads as zeros past its end, even where the layers below it are longer.  So
-            # no layer is searched past the end of a layer above it.
+            # A layer reads as zeros past its end, even where lower layers are longer.  So no layer
+            # is searched past the end of a layer above it.
             size = min(size, reader.size)
             stop = min(size, int(runs.starts[last]) if last < len(runs.starts) else runs.end)
             if first >= stop:
@@ -172,30 +164,21 @@ class ChainRunReader:
 def _overlaid(
     above: Runs, depths: Array, below: Runs, depth: int, *, below_is_partial: bool
 ) -> tuple[Runs, Array]:
-    """Combine the runs of the upper layers with those of the next layer below.
+    """Combine the runs of the upper layers with those of the next layer below, of depth ``depth``.
 
-    Args:
-        above: Runs of the upper layers.
-        depths: Depth of the layer that stores each run of ``above``.
-        below: Runs of the lower layer, from the beginning of the first unallocated run of
-            ``above``.  They end where the last unallocated run of ``above`` ends, or earlier if
-            the lower layer or a layer above it ends earlier, or if ``below_is_partial``.
-        depth: Depth of the lower layer.
-        below_is_partial: Whether the last runs of ``below`` are missing, because one call of a
-            reader returns a limited number of runs.  The result then ends where ``below`` ends.
-
-    Returns:
-        The combined runs, and the depth of the layer that stores each run.
+    ``below`` begins at the first unallocated run of ``above``.  It ends with the last one, or
+    earlier where a layer ends.  It may also end earlier because a reader returns a limited number
+    of runs (``below_is_partial``), and then the result ends there too.
     """
     end = min(above.end, below.end) if below_is_partial else above.end
     starts = np.concatenate((above.starts, below.starts, [below.end]))
     starts = np.sort(starts[starts < end])
-    # Repeated starts are dropped.  np.union1d is not used for this, because it imports numpy.ma,
-    # and the import takes longer than the copy of a small disk.
+    # Drop repeated starts.  np.union1d would import numpy.ma, which takes longer than the copy of a
+    # small disk.
     starts = starts[np.diff(starts, prepend=-1) != 0]
     upper = np.searchsorted(above.starts, starts, "right") - 1
     lower = np.searchsorted(below.starts, starts, "right") - 1
-    # Mask of the runs that the upper layers do not store and the lower layer describes.
+    # The runs that the upper layers do not store and the lower layer describes.
     is_below = (above.kinds[upper] == UNALLOCATED) & (lower >= 0) & (starts < below.end)
     kinds = np.where(is_below, below.kinds[lower], above.kinds[upper])
     offsets = np.where(
@@ -207,14 +190,9 @@ def _overlaid(
 
 
 def _offset_within(runs: Runs, indices: NDArray[np.intp], starts: Array) -> Array:
-    """Return the distance in bytes of each guest offset from the start of its run.
+    """Return the distance in bytes of each guest offset from its run's start; 0 without an offset.
 
-    For a run without a file offset the result is 0.
-
-    Args:
-        runs: The runs.
-        indices: For each guest offset the index of the run that contains the offset.
-        starts: The guest offsets.
+    ``indices`` has for each guest offset the index of the run that contains it.
     """
     has_offset = (runs.kinds[indices] == DATA) | (runs.kinds[indices] == HOLE)
     return np.where(has_offset, starts - runs.starts[indices], 0)
@@ -234,10 +212,8 @@ def _concatenated(first: ChainRuns, second: ChainRuns) -> ChainRuns:
 def _joined(runs: ChainRuns) -> ChainRuns:
     """Return the runs, with adjacent runs joined if they have the same layer and kind.
 
-    Runs with file offsets are joined only if they are also adjacent in the file.  `BAD` runs are
-    joined only if they belong to the same invalid entry, so that each run describes one entry.
-    Adjacent runs can belong to one entry for two reasons: `_overlaid` splits a run where a run of
-    the lower layer begins or ends, and a call of `ChainRunReader.read` can end within a run.
+    Runs with file offsets must also be adjacent in the file, and `BAD` runs must belong to the same
+    invalid entry.
     """
     joins = (runs.kinds[1:] == runs.kinds[:-1]) & (runs.depths[1:] == runs.depths[:-1])
     has_offset = (runs.kinds == DATA) | (runs.kinds == HOLE)

@@ -1,9 +1,8 @@
 """Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-Two kinds of ranges need not be read: a range that is zeros on each disk according to the extents,
-and a range that two disks store as the same bytes of the same file.  Such a range is in no chunk,
-except in two cases.  A short one between ranges that must be read is put into one chunk with them,
-because a second chunk would cost more.  And the caller can ask for all ranges (``include_all``).
+A range need not be read if it is zeros on each disk according to the extents, or if two disks store
+it as the same bytes of the same file.  A short range of this kind is read nevertheless if it lies
+between ranges that must be read, because a second chunk would cost more.
 """
 
 from __future__ import annotations
@@ -22,17 +21,10 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.source import BlockingReader, Source
 
 MAX_CHUNK_BYTES: Final = 4 << 20
-"""Maximum length in bytes of a chunk of a copy, unless a single block is longer.
-
-Chunks of this length are so long that the cost per chunk is negligible.
-"""
+"""Maximum length in bytes of a chunk of a copy, unless a block is longer."""
 
 _MAX_BRIDGED_GAP_BYTES: Final = 1 << 18
-"""Maximum length of a gap inside a chunk; a longer gap separates two chunks.
-
-A gap is a range that need not be read.  A short gap is put into the chunk, because that costs
-less than a second chunk.
-"""
+"""Maximum length of a range inside a chunk that need not be read."""
 
 
 class Segment(NamedTuple):
@@ -57,9 +49,9 @@ class Chunk(NamedTuple):
     Attributes:
         start: Guest offset in bytes.
         length: Length in bytes.
-        segments: The data of the chunk, in ascending order; the rest of the chunk is zeros.
+        segments: The data of the chunk, in ascending order; the rest is zeros.
         base_segments: The data of the other disk in the same range, in ascending order; the
-            rest of the range is zeros.  Empty if there is no other disk.
+            rest is zeros.  Empty without another disk.
     """
 
     start: int
@@ -80,17 +72,15 @@ class Chunker:
         base: Source | None = None,
         include_all: bool = False,
     ) -> None:
-        """Prepare to cut batches of ``source``; the caller must keep the files of both disks open.
+        """Prepare to cut batches of ``source``; the files of both disks must stay open.
 
         Args:
             source: The disk.
             block_size: Bytes in a block.  Each chunk begins at a multiple of this size, and
                 ends at a multiple of this size or at the end of the disk.
-            max_chunk_bytes: Maximum length of a chunk, a multiple of ``block_size``; no chunk
-                crosses a multiple of this length.
+            max_chunk_bytes: A multiple of ``block_size``; no chunk crosses a multiple of this.
             base: Another disk to read beside ``source``; None for no other disk.
-            include_all: Whether to put all ranges into chunks, even zeros and ranges that both
-                disks share.
+            include_all: Whether to put all ranges into chunks.
         """
         self._block_size = block_size
         self._max_chunk_bytes = max_chunk_bytes
@@ -123,13 +113,9 @@ class Chunker:
                 at = stop
 
     def _unshared(self, data: list[Extent], base_data: list[Extent]) -> list[tuple[int, int]]:
-        """Return the ranges in which at least one disk has data, except shared ranges.
+        """Return the ranges in which a disk has data, unless both share the same bytes of a file.
 
-        A range is shared if both disks store it as the same bytes of the same file.
-
-        Args:
-            data: Data extents of the disk, ascending.
-            base_data: Data extents of the other disk, ascending.
+        The arguments are the data extents of both disks, ascending.
         """
         edges = sorted(
             {edge for extent in (*data, *base_data) for edge in (extent.start, extent.end)}
@@ -164,11 +150,7 @@ def _aligned(
 ) -> Iterable[tuple[int, int]]:
     """Yield the ranges, widened to whole blocks, and joined if the gap between them is short.
 
-    Args:
-        ranges: Guest offsets (start, end), ascending and without overlaps.
-        block_size: Bytes in a block.
-        start: Guest offset where the batch begins, a multiple of ``block_size``.
-        end: Guest offset where the batch ends; no range is widened past it.
+    The ranges are ascending, without overlaps, between ``start`` and ``end`` of the batch.
     """
     first = last = start
     for left, right in ranges:
@@ -183,24 +165,16 @@ def _aligned(
 
 
 class _SegmentCursor:
-    """Finds the segments of one range after another, in ascending order."""
+    """Finds the segments of ascending ranges."""
 
     def __init__(self, extents: list[Extent], files: Sequence[BlockingReader]) -> None:
-        """Begin at the first extent.
-
-        Args:
-            extents: The data extents of a batch, ascending.
-            files: The files of the layers, by depth.
-        """
+        """Begin at the first of the data extents, which are ascending; ``files`` are by depth."""
         self._extents = extents
         self._files = files
         self._next = 0
 
     def within(self, start: int, end: int) -> tuple[Segment, ...]:
-        """Return the segments within a range of the disk; empty if the range has no data.
-
-        The caller must pass ranges in ascending order, without overlaps.
-        """
+        """Return the segments within a range, which must lie past all earlier ranges."""
         result = []
         while self._next < len(self._extents):
             extent = self._extents[self._next]
@@ -219,7 +193,7 @@ def read_segments(buffer: Bytes, segments: Sequence[Segment]) -> None:
     """Fill a buffer with the segments of a chunk, and with zeros elsewhere; blocks the thread.
 
     Args:
-        buffer: Buffer for the chunk, as long as the chunk.
+        buffer: As long as the chunk.
         segments: The segments of the chunk in ascending order.
 
     Raises:
