@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class DiskWindow:
     """A range of a disk.
 
-    The methods are those of `Disk` by which a mount serves a disk, except those that change the
-    disk's size.  Offsets count from the beginning of the range, and no method reads or changes
-    bytes past the end of the range.  Results and errors are those of `Disk`.
+    The methods and their errors are those of `Disk` by which a mount serves a disk, without those
+    that change the size.  Offsets count from the beginning of the range, and no method reads or
+    changes bytes past its end.
 
     Attributes:
         disk: The disk, whose lifetime the caller manages.
@@ -32,7 +32,7 @@ class DiskWindow:
     __slots__ = ("disk", "name", "size", "start")
 
     def __init__(self, disk: Disk, start: int, size: int, name: str) -> None:
-        """Give a view of ``size`` bytes from guest offset ``start``, all within the disk."""
+        """Give a view of ``size`` bytes from guest offset ``start``, within the disk."""
         self.disk = disk
         self.start = start
         self.size = size
@@ -45,12 +45,12 @@ class DiskWindow:
 
     @property
     def failure(self) -> str | None:
-        """The message of the error that made the disk read-only; None if no error has done so."""
+        """The message of the error that made the disk read-only; None without one."""
         return self.disk.failure
 
     @property
     def should_try_read(self) -> bool:
-        """Whether `try_read` looks for data in the host's page cache (`Disk.should_try_read`)."""
+        """See `Disk.should_try_read`."""
         return self.disk.should_try_read
 
     def _contains(self, start: int, length: int) -> bool:
@@ -96,11 +96,7 @@ class DiskWindow:
         return self._contains(start, len(data)) and self.disk.try_write(self.start + start, data)
 
     async def read(self, start: int, length: int) -> bytes | bytearray:
-        """Read ``length`` bytes; fewer if the window ends earlier, and none at or past its end.
-
-        Raises:
-            QedError: As in `Disk.read`.
-        """
+        """Read ``length`` bytes; fewer if the window ends earlier, and none at or past its end."""
         length = max(0, min(length, self.size - start))
         return await self.disk.read(self.start + start, length) if length else b""
 
@@ -118,86 +114,50 @@ class DiskWindow:
         return await self.disk.write(self.start + start, view[: self.size - start])
 
     async def discard(self, start: int, length: int) -> None:
-        """Make a range read as zeros; ignore the part of the range past the end of the window.
-
-        Raises:
-            QedError: As in `Disk.discard`.
-        """
+        """Make a range read as zeros, up to the end of the window."""
         length = min(length, self.size - start)
         if length > 0:
             await self.disk.discard(self.start + start, length)
 
     async def allocate(self, start: int, length: int) -> None:
-        """Allocate each cluster of a range; ignore the part past the end of the window.
-
-        Raises:
-            QedError: As in `Disk.allocate`.
-        """
+        """Allocate each cluster of a range, up to the end of the window."""
         length = min(length, self.size - start)
         if length > 0:
             await self.disk.allocate(self.start + start, length)
 
     async def next_data(self, start: int) -> int | None:
-        """Return the offset of the first data at or past ``start``; None if there is none.
-
-        Raises:
-            QedError: As in `Disk.next_data`.
-        """
+        """Return the offset of the first data at or past ``start``; None if there is none."""
         if start >= self.size:
             return None
         found = await self.disk.next_data(self.start + start)
         return None if found is None or found - self.start >= self.size else found - self.start
 
     async def next_hole(self, start: int) -> int:
-        """Return the offset of the first hole at or past ``start``; the end counts as a hole.
-
-        Raises:
-            QedError: As in `Disk.next_hole`.
-        """
+        """Return the offset of the first hole at or past ``start``; the end counts as a hole."""
         if start >= self.size:
             return self.size
         return min(await self.disk.next_hole(self.start + start) - self.start, self.size)
 
     def try_flush(self) -> bool:
-        """Make every write that has ended durable, or return False; see `Disk.try_flush`."""
+        """Make every write that has ended durable without waiting; see `Disk.try_flush`."""
         return self.disk.try_flush()
 
     async def flush(self) -> None:
-        """Return when every write to the disk that had ended before this call is durable.
-
-        Raises:
-            QedError: As in `Disk.flush`.
-        """
+        """Return when every write to the disk that had ended before this call is durable."""
         await self.disk.flush()
 
     def fstat(self) -> os.stat_result:
-        """Return the attributes of the image file.
-
-        Raises:
-            HostError: As in `Disk.fstat`.
-        """
+        """Return the attributes of the image file."""
         return self.disk.fstat()
 
     def stored_blocks(self) -> int:
-        """Return the ``st_blocks`` of the image file, in units of 512 bytes.
-
-        Raises:
-            HostError: As in `Disk.stored_blocks`.
-        """
+        """Return the ``st_blocks`` of the image file, in units of 512 bytes."""
         return self.disk.stored_blocks()
 
     def statvfs(self) -> os.statvfs_result:
-        """Return the statistics of the host's file system that holds the image.
-
-        Raises:
-            OSError: As in `Disk.statvfs`.
-        """
+        """Return the statistics of the host's file system that holds the image."""
         return self.disk.statvfs()
 
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
-        """Set the times of the image file, in nanoseconds since 1970.
-
-        Raises:
-            OSError: As in `Disk.set_times`.
-        """
+        """Set the times of the image file, in nanoseconds since 1970."""
         await self.disk.set_times(atime_ns, mtime_ns)

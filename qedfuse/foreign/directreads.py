@@ -24,30 +24,27 @@ _log = logging.getLogger(__name__)
 _MAX_CONNECTIONS: Final = 16
 """Maximum number of reads in flight, one on each connection; further reads take the slow path."""
 _MAX_READ_BYTES: Final = 32 << 20
-"""Maximum length of a read; the same as MAX_EXPORT_READ_BYTES in ``hostio/_iothreads.c``."""
+"""Maximum length of a read; equal to MAX_EXPORT_READ_BYTES in ``hostio/_iothreads.c``."""
 _MIN_PAUSE_SECONDS: Final = 1.0
 _MAX_PAUSE_SECONDS: Final = 60.0
-"""Pause after an attempt that has made no connection; each further failure doubles the pause, up to
-the maximum."""
+"""Pause after an attempt that has made no connection; doubled by each further failure."""
 
 
 class DirectReads:
     """Connections to qemu-nbd; at most one native thread uses a connection at a time.
 
     The first read that finds no connection starts a thread that makes all connections.  If a read
-    fails, its connection is closed, and the caller repeats the read on the slow path.  If this was
-    the last connection, the next read starts the thread again.  If the thread can make no
-    connection at all, or the host cannot start the thread, a pause begins.  During the pause all
-    reads take the slow path; the first read after the pause starts the thread again.
+    fails, its connection is closed, and the caller repeats the read on the slow path.  If the
+    thread can make no connection at all, all reads take the slow path during a pause.
     """
 
     def __init__(self, server: QemuNbd, size: int, seconds: float) -> None:
         """Prepare to read from the export of ``server``.
 
         Args:
-            server: The process; the constructor makes no connection.
+            server: The process; no connection is made yet.
             size: The size of the export in bytes.
-            seconds: Maximum time in seconds for which a read waits for its next bytes.
+            seconds: Maximum time for which a read waits for its next bytes.
         """
         self._server = server
         self._size = size
@@ -69,8 +66,8 @@ class DirectReads:
     ) -> bool:
         """Start a read in a native thread; see `ReadableFile.try_start_read`.
 
-        Returns False if there are no native threads, if no connection is free, if the range does
-        not lie within the disk, or if the view is empty or longer than `_MAX_READ_BYTES`.
+        Returns False if there are no native threads, if no connection is free, or if the range is
+        empty, too long or not within the disk.
 
         Raises:
             OSError: No thread exists, and none could be created.  ``ended`` is not called.
@@ -106,10 +103,7 @@ class DirectReads:
                 self._drop(self._free.popleft())
 
     def _start_connecting(self) -> None:
-        """Start the thread that makes connections, unless it runs, or there are connections.
-
-        Does nothing during the pause after a failure.
-        """
+        """Start the thread that makes connections, unless it runs, pauses, or there are some."""
         with self._lock:
             if self._is_connecting or self._all or self._is_closed:
                 return
@@ -123,7 +117,7 @@ class DirectReads:
             self._end_connecting(made=0)
 
     def _make_connections(self) -> None:
-        """Make the connections; stop at the first error, because fewer connections suffice."""
+        """Make the connections up to the first error, because fewer suffice."""
         made = 0
         try:
             while made < _MAX_CONNECTIONS and self._make_connection():
@@ -134,11 +128,7 @@ class DirectReads:
             self._end_connecting(made)
 
     def _make_connection(self) -> bool:
-        """Make a connection; return False if `close` was called.
-
-        Raises:
-            OSError: See `QemuNbd.connect_negotiated`.
-        """
+        """Make a connection; return False if `close` was called."""
         connection = self._server.connect_negotiated()
         connection.settimeout(None)
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
@@ -171,13 +161,13 @@ class DirectReads:
     ) -> None:
         """Take back the connection of a read that has ended, and pass its result to ``ended``.
 
-        The connection is closed if the read has failed or `close` was called.  ``length`` is the
-        number of bytes requested, and ``result`` the number of bytes read, or a negative errno.
+        ``length`` is the number of bytes requested.  ``result`` is the number of bytes read, or a
+        negative errno.
         """
         with self._lock:
             if result == length and not self._is_closed:
-                # The connection that was used last is used next, so that a load with few reads in
-                # flight uses few connections.
+                # A load with few reads in flight uses few connections, because the connection that
+                # was used last is used next.
                 self._free.appendleft(connection)
             else:
                 self._drop(connection)

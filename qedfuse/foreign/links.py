@@ -1,10 +1,9 @@
 """The names of other files in the header of an image that has one of QEMU's formats.
 
-QEMU gets the backing files and data files as open descriptors, and does not look up their names.
-So even if QEMU read a header differently from this module, QEMU would read only files that the
-policy for backing files allows.  The exceptions are VMDK images whose content is in other files
-(extents): QEMU opens these images by their paths, and the extents by their names, within the
-sandbox.  `qedfuse.foreign.vmdk` reads the names of the extents.
+QEMU gets backing files and data files as open descriptors, and does not look up their names.  So
+even if QEMU read a header differently from this module, it would read only files that the policy
+for backing files allows.  Only the extents of a VMDK image (`qedfuse.foreign.vmdk`) are opened by
+QEMU itself, within the sandbox.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _START_BYTES: Final = 4096
-"""Number of bytes that are read at the start of a file.  They include all header fields used here.
-The extensions of qcow2 are read separately, because they can lie further back."""
+"""Number of bytes that are read at the start of a file, enough for the header fields used here."""
 
 _QCOW2_EXTENSIONS_AT: Final = 72
 """Offset of the header extensions in version 2 of qcow2."""
@@ -36,11 +34,10 @@ _EXTENSION_DATA_FILE: Final = 0x44415441
 _QCOW2_EXTERNAL_DATA: Final = 1 << 2
 """The incompatible feature bit of an image whose data is in a file of its own."""
 _MAX_EXTENSIONS: Final = 32
-"""Maximum number of header extensions that are read; further ones are ignored."""
+"""Maximum number of header extensions that are read."""
 
 _MAX_NAME_BYTES: Final = 1023
-"""Maximum length in bytes of the name of a file or of a format; QEMU has the same maximum for the
-name of a backing file."""
+"""Maximum length in bytes of the name of a file or of a format, as in QEMU for a backing file."""
 
 _VHD_TYPE_AT: Final = 60
 _VHD_DIFFERENCING: Final = 4
@@ -52,8 +49,7 @@ class Links:
 
     Attributes:
         backing: Name of the backing file; empty if there is none.
-        backing_driver: Format of the backing file, by the name that the image states; None if the
-            image states none.  Always ``vmdk`` for a VMDK image, which names no format.
+        backing_driver: Format of the backing file as stated; None if it is not stated.
         data_file: Name of the file that has the data of a qcow2 image; empty if there is none.
         extents: Names of the files that make up a VMDK image.
     """
@@ -131,11 +127,7 @@ def _qcow2(fd: int, name: str) -> Links:
 
 
 def _qcow2_extensions(fd: int, at: int) -> dict[int, bytes]:
-    """Return the contents of the header extensions of a qcow2 image by their types.
-
-    The first extension is at file offset ``at``.  Extensions longer than `_MAX_NAME_BYTES`, and
-    those after the first `_MAX_EXTENSIONS`, are left out.
-    """
+    """Return the contents of the header extensions from ``at`` on, by type; omit long ones."""
     found: dict[int, bytes] = {}
     for _ in range(_MAX_EXTENSIONS):
         head = os.pread(fd, 8, at)
@@ -178,7 +170,7 @@ def _vmdk(fd: int, name: str) -> Links:
 
 
 def _vpc(fd: int, name: str) -> Links:
-    """Return no names; refuse an image that has a parent, because QEMU would ignore the parent."""
+    """Return no names; refuse an image that has a parent, which QEMU would ignore."""
     start = os.pread(fd, _START_BYTES, 0)
     kind = start[_VHD_TYPE_AT : _VHD_TYPE_AT + 4]
     if start.startswith(b"conectix") and int.from_bytes(kind, "big") == _VHD_DIFFERENCING:
@@ -213,5 +205,4 @@ _READERS: Final[dict[str, Callable[[int, str], Links]]] = {
     "vmdk": _vmdk,
     "vpc": _vpc,
 }
-"""For each format the function that reads the names.  QEMU opens no other file for an image in a
-format that is not listed."""
+"""For each format the function that reads the names; other formats have no other files."""

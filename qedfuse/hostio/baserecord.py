@@ -1,10 +1,9 @@
 """Storing a record with an image: the versions of the bases over which the image was made.
 
-The record is an extended attribute of the image.  If the file system of the image has no place for
-it, a hidden file in the directory of the image holds the record.  The file also holds the inode
-number of the image.  If the number differs from that of the present image, the record belongs to an
-earlier image of the same name, and is ignored.  On a file system that keeps no inode numbers (FAT)
-the number is 0, and only the content of the record can show that it belongs to another image.
+The record is an extended attribute of the image, or else is in a hidden file beside it.  That file
+also holds the inode number of the image.  If the number differs from that of the present image, the
+record belongs to an earlier image of the same name, and is ignored.  On a file system that keeps no
+inode numbers (FAT) the number is 0.
 
 Another file could have the name of the hidden file.  So a file with this name is replaced or
 removed only if its magic and its checksum show that it is a record.
@@ -39,11 +38,7 @@ _MAX_FILE_BYTES: Final = 64 << 10
 
 
 def read_record(fd: int, path: str) -> bytes | None:
-    """Return the record of an image; None if there is none.
-
-    Args:
-        fd: The open image.
-        path: The path by which the image was opened.
+    """Return the record of the open image ``fd`` at ``path``; None if there is none.
 
     Raises:
         OSError: The record cannot be read.
@@ -66,7 +61,7 @@ def read_record(fd: int, path: str) -> bytes | None:
 def set_attribute(fd: int, record: bytes) -> bool:
     """Store the record of an image as an attribute; return False if there is no place for it.
 
-    If there is no place, an older record in the attribute is removed, if the host permits.
+    If there is no place, an older record is removed, if the host permits.
 
     Raises:
         OSError: The host refused for another reason.
@@ -87,8 +82,7 @@ def write_record_file(fd: int, path: str, record: bytes) -> None:
 
     Raises:
         OSError: A system call failed.
-        QedError: The new file cannot be made, or another file has the name of the image or of the
-            record.
+        QedError: The new file cannot be made, or another file has one of the names.
     """
     target, status = record_path(path), os.fstat(fd)
     if not os.path.samestat(os.stat(os.path.realpath(path)), status):  # noqa: PTH116  str paths
@@ -118,8 +112,7 @@ def write_record_file(fd: int, path: str, record: bytes) -> None:
 def remove_record(fd: int, path: str) -> None:
     """Remove the record of an image, and the record file of an earlier image of the same name.
 
-    An error of the host is ignored: if a record stays that does not match the image, the next
-    opening of the image finds the mismatch.
+    Errors are ignored, because the next opening of the image finds a record that does not match.
     """
     with suppress(OSError):
         os.removexattr(fd, _ATTRIBUTE)
@@ -127,10 +120,7 @@ def remove_record(fd: int, path: str) -> None:
 
 
 def remove_record_file(path: str) -> None:
-    """Remove the file with the record of the image ``path``, if the file exists and is a record.
-
-    An error of the host is ignored, as by `remove_record`.
-    """
+    """Remove the file with the record of the image ``path``, if it is a record; ignore errors."""
     with suppress(OSError):
         target = record_path(path)
         file = _open_file(target)
@@ -145,10 +135,7 @@ def remove_record_file(path: str) -> None:
 
 
 def record_path(path: str) -> str:
-    """Return the path of the file that can hold the record of an image.
-
-    A part of a long name is replaced by a checksum, because a name has at most 255 bytes.
-    """
+    """Return the path of the file that can hold the record of an image, with a shortened name."""
     directory, name = os.path.split(os.path.realpath(path))
     raw = os.fsencode(name)
     max_raw_bytes = _MAX_NAME_BYTES - len(_SUFFIX) - 1
@@ -161,9 +148,6 @@ def _open_file(path: str) -> int:
     """Open the file of a record; return its descriptor, or -1 if there is no file.
 
     A symbolic link is not followed, and the open of a FIFO does not wait.
-
-    Raises:
-        OSError: A system call failed; ELOOP for a symbolic link.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
@@ -173,11 +157,7 @@ def _open_file(path: str) -> int:
 
 
 def _parse(file: int) -> tuple[int, bytes] | None:
-    """Return the inode number and the record in an open file; None if the file has no valid record.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
+    """Return the inode number and the record in an open file; None without a valid record."""
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= _MAX_FILE_BYTES:
         return None

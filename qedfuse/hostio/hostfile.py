@@ -1,7 +1,6 @@
 """Two interfaces: `ReadableFile` for any file of a chain, and `HostFile` for the file of an image.
 
-`qedfuse.hostio.posixfile.PosixFile` implements both with system calls.  Tests implement them with
-files that record the writes, fail at a chosen step or lose power.
+`qedfuse.hostio.posixfile.PosixFile` implements both with system calls.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ FileIdentity: TypeAlias = tuple[object, ...]
 class ReadableFile(Protocol):
     """A file that is open for reading.  Offsets and lengths are in bytes.
 
-    If a read fails, a ``try_`` method returns False, and every other method raises `HostError`,
-    unless its docstring says otherwise.
+    If a read fails, a ``try_`` method returns False, and other methods by default raise
+    `HostError`.
 
     Attributes:
         path: The file's name as it was given: by the user, or by the image that names the file.
@@ -41,7 +40,7 @@ class ReadableFile(Protocol):
 
     @property
     def read_policy(self) -> ReadPolicy | None:
-        """The policy that decides whether `try_read` tries a read; None if there is no policy."""
+        """The policy that decides whether `try_read` tries a read; None without a policy."""
 
     @property
     def page_source(self) -> PageSource | None:
@@ -67,8 +66,7 @@ class ReadableFile(Protocol):
         """Fill ``view`` from a file offset; return how many bytes were read.
 
         The result is less than the length of the view only if the file ends earlier.  The call
-        blocks the thread, so only worker threads may call it; several threads may call it
-        concurrently.
+        blocks the thread; several worker threads may call it concurrently.
         """
 
     def try_read(self, offset: int, view: memoryview) -> bool:
@@ -87,19 +85,16 @@ class ReadableFile(Protocol):
     ) -> bool:
         """Start a read in a thread that then answers a request; return whether it was started.
 
-        The thread answers by a C function, without the event loop.  While `read_policy` lets
-        `try_read` look for data in the page cache, the caller must have called `try_read` for the
-        same range just before; otherwise no read is started.
+        The thread answers by a C function, without the event loop.  If `read_policy` lets
+        `try_read` look for data in the page cache, `try_read` must have been called just before.
 
         Args:
             offset: File offset.
-            view: The buffer.  The caller must not change it before the C function has returned.
-            take_answer: Called just before the read is started, and not if no read is started.
-                Returns a capsule with the C function that the thread calls at the end of the read
-                (see ``_iothreads.c``).
-            ended: Called once in the event loop after the end of the read, if the read was started.
-                The argument is the number of bytes read, or a negative errno.  At the time of the
-                call the C function can still be running.
+            view: The buffer, which must not change before the C function has returned.
+            take_answer: Called just before the read is started.  Returns a capsule with the C
+                function that the thread calls at the end of the read (see ``_iothreads.c``).
+            ended: Called once in the event loop after the end of a started read, with the number of
+                bytes read or a negative errno.  The C function may still be running.
 
         Raises:
             OSError: No thread exists, and none could be created.  ``ended`` is not called.
@@ -111,7 +106,7 @@ class ReadableFile(Protocol):
     async def next_hole(self, offset: int) -> int | None:
         """Return where the first hole at or past ``offset`` begins; the file's end counts as one.
 
-        Returns None if ``offset`` is at or past the end of the file.
+        Returns None at or past the end of the file.
         """
 
     def size(self) -> int:
@@ -120,8 +115,7 @@ class ReadableFile(Protocol):
     def stat(self) -> os.stat_result:
         """Return the file's attributes (fstat(2)).
 
-        Reading the times slows down later changes of the file: see `size_and_blocks` in
-        `qedfuse.hostio.systemcalls`.
+        Reading the times slows down later changes of the file; see `size_and_blocks`.
 
         Raises:
             HostError: A system call failed.
@@ -138,35 +132,26 @@ class ReadableFile(Protocol):
         """Fail all present and later reads that would wait for a server; other reads go on."""
 
     def close(self) -> None:
-        """Close the file, which also releases every lock taken through it.
-
-        A second call does nothing.
-        """
+        """Close the file and release every lock taken through it; a second call does nothing."""
 
 
 class HostFile(ReadableFile, Protocol):
     """The file of an image, open for reading or for writing.  Offsets and lengths are in bytes.
 
-    If the host refuses, a ``try_`` method returns False, and every other method raises `HostError`
-    (`NoSpaceError` for a full file system), unless its docstring says otherwise.
-    Nothing is certain to be durable before `datasync` has returned, or `try_datasync` has returned
-    True.
+    If the host refuses, a ``try_`` method returns False, and other methods raise `HostError` by
+    default (`NoSpaceError` for a full file system).  Nothing is certain to be durable before
+    `datasync` has returned, or `try_datasync` has returned True.
 
     Attributes:
         writable: Whether the file is open for writing.
-        can_punch: Whether `punch` tries to punch holes.  False if the file cannot be changed, or
-            once `punch` has found that the host cannot punch holes.
+        can_punch: Whether `punch` tries to punch holes; False once the host has refused.
     """
 
     writable: bool
     can_punch: bool
 
     def can_write_inline(self, length: int) -> bool:
-        """Return whether `try_write` would try to write ``length`` bytes now.
-
-        `try_write` tries a write only if the write is expected to take no longer than the copy to
-        the page cache.
-        """
+        """Return whether `try_write` would try to write ``length`` bytes now."""
 
     def try_write(self, offset: int, data: Buffer) -> bool:
         """Write ``data`` at a file offset without blocking; return whether that succeeded.
@@ -178,14 +163,14 @@ class HostFile(ReadableFile, Protocol):
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
         """Write ``parts`` one after another, beginning at a file offset.
 
-        If an error is raised, some of the bytes may have been written.
+        After an error, some of the bytes may have been written.
         """
 
     def try_datasync(self) -> bool:
         """Make all earlier writes and the file's length durable, if that takes little time.
 
-        Returns False, and has done nothing, if the caller must call `datasync`.  Raises HostError
-        if a system call failed.
+        Returns False, having done nothing, if the caller must call `datasync`.  Raises HostError if
+        a system call failed.
         """
 
     async def datasync(self) -> None:
@@ -203,18 +188,15 @@ class HostFile(ReadableFile, Protocol):
     async def punch(self, *ranges: tuple[int, int]) -> None:
         """Give the space of ``ranges`` back to the host; each range is an offset and a length.
 
-        The ranges read as zeros afterwards.  If the host cannot punch holes, the file stays
-        unchanged, and ``can_punch`` becomes False.
+        The ranges read as zeros afterwards.  If the host cannot punch holes, nothing changes, and
+        ``can_punch`` becomes False.
         """
 
     async def reserve(self, offset: int, length: int) -> None:
-        """Reserve space for later writes to a range inside the file.
-
-        Does nothing if the host cannot reserve space.
-        """
+        """Reserve space for later writes to a range inside the file, if the host can do so."""
 
     def stored_blocks(self) -> int:
-        """Return the file's ``st_blocks``, in units of 512 bytes, without reading its times."""
+        """Return the file's ``st_blocks``, in units of 512 bytes."""
 
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Set the file's times of access and modification, in nanoseconds since 1970 (UTC).

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _BAR_DELAY_SECONDS: Final = 1.0
 """How long work must take before a bar appears without ``-p``."""
 _REDRAW_SECONDS: Final = 0.1
-"""Minimum time between two updates of the bar, however often the work reports progress."""
+"""Minimum time between two updates of the bar."""
 _STDERR_FD: Final = 2
 _ERASE_LINE: Final = "\r\x1b[2K"
 
@@ -32,10 +32,8 @@ _ERASE_LINE: Final = "\r\x1b[2K"
 class Meter:
     """Shows how much of the work is done.
 
-    The first call of `report` can come late, because some images are checked or scanned for free
-    space before the work begins.  Therefore a thread shows the bar after a delay, even if `report`
-    has not been called.  If the delay is 0, there is no thread, and the caller can show the bar
-    with `show`.
+    Some images are checked or scanned before the work begins, so the first call of `report` can
+    come late.  Therefore a thread shows the bar after a delay, unless the delay is 0.
     """
 
     def __init__(
@@ -44,7 +42,7 @@ class Meter:
         """Show a ``bar`` after ``delay_seconds``, or print ``lines`` of percentages, or neither.
 
         A bar is shown rather than lines if both are requested.  Without a delay (0) the first
-        call of `show` or `report` shows the bar, and no thread is started.
+        call of `show` or `report` shows the bar.
         """
         self._label = label
         self._bar = bar
@@ -58,7 +56,7 @@ class Meter:
         self._closed = threading.Event()
         self._starter: threading.Thread | None = None
         if bar and delay_seconds > 0:
-            # If no thread can be started, the first `report` after the delay shows the bar.
+            # Without a thread, the first `report` after the delay shows the bar.
             with suppress(OSError):
                 self._starter = start_thread(self._draw_after, delay_seconds)
 
@@ -84,24 +82,24 @@ class Meter:
 
     @property
     def percent(self) -> float:
-        """The part of the work that is done, in percent, at most 100; 0 if the total is unknown."""
+        """How much is done, in percent, at most 100; 0 if the total is unknown."""
         return min(100.0, 100.0 * self._done / self._total) if self._total > 0 else 0.0
 
     def print(self) -> None:
         """Print a line with the percentage to stderr; safe in a signal handler.
 
-        The line is written to the descriptor of stderr, because the signal may have
-        interrupted a write to ``sys.stderr``, which is not reentrant.
+        The signal may have interrupted a write to ``sys.stderr``, which is not reentrant, so the
+        line is written to the descriptor.
         """
         line = f"{self._label}: {self.percent:.1f} %\n"
         if self._progress is not None:
-            # The line replaces the bar, which the next update draws again below the line.
+            # The next update draws the bar again below the line.
             line = _ERASE_LINE + line
         with suppress(OSError):  # a closed stderr must not end the work
             os.write(_STDERR_FD, line.encode(errors="backslashreplace"))
 
     def close(self) -> None:
-        """Remove the bar, if there is one; the caller must not call `report` afterwards."""
+        """Remove the bar; the caller must not call `report` afterwards."""
         self._closed.set()
         if self._starter is not None:
             self._starter.join()
@@ -111,8 +109,7 @@ class Meter:
 
     def _draw(self) -> None:
         """Show or update the bar; do nothing if another thread is drawing or `close` was called."""
-        # The caller of `report` must not wait for the other thread.  If that thread is still
-        # drawing, this update is skipped, and a later one shows the progress.
+        # The caller of `report` must not wait for a thread that is drawing.
         if not self._drawing.acquire(blocking=False):
             return
         try:
@@ -128,7 +125,7 @@ class Meter:
             self._drawing.release()
 
     def _draw_after(self, delay_seconds: float) -> None:
-        """Show the bar after a delay, unless the bar is shown already or the work has ended."""
+        """Show the bar after a delay, unless it is shown already or the work has ended."""
         if not self._closed.wait(delay_seconds) and self._progress is None:
             self._draw()
 
@@ -168,8 +165,8 @@ def progress(
     Yields the callback to which the work must report its progress.
 
     Args:
-        arguments: The parsed command line.  With ``-q`` only SIGUSR1 prints anything.  ``-p``
-            shows the bar before the work begins, or prints lines if stderr is not a terminal.
+        arguments: The parsed command line.  With ``-q`` only SIGUSR1 prints anything; ``-p`` shows
+            the bar immediately, or prints lines if stderr is not a terminal.
         label: The name of the work, printed in front of the bar or the percentage.
         bar: Whether a bar can be shown if stderr is a terminal.
     """

@@ -44,8 +44,7 @@ class TableCompaction:
     async def list_tables(self) -> dict[int, int]:
         """Return a dictionary from the first cluster of each L2 table to its L1 index.
 
-        The caller must ensure that no slice is dirty.  In the file, a dirty slice can still be a
-        hole, and this method skips holes.
+        No slice may be dirty: in the file it can still be a hole, and holes are skipped.
 
         Raises:
             HostError: A system call failed.
@@ -69,19 +68,17 @@ class TableCompaction:
     ) -> int:
         """Move the tables that end past the target to free slots before the target.
 
-        The target is the cluster at which the file should end after this pass of the compaction
-        (`qedfuse.disk.maintenance.compaction`).  A slot is a run of clusters as long as a table.
+        The target is the cluster at which the file should end after this pass of the compaction.
 
         Args:
-            pass_moves: How many clusters this pass may move.  The target is chosen such that at
-                most this number of clusters is in use past the target.
+            pass_moves: How many clusters this pass may move; at most this number is in use past the
+                target.
             max_moves: How many clusters the whole compaction may move; None for no limit.
             counter: Counts the moves.
             within_bound: See `Compaction.run`.
 
         Returns:
-            The target, or the first cluster after the last table if a table that ends past the
-            target could not be moved.
+            The target, or the first cluster after the last table if that is higher.
 
         Raises:
             CorruptImageError: A table entry does not point to the start of a cluster, or a
@@ -91,8 +88,8 @@ class TableCompaction:
         """
         target = self._data.target(pass_moves)
         if max_moves is not None and target > self._data.target():
-            # The limit has raised the target, perhaps to a cluster within a table.  Moving that
-            # table as a whole could exceed the limit, so the table must not be moved.
+            # The limit has raised the target, perhaps to a cluster within a table.  To move that
+            # table as a whole could exceed the limit.
             target = self._after_table(target)
         if self._end_of_tables() <= target:
             return target
@@ -105,9 +102,8 @@ class TableCompaction:
             if slot is None or slot + self._table_size > target:
                 await self._pack(max_moves, counter, within_bound=within_bound)
                 if max_moves is not None:
-                    # `_pack` may have used up moves, and the data that gave way may lie past the
-                    # target.  So the target rises until the moves that are left suffice for the
-                    # clusters past the target.
+                    # `_pack` may have used up moves, and data that gave way may lie past the
+                    # target.  So the target rises until the moves that are left suffice.
                     target = max(target, self._data.target(max_moves - counter.moved_clusters))
                 break
             self._allocator.mark_used(slot, self._table_size)
@@ -116,10 +112,7 @@ class TableCompaction:
         return max(target, self._end_of_tables())
 
     def _after_table(self, cluster: int) -> int:
-        """Return the first cluster after the table that begins before ``cluster`` and contains it.
-
-        Returns ``cluster`` itself if there is no such table.
-        """
+        """Return the first cluster after the table that contains ``cluster``, or ``cluster``."""
         tables = self._layer.l2_tables
         table_index = int(np.searchsorted(tables, np.uint64(cluster << self._bits))) - 1
         if table_index < 0:
@@ -131,29 +124,22 @@ class TableCompaction:
     ) -> None:
         """Move all tables into slots next to each other, directly after the L1 table.
 
-        `move` calls this method if no run of free clusters before the target is long enough for a
-        table.  The errors are those of `move`.  The data clusters that are in the way move up
-        first, which can make the file longer until the end of the compaction.
-
-        Moves nothing in three cases:
-
-        - The tables would reach past the target that a compaction without limits has.
-        - ``within_bound`` is True, and the file could become longer than its bound.
-        - With these moves, the whole compaction could exceed ``max_moves``.
+        The data clusters that are in the way move up first, which can make the file longer until
+        the end of the compaction.  Nothing moves if the tables would reach past the target, if the
+        file could exceed its bound (``within_bound``), or if ``max_moves`` could be exceeded.
         """
         allocator, size = self._allocator, self._table_size
         tables = await self.list_tables()
         first = allocator.anchor
         last = first + len(tables) * size
         end, bound = allocator.end >> self._bits, allocator.bound >> self._bits
-        # In the worst case all data clusters that are in the way, and then one table, move to the
-        # end of the file.
+        # In the worst case all data clusters that are in the way, and one table, move to the end of
+        # the file.
         fits = end + (last - first) + size <= bound
-        # In the worst case every table moves, and every cluster of the slots holds data that has
-        # to give way.  A table that overlaps a slot moves twice, which costs ``size`` more moves.
-        # But its own clusters in the slots hold no data that has to give way, which saves as many
-        # moves.  Only a table that reaches past the last slot has clusters outside the slots, and
-        # saves fewer moves.  So ``size`` is added once.
+        # In the worst case every table moves, and every cluster of the slots holds data that gives
+        # way.  A table that overlaps a slot moves twice, which costs ``size`` more moves.  But its
+        # own clusters in the slots hold no data, which saves as many moves.  Only a table that
+        # reaches past the last slot saves fewer moves.  So ``size`` is added once.
         moves = 2 * (last - first) + size
         is_affordable = max_moves is None or counter.moved_clusters + moves <= max_moves
         if last > self._data.target() or (within_bound and not fits) or not is_affordable:

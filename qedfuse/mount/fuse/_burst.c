@@ -9,8 +9,8 @@
  * one coroutine to run.  A burst also ends after MAX_REQUESTS, because no other task of the event
  * loop runs during a burst.
  *
- * If the kernel has no request, the burst polls for the next one (permit_polling()).  A program with
- * one request in flight sends the next one in less time than pyfuse3's loop and the scheduler take.
+ * If the kernel has no request, the burst polls for one (permit_polling()).  A program with one
+ * request in flight sends the next one in less time than pyfuse3's loop and the scheduler take.
  * The scheduler permits polling only if no other task needs the event loop, so the burst may be
  * longer then (MAX_POLLED_REQUESTS).  The permission ends after a few milliseconds, because a timer
  * or a signal may make another task runnable.

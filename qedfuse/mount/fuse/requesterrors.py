@@ -1,13 +1,11 @@
 """Errors of requests: an exception becomes an errno for the kernel and a line in the log.
 
-Every exception is converted to a FUSEError, because any other exception that reached pyfuse3 would
-end the mount for all disks and users.
+Every exception is converted to a FUSEError, because any other exception would end the mount for all
+disks and users.
 
 With a damaged image or a full host, every retry of a guest fails, so the log is rate-limited for
-each disk.  The first `_MAX_MESSAGES_PER_DISK` messages of a disk are logged in full, each message
-once.  All other errors of the disk are only counted, and at most one line per minute has their
-number and the message of the last one.  So the log does not grow with the number of retries, and is
-not silent while requests still fail.
+each disk.  The first messages are logged in full, each message once.  All other errors are only
+counted, and at most one line per minute has their number and the last message.
 """
 
 from __future__ import annotations
@@ -33,12 +31,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_MESSAGES_PER_DISK: Final = 100
-"""Maximum number of messages that are logged in full for one disk during a mount."""
+"""Maximum number of messages that are logged in full for one disk."""
 _SUMMARY_SECONDS: Final = 60.0
-"""Minimum time between two summaries of the errors that were not logged in full.  The last summary,
-at the end of the mount, does not wait for this time."""
+"""Minimum time between two summaries of further errors, except for the last summary."""
 _MAX_SHOWN_BYTES: Final = 64
-"""Maximum length of a byte string among a request's arguments that the debug log shows in full."""
+"""Maximum length of a byte string that the debug log shows in full."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,16 +55,9 @@ class RequestErrors:
     def to_errno(self, inode: int, operation: str, error: Exception) -> int:
         """Log why a request failed, and return the errno for the kernel.
 
-        The class of the error decides what is logged:
-
-        - FUSEError: nothing, because such an error has only an errno and no message.
-        - PastEndError: nothing, because the program has made a mistake, and nothing else has
-          failed.
-        - RemoteError and ForeignError: the message, unless the cause has been logged already.
-        - Any other QedError: the message.
-        - Any other exception, which is a bug: the traceback; the errno is EIO.
-
-        The log is rate-limited (see the module).
+        Nothing is logged for a FUSEError, for a PastEndError, which is a mistake of the program,
+        and if the cause has been logged already.  An exception other than a QedError is a bug: its
+        traceback is logged, and the errno is EIO.
 
         Args:
             inode: The inode number of the disk or directory to which the request was made.
@@ -83,11 +73,7 @@ class RequestErrors:
         return errno.EIO
 
     def _log_error(self, inode: int, error: QedError) -> None:
-        """Log the message of an error of a disk.
-
-        Nothing is logged for a PastEndError, nor for an error whose cause has been logged: an
-        outage of a server, or the end of qemu-nbd.
-        """
+        """Log the message of an error, except a PastEndError or if its cause has been logged."""
         if isinstance(error, PastEndError) or (
             isinstance(error, RemoteError | ForeignError) and error.is_logged
         ):
@@ -104,11 +90,7 @@ class RequestErrors:
             _log.error("%s", message, exc_info=error)
 
     def _register(self, inode: int, message: str) -> bool:
-        """Register a message of a disk; return whether the caller must log the message in full.
-
-        If the result is False, the next summary counts the message, and the caller must not log
-        the message.
-        """
+        """Return whether the caller must log a message in full; if not, count it for a summary."""
         logged = self._logged.setdefault(inode, set())
         if message not in logged and len(logged) < _MAX_MESSAGES_PER_DISK:
             logged.add(message)
@@ -121,8 +103,7 @@ class RequestErrors:
     async def log_summaries(self) -> None:
         """Log summaries of the errors that are not logged in full, until cancelled.
 
-        A summary is logged a minute after the first error that it reports.  When the task is
-        cancelled, it logs a last summary of the errors since the previous summary.
+        A summary comes a minute after the first error that it reports, or when the task ends.
         """
         try:
             while True:
@@ -133,10 +114,7 @@ class RequestErrors:
             self._summarize()
 
     def _summarize(self) -> None:
-        """Log for each disk how many errors since the last summary were not logged in full.
-
-        For a disk without such an error, nothing is logged.
-        """
+        """Log for each disk how many errors since the last summary were not logged in full."""
         self._error_dropped = trio.Event()
         for inode, count in self._dropped.items():
             exported = self._disks.get(inode)
@@ -165,9 +143,8 @@ def answered(
 ) -> Callable[Concatenate[H, P], Coroutine[Any, Any, T]]:
     """Decorate the handler of a request so that all its errors become FUSEErrors.
 
-    A FUSEError of the handler is passed on, and so is a cancellation.  `RequestErrors.to_errno`
-    converts any other exception, and logs it if necessary.  If ``debug`` is set, each request and
-    each FUSEError of the handler are logged.
+    A FUSEError and a cancellation are passed on; `RequestErrors.to_errno` converts any other
+    exception.  If ``debug`` is set, each request and each FUSEError are logged.
     """
 
     @functools.wraps(method)
@@ -189,20 +166,13 @@ def answered(
 
 
 def _inode_of(args: Sequence[object]) -> int:
-    """Return the inode number of a request, from the first argument of its handler.
-
-    This argument is an inode number or a file handle.  If it is of another type, the result is the
-    inode number of the root.
-    """
+    """Return the inode number of a request, whose first argument is an inode number or handle."""
     first = args[0] if args else None
     return first & ~HANDLE_FLAGS if isinstance(first, int) else pyfuse3.ROOT_INODE
 
 
 def _shown(args: Sequence[object]) -> str:
-    """Return the arguments of a request as a text for the log.
-
-    Only integers and byte strings are shown; of a long byte string, only the length is shown.
-    """
+    """Return the integers and byte strings among the arguments as a text for the log."""
     return str(
         tuple(f"<{len(arg)} bytes>" if isinstance(arg, bytes) and len(arg) > _MAX_SHOWN_BYTES
               else arg for arg in args if isinstance(arg, int | bytes))

@@ -1,4 +1,4 @@
-"""Opening the disk of a source: either the image itself, or an overlay that takes the writes."""
+"""Opening the disk of a source: the image itself, or an overlay that takes the writes."""
 
 from __future__ import annotations
 
@@ -51,10 +51,8 @@ def disk_options(options: MountOptions) -> OpenOptions:
 def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager[Disk]:
     """Return a context manager that keeps the disk of the image at ``path`` open during its block.
 
-    Returns:
-        A context manager for the disk of a temporary overlay of the image (``snapshot``), of the
-        overlay that the user named (``overlay``), or of the image itself.  Entering the block
-        raises QedError if the disk cannot be opened or an overlay cannot be made.
+    The disk is that of a temporary overlay (``snapshot``), of a named overlay (``overlay``), or of
+    the image itself.  Entering the block raises QedError after a failure.
     """
     if options.snapshot:
         return _open_snapshot(path, options)
@@ -64,22 +62,14 @@ def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager
 
 
 def _snapshot_directory() -> str:
-    """Return the directory for snapshots: ``TMPDIR`` if that is a directory, otherwise /var/tmp.
-
-    The default is not /tmp, because a snapshot may become large, and /tmp is often in memory.
-    """
+    """Return the directory for snapshots, by default not /tmp, which is often in memory."""
     chosen = os.environ.get("TMPDIR")
     return chosen if chosen and os.path.isdir(chosen) else "/var/tmp"  # noqa: PTH112, S108  mkdtemp
 
 
 @asynccontextmanager
 async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
-    """Open the image itself.
-
-    Raises:
-        QedError: The image cannot be opened.  If the host does not permit a writable open, the
-            message suggests ``-o ro``, except if the server of a backing file has refused.
-    """
+    """Open the image itself; if the host forbids writing, suggest ``-o ro`` in the error."""
     is_open = False
     try:
         async with open_disk(path, disk_options(options), inspector=inspect_image) as disk:
@@ -95,12 +85,7 @@ async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
 
 @asynccontextmanager
 async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk]:
-    """Make and open a temporary overlay, and unlink its file immediately after the open.
-
-    Raises:
-        HostError: The overlay cannot be made.
-        QedError: The image cannot be opened.
-    """
+    """Make and open a temporary overlay, and unlink its file immediately after the open."""
     directory = _snapshot_directory()
     try:
         temporary = tempfile.mkdtemp(prefix="qedfuse-", dir=directory)
@@ -109,12 +94,11 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
     overlay = os.path.join(temporary, "snapshot.qed")  # noqa: PTH118
     try:
         await _make_overlay(overlay, path, options)
-        # The overlay is not compacted at its close, because the kernel frees the whole file of
-        # the overlay after the close.
+        # The overlay is not compacted at its close, because it vanishes then.
         snapshot_options = replace(_overlay_options(path, options), compact="off")
         async with open_disk(overlay, snapshot_options, inspector=inspect_image) as disk:
-            # The file is unlinked now.  So the kernel frees the space of the file when this process
-            # ends, even if it crashes.
+            # The kernel frees the space of the unlinked file when this process ends, even if it
+            # crashes.
             shutil.rmtree(temporary, ignore_errors=True)
             yield disk
     finally:
@@ -123,12 +107,9 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
 
 @asynccontextmanager
 async def _open_overlay(path: str, overlay: str, options: MountOptions) -> AsyncIterator[Disk]:
-    """Open the overlay that the user named; make the overlay if it is missing.
+    """Open the overlay that the user named; make it if it is missing.
 
-    Raises:
-        UsageError: The overlay exists, and the image at ``path`` is not its backing file; or the
-            image's URL has a query that may hold a secret, which would be stored in the overlay.
-        QedError: The overlay or the image cannot be opened, or the overlay cannot be made.
+    An image's URL with a query is refused, because the overlay would store a secret in the query.
     """
     require_storable(path, " (-o snapshot makes an overlay that exists only during the mount)")
     if os.path.lexists(overlay):  # noqa: ASYNC240  no request is served yet, so this may block
@@ -140,21 +121,13 @@ async def _open_overlay(path: str, overlay: str, options: MountOptions) -> Async
 
 
 def _overlay_options(source: str, options: MountOptions) -> OpenOptions:
-    """Return the options for opening an overlay of ``source``.
-
-    The source is allowed as the backing file in any directory, because the user has named the
-    source (`BackingPolicy.trusted`).
-    """
+    """Return the options for opening an overlay of ``source``, which is allowed as its base."""
     without_source = disk_options(options)
     return replace(without_source, backing=replace(without_source.backing, trusted=source))
 
 
 async def _make_overlay(overlay: str, source: str, options: MountOptions) -> None:
-    """Make an empty overlay of a source, with the geometry of the source.
-
-    Raises:
-        QedError: The source is not a usable image, or the overlay cannot be made.
-    """
+    """Make an empty overlay of a source, with the geometry of the source."""
     # Imported late, because most mounts make no overlay.
     from qedfuse.disk.creation.create import create_image  # noqa: PLC0415
     from qedfuse.disk.creation.emptyimage import EmptyImage  # noqa: PLC0415
@@ -163,8 +136,8 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
     source_options = replace(disk_options(options), writable=False)
     async with open_disk(source, source_options) as disk:
         files = [layer.file for layer in disk.chain.layers]
-        # If the source is not a QED image, `open_disk` puts an empty image in memory over the
-        # source.  The image in memory must not become a base.
+        # If the source is not a QED image, `open_disk` puts an empty image in memory over it, which
+        # must not become a base.
         is_wrapped = isinstance(files[0], EmptyImage)
         await create_image(
             overlay,
@@ -179,13 +152,7 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
 
 
 async def _check_backing_file(overlay: str, source: str, options: MountOptions) -> None:
-    """Check that the backing file of an existing overlay is ``source``, a path or a URL.
-
-    Raises:
-        UsageError: The overlay has no backing file, or the backing file is another file.
-        BackingError: The backing file is missing or not accessible.
-        QedError: The overlay or the source cannot be opened.
-    """
+    """Raise an error if the backing file of an existing overlay is not ``source``."""
     with open_image_file(overlay, None) as file:
         header = await read_header(file)
         if not header.has_backing:

@@ -1,8 +1,8 @@
 """The filter of system calls (seccomp), which libseccomp makes.
 
-A call that is not permitted fails with EPERM, or with ENOSYS (`systemcalls.NOT_IMPLEMENTED`).  The
-call does not end the process, because a server that is killed loses the changes of tables that are
-not durable yet.  An attacker gains nothing from the error.
+A call that is not permitted fails with EPERM, or with ENOSYS (`systemcalls.NOT_IMPLEMENTED`).  It
+does not end the process, because a server that is killed loses changes of tables that are not
+durable yet.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _BINARY_TREE: Final = 2
 """The value of the attribute `_OPTIMIZE` that makes the filter search a binary tree."""
 
 _THREAD_FLAGS: Final = 0x100 | 0x10000
-"""CLONE_VM and CLONE_THREAD: clone(2) with these two flags makes a thread, never a process."""
+"""CLONE_VM and CLONE_THREAD, with which clone(2) makes a thread, never a process."""
 _TYPE_MASK: Final = 0xF
-"""The bits of the second argument of socketpair(2) that are not flags (SOCK_TYPE_MASK)."""
+"""The bits of the second argument of socketpair(2) without the flags (SOCK_TYPE_MASK)."""
 _SET_NAME: Final = 15
 """PR_SET_NAME, which names a thread."""
 _FIRST, _SECOND, _THIRD, _FIFTH = 0, 1, 2, 4
@@ -59,10 +59,10 @@ class CallNeeds:
     """The system calls that a mount needs besides those that every mount needs.
 
     Attributes:
-        network: Whether the mount needs sockets for servers on a network.
-        host: Whether the mount needs Unix sockets, for servers on this host.
-        kill: Whether the mount needs calls that send signals, to end qemu-nbd.
-        modes: The permissions that the filter allows chmod(2) to set; empty for none.
+        network: Whether sockets for servers on a network are needed.
+        host: Whether Unix sockets, for servers on this host, are needed.
+        kill: Whether calls that send signals, to end qemu-nbd, are needed.
+        modes: The permissions that chmod(2) may set; empty for none.
         log: Whether the kernel logs refused calls (audit).
     """
 
@@ -119,7 +119,7 @@ class CallFilter:
         _require(self._library.seccomp_attr_set(self._context, attribute, ctypes.c_uint32(value)))
 
     def load(self) -> None:
-        """Put the filter into force for all threads; afterwards the object cannot be used any more.
+        """Put the filter into force for all threads, which ends the use of this object.
 
         Raises:
             OSError: The kernel refused.
@@ -156,14 +156,13 @@ def _rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
 
 def _socket_rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
     """Yield the rules for making and connecting sockets, as `_rules` does."""
-    # For each request to the unmounter, a helper process, the server makes a pair of sockets.
+    # Each request to the unmounter, a helper process, makes a pair of sockets.
     yield (
         "socketpair",
         _ALLOW,
         [_Comparison(_SECOND, _MASKED_EQUAL, _TYPE_MASK, socket.SOCK_SEQPACKET)],
     )
-    # On some architectures the C library makes send(2) by sendto(2) without an address; the data
-    # goes to the peer of the connection.
+    # On some architectures the C library makes send(2) by sendto(2) without an address.
     yield "sendto", _ALLOW, [_Comparison(_FIFTH, _EQUAL, 0, 0)]
     families = (
         *(_FAMILIES_OF_NETWORKS if needs.network else ()),

@@ -41,8 +41,8 @@ def find_record(device: str, user: int) -> FoundRecord | None:
         user: The uid of the user who has mounted.
 
     Returns:
-        The record; if there are several, the record of the mount that was made last.  None if
-        there is no record.  Directories to which others than ``user`` can write are not searched.
+        The record of the latest mount, or None.  Directories to which others than ``user`` can
+        write are not searched.
 
     Raises:
         HostError: A directory or a record cannot be read, and no record of the mount was found.
@@ -63,33 +63,19 @@ def find_record(device: str, user: int) -> FoundRecord | None:
                 failure = HostError.from_os(error, printable(str(directory)), _CANNOT_READ)
     if failure is not None and not records:
         raise failure
-    # The kernel reuses device numbers, so there may be records of earlier mounts with the same
-    # number.  The record with the latest mount time is returned.  The start times of the servers
-    # are compared only if no mount time was recorded, because the order of the starts can differ
-    # from the order of the mounts: a server may wait for another machine before it mounts.
+    # The kernel reuses device numbers, so records of earlier mounts may have the same number.  The
+    # start times of the servers decide only without mount times: a server may wait for another
+    # machine before it mounts, so the servers can mount in another order than they started.
     return max(records, key=_mount_order, default=None)
 
 
 def _mount_order(found: FoundRecord) -> tuple[int, int]:
-    """Return the key that sorts records by the times of their mounts, the earliest first.
-
-    Records without a mount time come before all others, sorted by the start times of their servers.
-    """
+    """Return the key that sorts records by mount time, and those without one first, by start."""
     return found.record.mounted, found.record.started
 
 
 def _records_in(directory: Path, device: str, user: int) -> Iterator[FoundRecord | HostError]:
-    """Yield the records of a mount in one directory, or an error for each that cannot be read.
-
-    Args:
-        directory: The directory.
-        device: The device number of the mount, ``MAJOR:MINOR``.
-        user: The user who has mounted.
-
-    Raises:
-        OSError: The directory is missing or cannot be read.
-        PrivilegeError: The directory has another owner, or others can write to it.
-    """
+    """Yield the records of a mount in one directory, or an error for each that cannot be read."""
     fd = open_directory(directory, user, make=False)
     try:
         for name in os.listdir(fd):  # noqa: PTH208  of a descriptor
@@ -114,9 +100,8 @@ def take_record(path: Path, user: int) -> MountRecord | None:
         user: The user who has mounted.
 
     Returns:
-        The record, even if its file cannot be removed.  None if the file is gone or has no valid
-        record any more, or if others than ``user`` can write to its directory; then nothing is
-        removed.
+        The record, even if its file cannot be removed.  None if the file has no valid record any
+        more, or if others than ``user`` can write to its directory.
 
     Raises:
         HostError: The directory or the file cannot be read.
@@ -132,8 +117,8 @@ def open_record_directory(path: Path, user: int) -> int | None:
         user: The user who has mounted.
 
     Returns:
-        A descriptor of the directory.  None if the directory is gone, or if others than ``user``
-        can write to it.
+        A descriptor of the directory.  None if it is gone, or if others than ``user`` can write to
+        it.
 
     Raises:
         HostError: The directory cannot be opened.
@@ -142,14 +127,7 @@ def open_record_directory(path: Path, user: int) -> int | None:
 
 
 def _unless_gone(function: Callable[[], T], path: Path) -> T | None:
-    """Return the result of a function that uses the directory of a record.
-
-    Returns None if the directory or the record at ``path`` is gone, or if others than the user who
-    has mounted can write to the directory.
-
-    Raises:
-        HostError: A system call failed for another reason.
-    """
+    """Return the result of a function; None if the record is gone or its directory not private."""
     try:
         return function()
     except PrivilegeError:
@@ -161,12 +139,7 @@ def _unless_gone(function: Callable[[], T], path: Path) -> T | None:
 
 
 def _take(path: Path, user: int) -> MountRecord | None:
-    """Read a record, remove its file, and return the record, as `take_record` does.
-
-    Raises:
-        OSError: The directory is missing, or the directory or the file cannot be read.
-        PrivilegeError: The directory has another owner, or others can write to it.
-    """
+    """Read a record, remove its file, and return the record."""
     fd = open_directory(path.parent, user, make=False)
     try:
         record = read_record(fd, path.name, user)

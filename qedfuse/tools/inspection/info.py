@@ -1,8 +1,7 @@
 """The description of an image, which may be broken or untrusted.
 
-Only the image itself is opened, not its backing file.  Only the header, the name of the backing
-file and the L1 table are read.  Neither numpy nor trio is imported, because loading them would
-take longer than the reads.
+Of the image only the header, the name of the backing file and the L1 table are read.  Neither numpy
+nor trio is imported, because loading them would take longer than the reads.
 """
 
 from __future__ import annotations
@@ -46,11 +45,9 @@ class QedInfo:
 
     Attributes:
         header: All fields of the header, valid or invalid.
-        backing: The backing file that the header names; None if the header names none, or
-            the name cannot be read.
-        problems: All errors and unusual properties that were found; empty if none were found.
-        l2_tables: Number of L1 entries that are not 0, valid or invalid; None if not all L1
-            entries in the file were read.
+        backing: The backing file; None if the header names none, or the name cannot be read.
+        problems: All errors and unusual properties that were found.
+        l2_tables: Number of L1 entries that are not 0; None if not all of them were read.
     """
 
     header: RawHeader
@@ -60,23 +57,17 @@ class QedInfo:
 
     @property
     def readable(self) -> bool:
-        """Whether the header is valid, so that the tables can be read."""
+        """Whether the header is valid."""
         return not self.header.problems
 
     @property
     def mountable(self) -> bool:
-        """Whether the image itself permits a mount: False if a problem is `Problem.fatal`.
-
-        The backing file is not examined, so a mount can still fail.
-        """
+        """Whether the image permits a mount; the backing file is not examined."""
         return not any(problem.fatal for problem in self.problems)
 
     @property
     def sound(self) -> bool:
-        """Whether all L1 entries in the file were read and are valid, and no L2 tables overlap.
-
-        The entries of the L2 tables are not examined.
-        """
+        """Whether all L1 entries were read and are valid; L2 tables are not examined."""
         return self.l2_tables is not None and not any(
             problem.code in L1_DAMAGE for problem in self.problems
         )
@@ -98,10 +89,7 @@ class QedInfo:
 
     @property
     def backing_escapes(self) -> bool:
-        """Whether the backing file may lie outside the image's directory.
-
-        False if `backing` is None.
-        """
+        """Whether there is a backing file that may lie outside the image's directory."""
         return self.backing.escapes if self.backing is not None else False
 
     @property
@@ -132,8 +120,8 @@ class ImageInfo:
     Attributes:
         path: Path or URL by which the file was opened.
         format: ``qed``, ``raw``, or the name that QEMU has for another format.
-        virtual_size: Size of the disk; None if a QED file ends before the header field
-            ``image_size``.  For a raw file, the length of the file, rounded up to whole sectors.
+        virtual_size: Size of the disk, in whole sectors for a raw file; None if the file ends
+            before the header field ``image_size``.
         file_size: Length of the file.
         disk_usage: Space that the file uses where it is stored.
         qed: The description of a QED image; None for all other files.
@@ -173,8 +161,7 @@ def describe(
 ) -> ImageInfo:
     """Return the description of a file, even of an image that cannot be mounted.
 
-    If the host cannot read the L1 table or the name of the backing file, the call does not fail: a
-    `Problem` in the description says so.
+    If the L1 table or the name of the backing file cannot be read, a `Problem` says so.
 
     Args:
         path: The file.
@@ -184,9 +171,8 @@ def describe(
 
     Raises:
         UsageError: The file is a URL, which `qedfuse.tools.inspection.chaininfo` can describe.
-        NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
-            ``image_format`` is ``qed`` and the file has no QED magic.
-        ImageInUseError: Another program holds a lock that conflicts with ``lock``.
+        NotQedError: The file has no QED magic although ``image_format`` is ``qed``, or it is of a
+            foreign format.
         QedError: The file cannot be opened, or its beginning cannot be read.
     """
     require_local(path)
@@ -212,8 +198,7 @@ def describe_open(
         allowed: The prefixes of URLs that the user has allowed for backing files.
 
     Raises:
-        NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
-            ``image_format`` is ``qed`` and the file has no QED magic.
+        NotQedError: See `describe`.
         OSError: The beginning of the file cannot be read.
         RemoteError: The file is a URL, and the server does not give what is needed.
     """
@@ -243,9 +228,8 @@ def describe_open(
 def _read_backing(image: ImageReader, raw: RawHeader, path: str) -> BackingName | str | None:
     """Read and resolve the name of the backing file.
 
-    If the host cannot read the name, the result is a text that says why.  The result is None if
-    the image names no backing file, if the header is incomplete or its geometry is invalid, or if
-    the offset or length of the name is invalid.
+    Returns a text with the reason if the host cannot read the name.  Returns None if the header has
+    no valid name.
     """
     header = raw.header
     refused = {getattr(error, "field", "") for error in raw.problems}

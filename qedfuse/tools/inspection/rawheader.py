@@ -19,16 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _MAX_PROBLEMS: Final = 16
-"""Maximum number of errors that are reported, which ensures that the search for errors ends.
-
-A header has fewer fields, so the maximum hides no error.
-"""
+"""Maximum number of errors that are reported, more than a header has fields."""
 
 _GEOMETRY_FIELDS: Final = frozenset(SIZE_LIMITS)
-"""The fields with the sizes of clusters and tables.
-
-If one of these sizes is invalid, the offsets and sizes in the other fields cannot be examined.
-"""
+"""The fields with the sizes of clusters and tables, without which others cannot be examined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +56,10 @@ class RawHeader:
 
     Attributes:
         fields: The fields that lie wholly in the file, in order.
-        problems: An error for each invalid field, with a message of one line; empty if the
-            header is valid.  If the geometry (the sizes of clusters and tables) is invalid, other
-            errors may be missing.
+        problems: An error for each invalid field; empty if the header is valid.  If the geometry
+            is invalid, other errors may be missing.
         header: The fields as a header, even if some are invalid.  None if the file ends within
-            the header, or the geometry is invalid; in both cases the tables cannot be found.
+            the header, or the geometry is invalid.
         values: The values of ``fields`` by name.
     """
 
@@ -80,10 +73,9 @@ class RawHeader:
         object.__setattr__(self, "values", {item.name: item.value for item in self.fields})
 
     def bits(self, name: str) -> Bits:
-        """Return the bits that are set in the field ``name``.
+        """Return the bits that are set in the field ``name``; none if the file is too short.
 
-        If the file is too short for the field, no bit is set.  Only bits of the field
-        ``features`` have names.  In all other fields, each bit that is set counts as unknown.
+        Only bits of the field ``features`` have names; others count as unknown.
         """
         value = self.values.get(name, 0)
         known = tuple(Feature) if name == "features" else ()
@@ -129,18 +121,12 @@ def _has_geometry(values: Mapping[str, int]) -> bool:
 
 
 def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
-    """Yield all errors because of which qedfuse would refuse the image, not only the first one.
+    """Yield all errors because of which qedfuse would refuse the image.
 
-    `parse_header` raises only the first error.  So after each error, the invalid value is
-    replaced by a valid one, and the header is parsed again.  In this way `parse_header` is
-    the only place that has the rules.  After an error in the geometry no further errors are
-    searched for.  `Header.check_fits` is not called with a replaced offset of the L1 table,
-    because an error about this offset would not be about the stored value.
-
-    Args:
-        data: The whole header.
-        file_size: Length of the file in bytes.
-        name: Name of the file in messages.
+    `parse_header` has the rules, but raises only the first error.  So after each error, the invalid
+    value is replaced by a valid one, and the header is parsed again.  After an error in the
+    geometry the search ends.  `Header.check_fits` is not called with a replaced offset of the L1
+    table, because its error would not be about the stored value.
     """
     fields = HEADER_STRUCT.parse(data)
     l1_was_replaced = False
@@ -163,11 +149,11 @@ def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
 
 
 def _make_valid(fields: Any, name: str) -> None:  # noqa: ANN401  construct's own kind of record
-    """Replace the value of a refused field by a value with which other fields can be validated."""
+    """Replace a refused value by one with which other fields can be validated."""
     cluster_size = fields.cluster_size
     if name == "l1_table_offset":
-        # The offset is limited to the highest valid offset, so that it is valid even if
-        # header_size is too large.  A header_size that is too large is reported separately.
+        # The highest valid offset is the limit, so that the offset is valid even if header_size is
+        # too large, which is reported separately.
         highest = MAX_OFFSET // cluster_size * cluster_size
         fields.l1_table_offset = min(max(1, fields.header_size) * cluster_size, highest)
     elif name == "header_size":

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 _EXTENTS_PER_CALL: Final = 1 << 14
-"""`RawSource.extents` stops when it has found this number of extents, or one extent more."""
+"""`RawSource.extents` stops at this number of extents, or one extent later."""
 
 
 class BlockingReader(Protocol):
@@ -78,22 +78,18 @@ class Source(Protocol):
     async def extents(self, start: int, length: int) -> list[Extent]:
         """Return how a range is stored, as extents in order and without gaps.
 
-        The extents end at the end of the disk at the latest.  They may cover only the beginning
-        of the range, so that the list has a limited length.  The list is empty only if the
-        range is empty, or begins at or past the end of the disk.
+        The extents may cover only the beginning of the range.  The list is empty only if the range
+        is empty, or begins at or past the end of the disk.
 
-        An invalid table entry raises no error, but gives an extent of kind `Kind.BAD`.  The file
-        offset and the depth of an extent are meaningful only for the kind `Kind.DATA`.
+        An invalid table entry gives an extent of kind `Kind.BAD`.  The file offset and the depth of
+        an extent are meaningful only for the kind `Kind.DATA`.
 
         Raises:
             HostError: The host cannot read a file.
         """
 
     def layer_files(self) -> Sequence[ReadableFile]:
-        """Return the open files of all layers, by depth.
-
-        The file offset of a data extent refers to the file at the extent's depth.
-        """
+        """Return the open files of all layers; a data extent refers to the file at its depth."""
 
 
 class RawSource:
@@ -102,7 +98,7 @@ class RawSource:
     format: ImageFormat = "raw"
 
     def __init__(self, file: ReadableFile, size: int, *, is_device: bool = False) -> None:
-        """Prepare to read an open file of ``size`` bytes; the caller must close the file later."""
+        """Prepare to read an open file of ``size`` bytes, which the caller closes later."""
         self._file = file
         self.path = file.path
         self.name = file.name
@@ -147,16 +143,14 @@ async def open_source(
     A block device or a URL is not locked.
 
     Args:
-        path: An image, or a regular file or block device with raw content; or a URL.
+        path: An image, a file or block device with raw content, or a URL.
         format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the file; ``writable`` is ignored.  None for the defaults.
 
     Raises:
         UsageError: The URL is not valid.  Or the format is ``auto``, and the disk is encrypted by
-            LUKS.  Or the format is ``auto``, and a URL or a block device has an image of a foreign
-            format.
-        ForeignError: The format is ``auto``, the file is of a format that QEMU reads, and QEMU
-            fails or is missing.
+            LUKS, or is a URL or a block device with an image of a foreign format.
+        ForeignError: QEMU, which must read the file, fails or is missing.
         QedError: The file or a base cannot be opened or locked, is not of the stated format, or
             has an invalid header.  Or the backing policy refuses a base.
     """
@@ -200,12 +194,8 @@ async def open_source(
 
 @asynccontextmanager
 async def _qed_source(file: HostFile, path: str, options: OpenOptions) -> AsyncIterator[QedSource]:
-    """Open the disk of the image in an open file; ``path`` is the path or URL of the file.
-
-    Raises:
-        QedError: See `open_source`.
-    """
-    # Imported late, because loading these modules takes time, and a raw source does not need them.
+    """Open the disk of the image in an open file; ``path`` is the path or URL of the file."""
+    # Loading these modules takes time, and a raw source does not need them.
     from qedfuse.disk.opening import open_disk_in  # noqa: PLC0415  late, see above
     from qedfuse.tools.source.qedsource import QedSource  # noqa: PLC0415  late, see above
 
