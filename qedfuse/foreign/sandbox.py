@@ -1,9 +1,9 @@
 """Starting a program that can read only given files; a part of this module runs as a script.
 
-A new process must give up its rights itself, after fork and before the exec of the program.  In a
-process with several threads no Python code may run between fork and exec.  So this file is run as a
-script, which gives up the rights and then replaces itself by the program.  The file must import
-nothing of this project but `qedfuse.util.landlock`.
+A new process must give up its rights itself, after fork and before exec.  In a process with several
+threads no Python code may run between these two.  So this file is run as a script, which gives up
+the rights and then replaces itself by the program.  It must import nothing of this project but
+`qedfuse.util.landlock`.
 """
 
 from __future__ import annotations
@@ -34,21 +34,20 @@ _SYSTEM_PATHS = (
     *("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/local/lib"),
     *("/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store"),
 )
-"""What every program may read and execute: the directories of libraries, of QEMU's modules, and of
-the commands that a wrapper script of QEMU calls."""
+"""What every program may read and execute: libraries, QEMU's modules and commands of scripts."""
 _OWN_DIRECTORIES = ("lib", "lib64", "libexec")
-"""Where a program outside ``/usr`` has its libraries and modules.  For ``/opt/qemu/bin/qemu-nbd``
-the paths are relative to ``/opt/qemu``."""
+"""Where a program outside ``/usr`` has its libraries: for ``/opt/qemu/bin/qemu-nbd``, in these
+directories of ``/opt/qemu``."""
 
 FIRST_FILE_DESCRIPTOR = 100
 """The descriptor of the first file in the program; the next files have the next numbers."""
 
 _FIRST_TEMPORARY_DESCRIPTOR = 300
-"""Lowest number of the temporary copies of the descriptors.  Each copy is above all final numbers,
-so giving one descriptor its final number does not close a copy."""
+"""Lowest number of the temporary copies of descriptors.  It is above all final numbers, so giving
+one descriptor its final number does not close a copy."""
 
 _MAX_MESSAGE_BYTES = 64 << 10
-"""Maximum length of a file that the program writes: it writes only its messages to a file."""
+"""Maximum length of a file that the program writes, which are only its messages."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -62,19 +61,18 @@ def launch_command(
 ) -> list[str]:
     """Return the command that starts ``program`` with the right to read only the given files.
 
-    The program can also read and run programs and libraries (`_SYSTEM_PATHS`).  The kernel kills
-    the program when the thread that has started the command ends.  If the kernel has no Landlock,
-    the program can read all files of the user.
+    The program can also read and run programs and libraries (`_SYSTEM_PATHS`).  The kernel kills it
+    when the thread that has started the command ends.  Without Landlock in the kernel, it can read
+    all files of the user.
 
     Args:
         program: The program's absolute path and its arguments.
-        files: Descriptors of the files that the program may open for reading.  The command must
-            inherit the descriptors.  In the program they have the numbers from
-            `FIRST_FILE_DESCRIPTOR` on.
+        files: Descriptors of the files that the program may open for reading, which the command
+            must inherit.  In the program they have the numbers from `FIRST_FILE_DESCRIPTOR` on.
         listener: Descriptor of a listening socket, which the program gets as systemd would pass it;
-            None if the program needs no socket.
-        named: Descriptors of further files that the program may open, by their names.  The command
-            must inherit the descriptors; the program does not get them.
+            None for no socket.
+        named: Descriptors of further files that the program may open by their names, which the
+            command must inherit.
         cpu_seconds: Maximum processor time of the program in seconds; None for no limit.
     """
     parameters = {
@@ -90,26 +88,15 @@ def launch_command(
 
 
 def _raise_descriptor_limit() -> None:
-    """Raise the limit of open files to the hard limit: a VMDK image can have many extents.
-
-    Raises:
-        OSError: A system call failed.
-    """
+    """Raise the limit of open files to the hard limit: a VMDK image can have many extents."""
     maximum = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
 
 
 def _restrict(version: int, files: list[int], programs: list[str]) -> None:
-    """Give up all rights of this process on files, except reading given files and running programs.
+    """Give up all rights of this process on files, except to read ``files`` and run ``programs``.
 
-    Args:
-        version: The version of Landlock.
-        files: Descriptors of files that may still be opened for reading.
-        programs: Files and directories whose content may still be read and run; those that do not
-            exist are left out.
-
-    Raises:
-        OSError: The kernel refused.
+    The latter are files and directories; those that do not exist are left out.
     """
     rules = landlock.Ruleset(version)
     for fd in files:
@@ -123,11 +110,7 @@ def _restrict(version: int, files: list[int], programs: list[str]) -> None:
 
 
 def _main(text: str) -> None:
-    """Give up rights, and replace this process by the program; see `launch_command`.
-
-    Raises:
-        OSError: The kernel refused, or there is no such program.
-    """
+    """Give up rights, and replace this process by the program; see `launch_command`."""
     parameters = json.loads(text)
     program = parameters["program"]
     landlock.check_result(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
@@ -144,8 +127,8 @@ def _main(text: str) -> None:
     listeners = [] if parameters["listener"] is None else [parameters["listener"]]
     given = (*parameters["files"], *parameters["named"], *listeners)
     opened = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_TEMPORARY_DESCRIPTOR) for fd in given]
-    # The program must not inherit the originals.  closerange leaves those open that have numbers
-    # above the range, so all are marked to be closed by execve.
+    # The program must not inherit the originals.  closerange does not reach the highest numbers, so
+    # all are marked to be closed by execve.
     for fd in given:
         os.set_inheritable(fd, False)  # noqa: FBT003
     os.closerange(3, _FIRST_TEMPORARY_DESCRIPTOR)

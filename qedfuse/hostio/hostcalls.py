@@ -1,12 +1,11 @@
 """Calls on the host's files that may block, as async functions.
 
 While such a call waits for the host's disk, or for the lock of an inode, the event loop serves
-other requests.  A thread makes the call: a native thread (`NativeCalls`), or a thread of trio
-(`ThreadCalls`) if the C extension for native threads was not built.  With the environment variable
-``QEDFUSE_HOST_CALLS`` set to ``threads`` the extension is not used.
+other requests.  A native thread (`NativeCalls`) makes the call, or a thread of trio (`ThreadCalls`)
+if the C extension was not built or ``QEDFUSE_HOST_CALLS`` is ``threads``.
 
-A mount has a third way for short reads, a queue of the kernel (``mount/fuse/_queuedread.c``).  The
-queue is not used if the variable is set to ``threads`` or ``native``.
+For short reads a mount has a third way, a queue of the kernel (``mount/fuse/_queuedread.c``),
+unless the variable is ``threads`` or ``native``.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 HOST_CALLS_VARIABLE: Final = "QEDFUSE_HOST_CALLS"
-"""Name of the environment variable; its values with a meaning are `THREADS` and `NATIVE`."""
+"""Name of the environment variable."""
 THREADS: Final = "threads"
 """Value: threads of trio make all calls."""
 NATIVE: Final = "native"
@@ -36,11 +35,10 @@ class HostCalls(Protocol):
     """Makes calls on open descriptors of regular files, for the tasks of one event loop.
 
     Each async method returns when the call has ended, even if the task is cancelled during the
-    call.  A task that was cancelled before the call does not make it.  Offsets, lengths and sizes
-    are in bytes.
+    call.  Offsets, lengths and sizes are in bytes.
 
     Raises:
-        OSError: The kernel refused, or there is no thread that could make the call.
+        OSError: The kernel refused, or no thread could make the call.
     """
 
     @property
@@ -59,11 +57,10 @@ class HostCalls(Protocol):
         """Return whether there is a finished call that `deliver` has not delivered."""
 
     def deliver(self) -> None:
-        """Resume the tasks whose calls are finished, and report the end of started reads.
+        """Resume the tasks whose calls are finished, and call ``ended`` of finished reads.
 
-        The end of a read is reported to the ``ended`` of its `start_read` or `start_export_read`.
-        Without a call of this method, the event loop does the same before it next sleeps.  So a
-        task that keeps the event loop from sleeping should call this method.
+        The event loop does the same before it next sleeps.  So a task that keeps the event loop
+        from sleeping should call this method.
         """
 
     def start_read(
@@ -79,8 +76,7 @@ class HostCalls(Protocol):
         Args:
             fd: The descriptor, which must stay open until ``ended`` is called.
             offset: File offset.
-            view: The buffer.  The caller must not change it before the C function in ``answer``
-                has returned.
+            view: The buffer, which must not change before the C function has returned.
             answer: A capsule with the C function that the thread calls at the end of the read;
                 see ``_iothreads.c``.
             ended: Called in the event loop with the number of bytes read, or a negative errno,
@@ -99,7 +95,7 @@ class HostCalls(Protocol):
 
         Args:
             fd: A connection that no other thread uses, and on which the server sends simple
-                replies.  After a read that failed, the connection must not be used again.
+                replies.  After a failed read it must not be used again.
             offset: Offset in the export.
             view: See `start_read`.
             answer: See `start_read`.
@@ -110,8 +106,8 @@ class HostCalls(Protocol):
         """Fill ``view`` from a file offset, as far as the file reaches.
 
         Returns:
-            The number of bytes read, which is less than the length of ``view`` only if the file
-            ends earlier; and the seconds that the system call took.
+            The number of bytes read, less than the length of ``view`` only if the file ends
+            earlier; and the seconds that the system call took.
         """
 
     async def write(self, fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
@@ -137,8 +133,7 @@ def host_calls() -> HostCalls:
     """Return the object that makes the calls of the current event loop.
 
     Raises:
-        OSError: The host refused an eventfd, which the first call of this function in an event
-            loop makes.
+        OSError: The host refused an eventfd, which the first call in an event loop makes.
     """
     try:
         return _calls.get()

@@ -1,8 +1,7 @@
 """Option ``prefetch=all``: fetching all data of remote files that the disks of a mount can need.
 
-`Prefetch.run` is a task that begins when the mount is ready.  The task fetches the tables of all
-files, then their data.  The task begins no request while a reader waits for a server, nor shortly
-after the reader has got its data, because the reader will probably need further data soon.
+The tables of all files come first, then their data.  No request begins while a reader waits for a
+server, nor shortly afterwards, because the reader will probably need further data soon.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ _log = logging.getLogger(__name__)
 
 _MAX_REQUESTS: Final = 3
 """Maximum number of requests of 1 MiB that the prefetch has in flight.  For each file at most 4
-requests ahead of the readers are in flight (`qedfuse.remote.fetchthreads`).  So at least one of the
-4 stays free for the read-ahead of sequential readers."""
+are in flight ahead of the readers (`qedfuse.remote.fetchthreads`), so at least one stays free for
+sequential readers."""
 _QUIET_SECONDS: Final = 0.1
-"""A request begins only when no reader has waited for a server during the last 0.1 s."""
+"""Time without a waiting reader before a request begins."""
 _PAUSE_SECONDS: Final = 30.0
 """Time between a failure of a server and the prefetch's next attempt."""
 
@@ -52,9 +51,8 @@ class Prefetch:
     async def run(self) -> None:
         """Fetch all that is needed, and log the end.
 
-        After a failure of a server the task waits for `_PAUSE_SECONDS` and tries again.  The task
-        ends early if a server has another version of an object, or if the cache fails.  It also
-        ends early, without a message, if a file was closed because the mount ends.
+        After a failure of a server the task pauses and tries again.  It ends early if a server has
+        another version of an object, if the cache fails, or if the mount ends.
         """
         try:
             for file, units in self._files:
@@ -81,12 +79,7 @@ class Prefetch:
     async def _add_data(self, file: RemoteFile, units: NeededUnits) -> None:
         """Add the units that hold a file's data to ``units``; try again after a failure.
 
-        The caller must fetch the file's tables into the cache before.
-
-        Raises:
-            ObjectChangedError: The server has another version of the object.
-            RemoteError: The file was closed.
-            HostError: The cache cannot be read.
+        The file's tables must be in the cache.
         """
         while True:
             try:
@@ -97,13 +90,7 @@ class Prefetch:
                 return
 
     async def _fill(self, file: RemoteFile, units: NeededUnits) -> None:
-        """Fetch the units of a file; try again after a failure.
-
-        Raises:
-            CacheError: The cache has no space for a unit.
-            ObjectChangedError: The server has another version of the object.
-            RemoteError: The file was closed.
-        """
+        """Fetch the units of a file; try again after a failure."""
         while True:
             try:
                 await fill(
@@ -120,26 +107,19 @@ class Prefetch:
                 return
 
     async def _pause(self, file: RemoteFile, error: RemoteError) -> None:
-        """Wait after a failure of a server; the file has logged the failure.
-
-        Raises:
-            RemoteError: ``error``, if another attempt would fail too.
-        """
+        """Wait after a failure of a server; raise ``error`` if another attempt would fail too."""
         if isinstance(error, ObjectChangedError) or file.fetcher.is_closed:
             raise error
         await trio.sleep(_PAUSE_SECONDS)
 
     async def _wait_for_quiet(self) -> None:
-        """Wait until `_QUIET_SECONDS` have passed in which no reader waited for a server.
-
-        The call is always a checkpoint.
-        """
+        """Wait until no reader has waited for `_QUIET_SECONDS`; always a checkpoint."""
         await trio.lowlevel.checkpoint()
         while (quiet := self._quiet_seconds()) < _QUIET_SECONDS:  # noqa: ASYNC110  a time
             await trio.sleep(_QUIET_SECONDS - quiet)
 
     def _quiet_seconds(self) -> float:
-        """Return for how many seconds no reader of any of the files has waited for a server."""
+        """Return for how many seconds no reader of any of the files has waited."""
         return min((file.fetcher.quiet_seconds() for file, _ in self._files), default=math.inf)
 
     def _is_closed(self) -> bool:

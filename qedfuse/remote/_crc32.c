@@ -1,12 +1,12 @@
 /* The CRC-32 of zlib, computed with the carry-less multiplication of x86-64 processors.
  *
- * zlib itself computes it with tables, and takes six times as long.  The method is that of "Fast
- * CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction" (Intel, 2009), with the
- * constants for reflected bits.  Four accumulators of 128 bits are folded over the data, 64 bytes in
- * each step.  The four are then folded into one, and a Barrett reduction turns it into 32 bits.
+ * zlib itself takes six times as long.  The method is that of "Fast CRC Computation for Generic
+ * Polynomials Using PCLMULQDQ Instruction" (Intel, 2009), with the constants for reflected bits.
+ * Four accumulators of 128 bits are folded over the data, 64 bytes in each step.  The four are then
+ * folded into one, and a Barrett reduction turns it into 32 bits.
  *
- * The module cannot be imported on processors without this multiplication, or if neither gcc nor
- * clang has compiled it; its importer then uses zlib.
+ * The module cannot be imported on other processors, or if neither gcc nor clang has compiled it;
+ * its importer then uses zlib.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -32,7 +32,7 @@ static uint32_t by_bytes(uint32_t state, const uint8_t *bytes, size_t length)
     return state;
 }
 
-/* Fold an accumulator over the distance that belongs to `constants`, and add `next`. */
+/* Fold an accumulator over a distance, and add `next`. */
 __attribute__((target("pclmul,sse4.1"))) static inline __m128i fold(
     __m128i sum, __m128i constants, __m128i next)
 {

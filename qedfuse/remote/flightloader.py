@@ -28,8 +28,7 @@ class FlightLoader:
 
     Attributes:
         fetched_bytes: Number of bytes of the object that the server has sent.
-        requests: Number of requests that the server has answered with a range.  A request that is
-            repeated for the rest of its units counts once.
+        requests: Number of requests that the server has answered with a range.
         awaited_requests: Number of these requests for which a reader waited.
     """
 
@@ -64,15 +63,14 @@ class FlightLoader:
         self._buffers.clear()
 
     def close(self) -> None:
-        """Close the object (`RemoteObject.close`); do not log later failures as outages."""
+        """Close the object (`RemoteObject.close`); later failures are not logged as outages."""
         self._is_closed = True
         self._source.close()
 
     def missing(self, flight: Flight) -> list[int]:
-        """Return the units of a flight that must be fetched.
+        """Return the units of a flight that must be fetched; add those in the cache to its blocks.
 
-        These units are neither ready, nor in the blocks of the flight, nor intact in the cache.
-        Units that are intact in the cache are added to the blocks.
+        A unit need not be fetched if it is ready, in the blocks, or intact in the cache.
         """
         units = range(flight.first, flight.last + 1)
         missing = [unit for unit in units if not self._ready[unit] and unit not in flight.blocks]
@@ -86,10 +84,7 @@ class FlightLoader:
         return missing
 
     def fetch(self, flights: deque[Flight]) -> None:
-        """Fetch the missing units of adjacent flights.
-
-        Each flight is ended (``finish``), and removed from ``flights``.
-        """
+        """Fetch the missing units of adjacent flights; end each flight and remove it."""
         try:
             while flights:
                 parts = self._next_parts(flights)
@@ -104,8 +99,7 @@ class FlightLoader:
     def _next_parts(self, flights: Iterable[Flight]) -> list[range]:
         """Return the units that the next request must fetch: a range for each of its flights.
 
-        The request takes flights from the first one on, as long as their missing units are
-        adjacent.  Returns an empty list if the first flight needs no request.
+        The missing units of these flights are adjacent.  Empty if the first flight needs none.
         """
         parts: list[range] = []
         for flight in flights:
@@ -118,11 +112,7 @@ class FlightLoader:
     def _fetch_parts(self, flights: deque[Flight], parts: list[range]) -> None:
         """Fetch adjacent units with one request: a part for each of the first flights.
 
-        A flight ends, and is removed from ``flights``, when its part has been stored, or is held in
-        memory because the cache has refused it.
-
-        Raises:
-            RemoteError: The server does not give the units.
+        A flight ends, and is removed from ``flights``, when its part is stored or held in memory.
         """
         start = parts[0].start * UNIT_BYTES
         lengths = [
@@ -156,10 +146,7 @@ class FlightLoader:
             raise
 
     def _keep(self, flight: Flight, units: range, content: Buffer) -> None:
-        """Store units that were fetched for a flight, and add them to the blocks of the flight.
-
-        Units that cannot be stored are held in memory.
-        """
+        """Add fetched units to the blocks of a flight, and store them or hold them in memory."""
         blocks = dict(blocks_of(units.start, content))
         new = {
             unit: block

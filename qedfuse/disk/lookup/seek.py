@@ -20,18 +20,16 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.slices import Slice
 
 _FIRST_LOOKUP_BYTES: Final = 1 << 20
-"""Maximum length of the first lookup of a search; the maximum doubles with each further lookup.
+"""Maximum length of the first lookup of a search; doubled for each further lookup.
 
-The result is mostly near the start of the search.  So in most cases the first lookup finds it, and
-returns only few extents, because the lookup is short.
+The result is mostly near the start of the search, and a short lookup returns few extents.
 """
 
 
 async def next_data(chain: Chain, start: int) -> int | None:
     """Return the guest offset of the first data at or past ``start``; None if there is none.
 
-    None also if ``start`` is at or past the end of the disk.  Bad extents count as data, so
-    that a program that copies the disk gets the read error.
+    Bad extents count as data, so that a program that copies the disk gets the read error.
 
     Raises:
         HostError: The host cannot read a file.
@@ -40,10 +38,9 @@ async def next_data(chain: Chain, start: int) -> int | None:
 
 
 async def next_hole(chain: Chain, start: int) -> int:
-    """Return the guest offset of the first hole at or past ``start``.
+    """Return the guest offset of the first hole at or past ``start``, at most the disk's size.
 
-    A hole is a range of zeros that is not stored as data.  The end of the disk counts as a hole.
-    So the result is the disk's size if no other hole follows, or if ``start`` is past the end.
+    A hole is a range of zeros that is not stored as data.
 
     Raises:
         HostError: The host cannot read a file.
@@ -53,20 +50,14 @@ async def next_hole(chain: Chain, start: int) -> int:
 
 
 async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
-    """Find the first data at or past ``start``, or the first hole if ``data`` is False.
-
-    Returns the guest offset; None if there is none before the end of the disk.
-
-    Raises:
-        HostError: The host cannot read a file.
-    """
+    """Find the first data at or past ``start``, or the first hole; None before the disk's end."""
     size, step = chain.layers[0].size, _FIRST_LOOKUP_BYTES
     while start < size:
         # Data of the image itself contains no hole, so a search for a hole skips this data.
         end = start if data else await _past_data(chain, start)
         if end == start:
-            # No layer is looked up past the end of its slice of L2 entries.  So the lookup returns
-            # thousands of extents and not millions, even if all clusters are scattered.
+            # No layer is looked up past the end of its slice of L2 entries.  So even if all
+            # clusters are scattered, the lookup returns thousands of extents and not millions.
             end = min(start + step, await _lookup_end(chain, start))
             step *= 2
             for extent in await chain.extents(start, end - start):
@@ -79,14 +70,7 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
 
 
 async def _lookup_end(chain: Chain, start: int) -> int:
-    """Return the guest offset up to which a lookup that begins at ``start`` may reach.
-
-    The result is the lowest `_slice_end` of all QED layers whose disks reach past ``start``, or
-    the end of the chain's disk if that is lower.
-
-    Raises:
-        HostError: The host cannot read a table.
-    """
+    """Return how far a lookup may reach: the lowest `_slice_end` of the layers there."""
     end = chain.layers[0].size
     for layer in chain.layers:
         if isinstance(layer, QedLayer) and start < layer.size:
@@ -97,13 +81,8 @@ async def _lookup_end(chain: Chain, start: int) -> int:
 async def _slice_end(layer: QedLayer, start: int) -> int:
     """Return the guest offset where the slice of L2 entries for ``start`` ends.
 
-    If the L1 entry for ``start`` is 0 or bad, there is no such slice.  Then the result is where
-    the range of the next L1 entry that is not 0 begins.  Only one slice of the L1 table is
-    searched for this entry.  If all later entries of this slice are 0, the result is where the
-    range of its last entry ends.
-
-    Raises:
-        HostError: The host cannot read a table.
+    If the L1 entry for ``start`` is 0 or bad, there is no such slice.  Then the result is where the
+    range of the next L1 entry that is not 0 begins, or where the slice of L1 entries ends.
     """
     geometry = layer.geometry
     l1_index = geometry.l1_index(start)
@@ -119,11 +98,8 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
 async def _past_data(chain: Chain, start: int) -> int:
     """Return the guest offset at which the image's own data at ``start`` ends.
 
-    Only one slice of L2 entries is searched, so data may go on at the returned offset.  Bad L2
-    entries count as data.  Returns ``start`` if the image itself has no data there, or is raw.
-
-    Raises:
-        HostError: The host cannot read a table.
+    Only one slice of L2 entries is searched, so data may go on there.  Bad L2 entries count as
+    data.  Returns ``start`` if the image itself has no data there, or is raw.
     """
     top = chain.layers[0]
     if isinstance(top, QedLayer):
@@ -139,7 +115,7 @@ async def _past_data(chain: Chain, start: int) -> int:
 
 
 def _entries(slice_: Slice) -> NDArray[np.uint64]:
-    """Return the entries of a slice as an array, without copying them."""
+    """Return the entries of a slice as an array, without a copy."""
     return np.frombuffer(slice_.entries, np.uint64)
 
 
@@ -149,19 +125,13 @@ def _first_true(which: NDArray[np.bool_]) -> int:
 
 
 async def _within(chain: Chain, extent: Extent, *, data: bool) -> int | None:
-    """Find the first data in an extent, or the first hole if ``data`` is False.
-
-    Returns the guest offset; None if there is none in the extent.
-
-    Raises:
-        HostError: The host cannot search the file of a raw base for data or holes.
-    """
+    """Return the guest offset of the first data, or hole, in an extent; None without one."""
     if extent.kind is not Kind.DATA:
         return extent.start if data == (extent.kind is Kind.BAD) else None
     layer = chain.layers[extent.depth]
     if not isinstance(layer, RawLayer):
         return extent.start if data else None
-    # A lookup in a raw base returns data even for holes, so ask the host where the holes are.
+    # A lookup in a raw base returns data even for holes.
     find = layer.file.next_data if data else layer.file.next_hole
     found = await find(extent.file_offset)
     if found is None or found >= extent.file_offset + extent.length:

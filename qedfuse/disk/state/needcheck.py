@@ -39,10 +39,7 @@ class NeedCheck:
         scan: Scan,
         delay: float,
     ) -> None:
-        """Clear the bit ``delay`` seconds after the last change, while `run` runs.
-
-        If ``scan``, the scan for free clusters, was postponed, the first change starts it.
-        """
+        """Clear the bit ``delay`` seconds after the last change, while `run` runs."""
         self._layer = layer
         self._header_store = header_store
         self._writeback = writeback
@@ -60,18 +57,17 @@ class NeedCheck:
     async def changing(self) -> AsyncIterator[None]:
         """Write the bit, unless it is set; the caller may change tables inside the block.
 
-        The bit is written before the block is entered, without a datasync.  Nevertheless the
-        bit is durable before any table changes in the file, because each write-back cycle
-        runs a datasync before its first table write.
+        The bit is written without a datasync.  Nevertheless it is durable before any table changes
+        in the file, because each write-back cycle runs a datasync before its first table write.
 
         Raises:
             HostError: The header could not be written; the block is not entered.
         """
         self._changes_under_way += 1
         try:
-            # A bit that another task is still writing, or could not write, does not protect
-            # this change.  So this task also calls `HeaderStore.change`, which waits for the
-            # other task, and writes the bit unless the other task has succeeded.
+            # A bit that another task is still writing, or could not write, does not protect this
+            # change.  So this task also calls `HeaderStore.change`, which waits for the other task,
+            # and writes the bit if that task has failed.
             if not self.is_set:
                 await self._scan.before_table_change()
                 await self._header_store.change(lambda header: header.with_need_check(value=True))
@@ -86,13 +82,13 @@ class NeedCheck:
     def is_set(self) -> bool:
         """Whether the bit has been written to the file, so tables may change without `changing`.
 
-        The bit need not be durable yet.  False also while any change of the header is being
-        written, and after a failed change until another one has succeeded.
+        The bit need not be durable yet.  False also while the header is being written, and after a
+        failed change of it.
         """
         return self._header_store.value.need_check and self._header_store.persisted
 
     def note_change(self) -> None:
-        """Note that a table was changed without `changing`, which is allowed only if `is_set`."""
+        """Note a change of a table without `changing`, which is allowed only if `is_set`."""
         self._writeback.note_write()
         self._last_change = trio.current_time()
         self._changed.set()
@@ -100,9 +96,8 @@ class NeedCheck:
     async def clear(self) -> bool:
         """Make everything durable, then clear the bit; return whether the bit is clear now.
 
-        The bit stays set if the image is damaged, if a table has changed during the call or is
-        still being changed, or if the disk has become read-only.  The cleared bit has been written
-        but is not durable: the next flush makes it durable.
+        The bit stays set if the image is damaged, if tables are being changed, or if the disk has
+        become read-only.  The next flush makes the cleared bit durable.
 
         Raises:
             QedError: A system call failed; the bit is not cleared (D7).
@@ -110,9 +105,8 @@ class NeedCheck:
         await self._flusher.flush()
         if self._layer.damaged:
             # For example, an entry may have pointed past the end of the file, and the file may
-            # have grown over the target of this entry since.  To the next program that opens the
-            # image, the entry would look valid.  So if the bit is set, it stays set, to demand a
-            # check.
+            # have grown over its target since.  To the next program that opens the image, the entry
+            # would look valid.  So the bit stays set, to demand a check.
             return not self._header_store.value.need_check
         if self._changes_under_way or (
             self._header_store.persisted and not self._header_store.value.need_check
@@ -122,9 +116,8 @@ class NeedCheck:
         # the last cluster in use.  If a crash loses the cut and keeps the cleared bit, the
         # clusters past the last one in use are only leaked.
         await self._length.truncate_tail()
-        # While the file was cut, tables may have changed, or damage may have been found.  So
-        # `only_if` checks both again.  No other task runs between this check and the start of the
-        # write.
+        # Meanwhile tables may have changed, or damage may have been found.  So `only_if` checks
+        # both again.  No other task runs between this check and the start of the write.
         cleared = await self._header_store.change(
             lambda header: header.with_need_check(value=False),
             only_if=lambda: (
@@ -143,8 +136,7 @@ class NeedCheck:
         """Clear the bit when the tables have not changed for ``delay`` seconds; a background task.
 
         Ends when damage is found while the bit is set, or when the disk has become read-only.
-        An error is not raised but logged, and the clearing is tried again after the delay.  An
-        error that equals the previous one is not logged again.
+        After an error, which is logged, the clearing is tried again.
         """
         last_logged = ""
         while True:

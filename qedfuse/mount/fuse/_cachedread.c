@@ -1,20 +1,17 @@
 /*
- * Answers reads without the Python code of the fast path (disk/datapath/fastpath.py).  A read is
- * answered here only if its range is one run of data in one file of a chain, and the slices (parts)
- * of the tables that locate the run are in memory.  A read of data in the host's page cache is
- * answered immediately; a read of other data waits in a queue of the kernel (_queuedread.c).  A
- * read that is answered immediately calls only one Python function: the one that looks up a slice
- * in the table cache.
+ * Answers reads without the Python code of the fast path (disk/datapath/fastpath.py), if the range
+ * is one run of data in one file of a chain, and the slices (parts) of the tables are in memory.  A
+ * read of data in the host's page cache is answered immediately; a read of other data waits in a
+ * queue of the kernel (_queuedread.c).
  *
- * The range is found (_readview.c) and the read is answered in one step, with the GIL held.  A read that
- * waits enters an epoch in the same step, as Disk.try_start_read does.
+ * The range is found (_readview.c) and the read is answered in one step, with the GIL held.  A read
+ * that waits enters an epoch in the same step, as Disk.try_start_read does.
  *
- * From a file in the cache for remote files, this module reads only units that were compared with
- * their checksums, and only from the page cache, because bytes from the disk must be compared again.
+ * From a file in the cache for remote files, only units that were compared with their checksums are
+ * read, and only from the page cache, because bytes from the disk must be compared again.
  *
  * Every other read, and every read that fails here, goes to the Python function for reads
- * (_dataops.c), which begins the read anew.  The functions that other files call are described in
- * _extraops.h.
+ * (_dataops.c), which begins the read anew.
  */
 
 #include "_readview.h"
@@ -22,7 +19,7 @@
 #include <errno.h>
 #include <sys/uio.h>
 
-/* Maximum bytes of a read, and length of the buffer; requests of the kernel are not longer. */
+/* Maximum bytes of a read; requests of the kernel are not longer. */
 #define MAX_READ_BYTES (1 << 20)
 
 static char buffer[MAX_READ_BYTES]; /* for the data of one read at a time */
@@ -41,9 +38,8 @@ static void reset_misses(PyObject *policy)
     Py_XDECREF(zero);
 }
 
-/* Reads from the page cache into the buffer, and answers with the buffer if the page cache had all of
- * the data.  If the file has checked units, also demands that the range cannot have a hole, and that
- * the file still has its length. */
+/* Answers by way of the buffer, if the page cache has all of the data.  If the file has checked
+ * units, the range must have no hole, and the file must still have its length. */
 static enum attempt answer_from_buffer(struct read_file *file, fuse_req_t request, uint64_t offset,
                                        size_t size)
 {
@@ -56,7 +52,7 @@ static enum attempt answer_from_buffer(struct read_file *file, fuse_req_t reques
     /* keeps_length() must come after the read. */
     if (has_units(units) && !keeps_length(units, file->fd))
         return FAILED;
-    if (count != (ssize_t)size) /* perhaps fewer because the file ends there */
+    if (count != (ssize_t)size) /* perhaps the file ends there */
         return NOT_CACHED;
     if (has_units(units) && may_have_holes(units, buffer, offset, size))
         return NOT_CACHED;
@@ -64,8 +60,8 @@ static enum attempt answer_from_buffer(struct read_file *file, fuse_req_t reques
     return ANSWERED;
 }
 
-/* Answers a read, if the file's policy allows an attempt and all of the data is in the page cache.
- * Otherwise does not answer.  In both cases an exception may be set afterwards. */
+/* Answers a read if the policy allows an attempt and all of the data is in the page cache.  An
+ * exception may be set afterwards. */
 static enum attempt answer_from_file(struct read_file *file, fuse_req_t request, uint64_t offset,
                                      size_t size)
 {
@@ -95,8 +91,7 @@ void count_file_read(const struct read_place *place, size_t size)
     place->counts[1] += size;
 }
 
-/* Answers or queues a read whose bytes are at `place`, or passes it on.  An exception may be set
- * afterwards. */
+/* Answers or queues a read at `place`, or passes it on.  An exception may be set afterwards. */
 static enum cached_read serve(struct read_place place, fuse_req_t request, fuse_ino_t inode,
                               uint64_t handle, off_t start, size_t size)
 {
@@ -116,8 +111,7 @@ static enum cached_read serve(struct read_place place, fuse_req_t request, fuse_
         count_file_read(&place, size);
         return REPLIED;
     }
-    /* From a file with units a queued read could return bytes of the disk that were not compared with
-     * a checksum. */
+    /* From a file with units a queued read could return bytes that were not compared. */
     if (attempt == FAILED || has_units(units))
         return PASSED_ON;
     return queue_read(request, inode, handle, start, size, place, attempt == NOT_CACHED) ? QUEUED

@@ -1,9 +1,8 @@
 """Calling a function that may block in the kernel, with a time limit.
 
-Even SIGKILL may fail to interrupt a system call that waits for the server of a FUSE mount.  Such a
-call in a worker thread could keep the process from ending, because a process ends only when all its
-threads have ended.  Therefore the function is called in a child process.  When the time is over,
-the caller continues without waiting for the end of the child.
+Even SIGKILL may fail to interrupt a system call that waits for the server of a FUSE mount.  In a
+worker thread such a call could keep the process from ending.  Therefore the function is called in a
+child process, for whose end the caller does not wait when the time is over.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _READ_BYTES: Final = 1 << 16
-"""Maximum number of bytes that one read(2) takes from the pipe."""
+"""Maximum length of one read(2) from the pipe."""
 _MILLISECONDS_PER_SECOND: Final = 1000
 
 
@@ -42,28 +41,26 @@ class Deadline:
         self._end = None if seconds is None else time.monotonic() + seconds
 
     def remaining(self) -> float | None:
-        """Return the seconds that are left, 0 if the time is over; None if there is no limit."""
+        """Return the seconds that are left, at least 0; None if there is no limit."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
 def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     """Call a function in a child process and return its result.
 
-    The calling process must have only one thread.  The child would lack any other thread, and a
-    lock that the other thread held during the fork would stay locked in the child forever.
+    The calling process must have only one thread.  A lock that another thread held during the fork
+    would stay locked in the child.
 
     Args:
-        function: The function.  Its result and its exceptions must be plain data that can be
-            pickled.
+        function: The function.  Its result and its exceptions must be data that can be pickled.
         seconds: Maximum time to wait for the result, at least 0; None for no limit.
 
     Raises:
-        TimeoutError: The function has not returned in time.  The child gets SIGKILL, but the
-            system call in which the child blocks may still take effect.
+        TimeoutError: The function has not returned in time.  The system call in which the child
+            blocks may still take effect.
         Exception: The exception that the function raised, without its traceback.
         HostError: /proc is not mounted, or no pipe or no child process can be made.  Or the child
-            has ended without a result, because the child was killed or interrupted, or because the
-            result or the exception cannot be pickled.
+            has ended without a result, for example because it was killed.
     """
     deadline = Deadline(seconds)
     reading, writing, child = _fork()
@@ -73,8 +70,8 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     try:
         reply = _receive(reading, deadline)
     except BaseException:
-        # The parent does not wait for the end of the child, because a child that blocks in the
-        # kernel ends only when the server of the mount answers.
+        # The parent does not wait for the child, because a child that blocks in the kernel ends
+        # only when the server of the mount answers.
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         raise
@@ -96,14 +93,7 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
 
 
 def _fork() -> tuple[int, int, int]:
-    """Make a pipe and a child process.
-
-    Returns:
-        The ends of the pipe for reading and for writing, and the pid of the child, 0 in the child.
-
-    Raises:
-        HostError: No pipe or no child process can be made.
-    """
+    """Make a pipe and a child process; return the pipe's ends and the pid, 0 in the child."""
     try:
         reading, writing = os.pipe()
         try:
@@ -119,13 +109,8 @@ def _fork() -> tuple[int, int, int]:
 def _run(function: Callable[[], object], writing: int) -> NoReturn:
     """Call a function in the child, write its result or exception to a pipe, and exit.
 
-    A child that blocks in the kernel can outlive the process that forked it.  If such a child kept
-    a pipe open or a file locked, other processes could wait for the child.  So the child closes
-    all descriptors but its own pipe, and replaces the standard streams by /dev/null.
-
-    Args:
-        function: The function.
-        writing: The descriptor of the pipe's end for writing.
+    A child that blocks in the kernel can outlive its parent, and other processes could wait for a
+    pipe or a lock that it keeps.  So the child closes all descriptors but its own pipe.
     """
     try:
         reply: tuple[Any, ...]
@@ -142,10 +127,9 @@ def _run(function: Callable[[], object], writing: int) -> NoReturn:
 
 
 def _receive(reading: int, deadline: Deadline) -> bytes:
-    """Read a pipe up to its end and return the content; empty if nothing was written.
+    """Read a pipe up to its end and return the content; raise TimeoutError if that takes too long.
 
-    Raises:
-        TimeoutError: The time was over before the end of the pipe.
+    The content is empty if nothing was written.
     """
     poll = select.poll()
     poll.register(reading, select.POLLIN)

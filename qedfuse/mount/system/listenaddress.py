@@ -22,9 +22,8 @@ _LOOPBACK: Final = re.compile(
 _EXPECTED: Final = "a port, 127.0.0.1:PORT, [::1]:PORT or unix:PATH"
 _MAX_PORT: Final = 65535
 _MAX_NAME_BYTES: Final = 107 - len("/proc/self/fd/2147483647/")
-"""Maximum length of a socket's file name.  The address of a socket has at most 107 bytes.  The
-address names the directory by its descriptor, as in ``/proc/self/fd/9/NAME``, so the length of the
-user's path does not matter."""
+"""Maximum length of a socket's file name.  The address of a socket has at most 107 bytes, and names
+the directory by its descriptor, as in ``/proc/self/fd/9/NAME``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +45,8 @@ class ListenAddress:
         """Parse the value of the option ``name``.
 
         Raises:
-            UsageError: The value is not a valid address, the path ends in a slash or in the name
-                ``.`` or ``..``, the file name of the socket is too long, or other machines could
-                reach the address.
+            UsageError: The value is not a valid address, the file name of the socket is not valid,
+                or other machines could reach the address.
         """
         path = value.removeprefix(_UNIX)
         if value.startswith(_UNIX) and path:
@@ -86,17 +84,17 @@ class ListenAddress:
 
 
 class Listener:
-    """A listening socket, and the directory of the socket if the socket is in the file system.
+    """A listening socket, and its directory if it is in the file system.
 
     Attributes:
         socket: The socket, in non-blocking mode.
     """
 
     def __init__(self, address: ListenAddress) -> None:
-        """Listen on ``address``; if the address has a path, the path must be absolute.
+        """Listen on ``address``; its path, if any, must be absolute.
 
-        The caller must construct the object before the mount exists, because later the path may
-        lead through the mount.  A socket that a killed process has left at the path is replaced.
+        This must happen before the mount, because later the path may lead through the mount.  A
+        socket that a killed process has left at the path is replaced.
 
         Raises:
             HostError: A system call failed, another process uses the address, or a file at the path
@@ -112,12 +110,7 @@ class Listener:
             raise HostError.from_os(error, name, "cannot listen") from error
 
     def _listen_at_path(self, path: str) -> socket.socket:
-        """Listen at a path; only this user and root can connect.
-
-        Raises:
-            OSError: A system call failed, a process listens at the path, or a file at the path is
-                not a socket.
-        """
+        """Listen at a path; only this user and root can connect."""
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._directory = os.open(os.path.dirname(path), flags)  # noqa: PTH120
         with socket.socket(socket.AF_UNIX) as client:
@@ -153,11 +146,7 @@ class Listener:
 
 
 def _listen(address: ListenAddress) -> socket.socket:
-    """Listen on a TCP port of the loopback interface.
-
-    Raises:
-        OSError: A system call failed.
-    """
+    """Listen on a TCP port of the loopback interface."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
 
     def prepare(made: socket.socket) -> None:

@@ -1,23 +1,16 @@
 """The lock that lets only one qedfuse at a time mount on a mountpoint.
 
-Before mounting, each process of qedfuse checks that no mount of qedfuse lies on the mountpoint.
-Without a lock, two processes could both check and then both mount, and the later mount would cover
-the earlier one.  So each process locks the mountpoint, checks, mounts, and unlocks the mountpoint.
+Before mounting, each process checks that no mount of qedfuse lies on the mountpoint.  Without a
+lock, two processes could both check and then both mount, and one mount would cover the other.
 
-The lock is a socket bound to an abstract name (unix(7)) that contains the device number and the
-inode of the mountpoint.  The name is the same for all users and for every path to the
-mountpoint.  The lock leaves no file behind, and the kernel frees the lock when the process ends.
+The lock is a socket bound to an abstract name (unix(7)) with the device number and the inode of the
+mountpoint.  The name is the same for all users and paths, and the kernel frees it when the process
+ends.
 
-The lock does not exclude every other qedfuse:
-
-- Each network namespace has its own abstract names, so a process in another network namespace can
-  hold a lock of the same name.
-- Any user can bind such a name and keep it.  So each process waits for the lock only for a limited
-  time, and then mounts without the lock.
-
-Therefore the caller must search the mount table after the mount (`find_new_mount`,
-`refuse_to_cover`).  If the new mount covers another mount of qedfuse, the caller must undo the new
-mount.
+A process in another network namespace can hold a lock of the same name.  And any user can keep the
+name, so a process waits only for a limited time, and then mounts without the lock.  Therefore the
+caller must search the mount table after the mount (`find_new_mount`, `refuse_to_cover`), and undo a
+mount that covers another mount of qedfuse.
 """
 
 from __future__ import annotations
@@ -41,8 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
 _MAX_WAIT_SECONDS: Final = 5.0
-"""Maximum time to wait for the lock.  A process that holds the lock needs only some milliseconds
-to mount."""
+"""Maximum time to wait for the lock; mounting takes only some milliseconds."""
 _RETRY_SECONDS: Final = 0.01
 """Time between two attempts to get the lock."""
 
@@ -50,8 +42,8 @@ _RETRY_SECONDS: Final = 0.01
 def mountpoint_lock_name(mountpoint: str) -> bytes | None:
     """Return the name of the lock of a mountpoint; None if the path cannot be accessed.
 
-    The caller must call this before the mount.  After the mount, stat(2) on the path would return
-    the device number and the inode of the root of the mount.
+    After the mount, the path has the device number and the inode of the root of the mount, so this
+    must be called before.
     """
     try:
         status = os.stat(mountpoint)  # noqa: PTH116
@@ -64,13 +56,11 @@ def mountpoint_lock_name(mountpoint: str) -> bytes | None:
 async def mountpoint_locked(name: bytes | None) -> AsyncIterator[None]:
     """Hold the lock ``name`` during the block.
 
-    The block runs without the lock if ``name`` is None, if another process still holds the lock
-    after 5 seconds, or if the kernel refuses the lock for another reason.
+    The block runs without the lock if ``name`` is None, or if the lock cannot be had in 5 seconds.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
         with trio.move_on_after(_MAX_WAIT_SECONDS):
-            # The kernel does not notify a process when a name becomes free, so this task tries
-            # again and again.
+            # The kernel does not notify a process when a name becomes free.
             while name is not None and not _try_bind(lock, name):  # noqa: ASYNC110
                 await trio.sleep(_RETRY_SECONDS)
         yield
@@ -79,8 +69,7 @@ async def mountpoint_locked(name: bytes | None) -> AsyncIterator[None]:
 def _try_bind(lock: socket.socket, name: bytes) -> bool:
     """Bind a socket to a name; return False if another socket has the name.
 
-    If bind(2) fails for any other reason, another attempt would fail as well.  So the result is
-    True then, and the socket has no name.
+    After any other error, the result is True, because another attempt would fail as well.
     """
     try:
         lock.bind(name)
@@ -92,9 +81,8 @@ def _try_bind(lock: socket.socket, name: bytes) -> bool:
 def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: int) -> MountEntry:
     """Find the mount that the caller has made on a path.
 
-    Recent kernels report the device number of the connection's file system, and this function
-    returns the mount with this number.  On other kernels, this function returns the topmost new
-    mount of qedfuse on the path, even if another process has made that mount.
+    Recent kernels report the device number of the connection's file system.  On other kernels the
+    result is the topmost new mount of qedfuse, even if another process has made it.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.
@@ -105,8 +93,8 @@ def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: in
         FuseError: The mount table has no such mount.
         HostError: /proc is not mounted.
     """
-    # The kernel reuses the id of a mount that has ended.  So the new mount can have an id that
-    # ``before`` has for a mount on another path.  Therefore the paths are compared as well.
+    # The kernel reuses the id of a mount that has ended, perhaps of one on another path.  So the
+    # paths are compared as well.
     old = {(entry.mount_id, entry.path) for entry in before}
     device = _device(connection)
     new_mount = None
@@ -122,11 +110,7 @@ def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: in
 
 
 def _device(connection: int) -> str | None:
-    """Return the device number of a connection's mount, ``MAJOR:MINOR``; None on older kernels.
-
-    Raises:
-        HostError: /proc is not mounted.
-    """
+    """Return the device number of a connection's mount, ``MAJOR:MINOR``; None on older kernels."""
     try:
         text = Path(f"/proc/self/fdinfo/{connection}").read_bytes()
     except FileNotFoundError as error:
@@ -138,10 +122,8 @@ def _device(connection: int) -> str | None:
 def refuse_to_cover(mount: MountEntry) -> None:
     """Refuse a mount of the caller that covers another mount of qedfuse.
 
-    After an error the caller must unmount its mount.
-
     Raises:
-        MountpointError: The mount lies on another mount of qedfuse on the same path.
+        MountpointError: The mount lies on another one; the caller must unmount it.
         HostError: /proc is not mounted.
     """
     for entry in read_mounts():

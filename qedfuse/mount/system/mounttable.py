@@ -20,20 +20,18 @@ FUSE_TYPE: Final = "fuse.qedfuse"
 
 @dataclass(frozen=True, slots=True)
 class MountEntry:
-    """One line of the mount table: one mount.
+    """One mount, a line of the mount table.
 
     Attributes:
-        mount_id: The id of the mount, unique in all mount namespaces as long as the mount exists.
+        mount_id: The id of the mount, unique as long as the mount exists.
         parent_id: The ``mount_id`` of the mount on which this mount lies.
-        device: The device number of the file system, ``MAJOR:MINOR``, unique as long as the file
-            system exists.
+        device: The device number of the file system, ``MAJOR:MINOR``.
         path: The mountpoint, as an absolute path for the process that sees the mount.
         fstype: The type of the file system; `FUSE_TYPE` for a mount of qedfuse.
         source: What is mounted, the column SOURCE of findmnt(8).
         owner: The uid of the user who mounted a FUSE file system; 0 for any other file system.
         peer_group: The peer group of the mount (``shared`` in mount_namespaces(7)); 0 if none.
-        master: The peer group of which the mount is a slave (``master``); 0 if none.  Unmounts
-            propagate from that group to the mount, but not from the mount to that group.
+        master: The peer group from which unmounts propagate to this mount, but not back; 0 if none.
     """
 
     mount_id: int
@@ -55,9 +53,9 @@ def _unescape(field: str) -> str:
 def parse_mounts(table: str) -> Iterator[MountEntry]:
     r"""Yield the mounts in the text of a mountinfo file (proc_pid_mountinfo(5)).
 
-    Incomplete lines are skipped.  In names the kernel escapes space, tab, newline, backslash and
-    ``#``.  All other characters can be in a name unescaped, also those that Python counts as white
-    space or as a line end.  So lines are split only at newlines, and fields only at spaces.
+    Incomplete lines are skipped.  The kernel escapes space, tab, newline, backslash and ``#`` in
+    names.  Other characters that Python counts as white space or as a line end can occur.  So lines
+    are split only at newlines, and fields only at spaces.
     """
     for line in table.split("\n"):
         # 36 35 0:42 / /mnt rw,noatime shared:1 - fuse.qedfuse /a.qed rw,user_id=0,group_id=0
@@ -94,12 +92,9 @@ def read_mounts(process: int | None = None) -> list[MountEntry]:
 
 
 def find_mount(mountpoint: str) -> MountEntry | None:
-    """Find the mount on a path; return None if there is none.
+    """Return the topmost mount on a path; None if there is none.
 
-    If several mounts lie on the path, the topmost is returned.
-
-    Only the mount table is read.  An access to the mount itself would wait for the server of the
-    mount, and would fail if the server has ended or the mount belongs to another user.
+    Only the mount table is read.  An access to the mount itself would wait for its server.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.
@@ -115,7 +110,7 @@ def find_mount(mountpoint: str) -> MountEntry | None:
 
 
 def find_qedfuse_mount(mountpoint: str) -> MountEntry:
-    """Return the mount of qedfuse on a path; the topmost if several lie there.
+    """Return the mount of qedfuse on a path; the topmost counts.
 
     Raises:
         MountpointError: Nothing is mounted on the path, or the topmost mount is not of qedfuse.
@@ -135,14 +130,12 @@ def find_qedfuse_mount(mountpoint: str) -> MountEntry:
 def find_own_mount(mountpoint: str, action: str) -> MountEntry:
     """Return the mount of qedfuse on a path; refuse if the caller is neither its owner nor root.
 
-    If several mounts lie on the path, the topmost counts.
-
     Args:
         mountpoint: The path, absolute and free of symbolic links.
         action: What only the owner of the mount and root can do, for the message.
 
     Raises:
-        MountpointError: Nothing is mounted on the path, or the topmost mount is not of qedfuse.
+        MountpointError: See `find_qedfuse_mount`.
         PrivilegeError: The mount belongs to another user, and the caller is not root.
         HostError: /proc is not mounted.
     """
