@@ -3,17 +3,16 @@
 What is done for each kind of damage, and why:
 
 - If several entries refer to one data cluster, the entry with the lowest guest offset keeps the
-  cluster.  Each other entry gets a copy of the cluster, so that every guest offset reads as before.
-- If two L2 tables overlap in the file, the table at the higher file offset moves: it is copied to
-  the end of the file, and its L1 entry then points to the copy.  A table stays where it is if it
-  overlaps only tables that move away for this reason.  If two L1 entries point to the same table,
-  the entry with the higher guest offset gets a copy of the table.  After that, two tables refer to
-  the same data clusters, so the clusters are copied as described in the first item.
-- If a cluster is both data and part of an L2 table, the table moves and the data stays.  Either the
-  entry of the data or the L1 entry of the table is wrong, and the tables do not show which of the
-  two.  If the L1 entry is wrong, the cluster holds guest data only: clearing the entry of the data
-  would lose the data, and correcting the table in place would overwrite the data.  The range of the
-  data is reported, because the entry of the data may be the wrong one.
+  cluster.  Each other entry gets a copy of it, so that every guest offset reads as before.
+- If two L2 tables overlap, the table at the higher file offset moves to the end of the file.  A
+  table stays if it overlaps only tables that move.  If two L1 entries point to the same table, the
+  entry with the higher guest offset gets a copy of the table.  After that, two tables refer to the
+  same data clusters, so the clusters are copied as above.
+- If a cluster is both data and part of an L2 table, the table moves and the data stays.  One of the
+  two entries is wrong, and the tables do not show which.  If the L1 entry is wrong, the cluster
+  holds guest data only: clearing the entry of the data would lose the data, and correcting the
+  table in place would overwrite it.  The range of the data is reported, because its entry may be
+  the wrong one.
 - A table that the end of the file cuts short keeps the entries that are in the file.  A data
   cluster that is cut short is completed with zeros.
 - An entry is cleared if it points outside the file, is unaligned, has reserved bits, or points to
@@ -21,14 +20,12 @@ What is done for each kind of damage, and why:
 - In an overlay, a lost L2 entry becomes a zero cluster, and a lost L1 entry gets a new table of
   zero clusters.  If these entries became unallocated, the guest would read old data of the backing
   file as if it were valid.
-- Data past the end of the disk is never copied.  The tables can describe far more data than the
-  disk has, so a crafted image of a small disk could make the copies fill the host's file system.
-  So an entry past the end is cleared if its cluster or its table would have to be copied.
+- An entry past the end of the disk is cleared if its cluster or its table would have to be copied.
+  Otherwise a crafted image of a small disk could make the copies fill the host's file system.
 
-Ranges of the disk whose data is lost or possibly wrong are reported.  Leaked clusters stay leaked.
-The persistent free list is dropped whenever the repair changes the image, even if only NEED_CHECK
-is cleared.  An invalid list is always dropped.  The clusters of a dropped list count as leaked,
-until the image is opened for writing and its tables are scanned.
+Leaked clusters stay leaked.  The persistent free list is dropped whenever the repair changes the
+image or the list is invalid.  The clusters of a dropped list count as leaked, until the image is
+opened for writing and its tables are scanned.
 """
 
 from __future__ import annotations
@@ -71,13 +68,12 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     After a crash at any time the image can be repaired again, because of the order of the writes.
     NEED_CHECK is set first and cleared last.  Entries that point past the end of the file are
     cleared, or made harmless, before the file grows (`qedfuse.check.outoffile`).  Copies are
-    durable before the entries that point to them.  If a crash comes after the repair has made the
-    file longer, the next repair does not report the data that the end of the file had cut short.
+    durable before the entries that point to them.  If a crash comes after the file has grown, the
+    next repair does not report the data that the end of the file had cut short.
 
-    If no table has an error, only NEED_CHECK and the free list may change: if NEED_CHECK is set or
-    the list has an error, NEED_CHECK is cleared and the list is dropped.  If the tables still have
-    an error after the repair, NEED_CHECK stays set.  This function makes no backup.  For a backup,
-    the caller must first call `plan_repair` with ``save``.
+    If no table has an error, at most NEED_CHECK is cleared and the free list dropped.  If the
+    tables still have an error after the repair, NEED_CHECK stays set.  For a backup, the caller
+    must first call `plan_repair` with ``save``.
 
     Args:
         file: The image.
@@ -85,17 +81,14 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
 
     Raises:
         HostError: The host refused an access, or the file would become too long.  If a table was
-            changed, NEED_CHECK is still set.  If the last step failed, which clears the bit,
-            the bit can have either value.
-        NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
-            memory.  Normally the check before the first write raises this error, and nothing has
-            been changed.  After the first write it is raised if there are too many invalid L1
-            entries or tables, or if the repair made the file too large.  Then NEED_CHECK stays set.
+            changed, NEED_CHECK is still set, unless the last step, which clears it, has failed.
+        NeedsCheckError: The file is too large, or has too many tables or invalid L1 entries, to be
+            checked in bounded memory.  Normally nothing has been changed; otherwise NEED_CHECK
+            stays set.
     """
     without_need_check = header.with_need_check(value=False)
     rewriter = Rewriter(file, header)
-    # The check comes before the first write, so that an image that is too large to be checked is
-    # refused unchanged.
+    # An image that is too large to be checked must be refused before the first write.
     report = await check_image(file, without_need_check)
     if not report.table_errors:
         if report.errors or header.need_check:
@@ -117,15 +110,12 @@ async def plan_repair(file: HostFile, header: Header, save: Save | None = None) 
     Args:
         file: The image.
         header: The header of the image.
-        save: Called for each range of bytes that would be changed, with its file offset, its
-            present bytes, and its new bytes.  Not called for bytes past the present end of the
-            file.  None if the caller makes no backup.
+        save: Called for each range that would be changed, with its file offset, its present bytes
+            and its new bytes.  Not called past the present end of the file.  None for no backup.
 
     Raises:
-        HostError: The host cannot read the file, or the repaired file would be longer than a file
-            can be.
-        NeedsCheckError: The file is too large, or has too many tables or invalid L1 entries, to be
-            checked in bounded memory.
+        HostError: The host cannot read the file, or the repaired file would be too long.
+        NeedsCheckError: As in `repair_image`.
     """
     rewriter = DryRunRewriter(file, header, save)
     repair = TableRepair(file, header, rewriter)

@@ -2,7 +2,7 @@
 
 A round trip to a worker thread takes longer than a copy of a few hundred KiB into the page cache,
 and longer than a datasync on a fast disk.  But a call that blocks the event loop stops all
-requests.  So the event loop makes a call itself only if the call is expected to be fast.
+requests.  So the event loop makes a call itself only if it is expected to be fast.
 """
 
 from __future__ import annotations
@@ -17,40 +17,29 @@ if TYPE_CHECKING:
     from qedfuse.util.loopload import LoopLoad
 
 ALWAYS_SHORT_WRITE_BYTES: Final = 1 << 18
-"""Maximum length of a write that always counts as short, because the copy to the page cache
-takes less time than a round trip to a worker thread."""
+"""Maximum length of a write that always counts as short, because its copy to the page cache takes
+less time than a round trip to a worker thread."""
 MAX_SHORT_WRITE_BYTES: Final = 1 << 20
-"""Maximum length of a write that can count as short.  A write of more than
-`ALWAYS_SHORT_WRITE_BYTES` counts as short only while such writes have lately been fast
-(`_FAST_WRITE_SECONDS`).  They are slow while memory is full of dirty pages, because the kernel
-then makes writers wait."""
+"""Maximum length of a write that can count as short.  More than `ALWAYS_SHORT_WRITE_BYTES` are
+short only while such writes have lately been fast (`_FAST_WRITE_SECONDS`).  They are slow while
+memory is full of dirty pages, because the kernel then makes writers wait."""
 _FAST_WRITE_SECONDS: Final = 4e-3
-"""A write of more than `ALWAYS_SHORT_WRITE_BYTES` counts as fast if it takes at most this time.
-That is several times the time of the copy to the page cache.  `AdaptivePoll` decides after how
-many slow writes the next one goes to a thread."""
+"""Maximum time of a fast write of more than `ALWAYS_SHORT_WRITE_BYTES`, several times that of the
+copy to the page cache."""
 _FAST_DATASYNC_SECONDS: Final = 1e-3
-"""A datasync counts as fast if it takes at most this time.  In a thread it may take twice this
-time, because its time includes the round trip.  `AdaptivePoll` decides from the last datasyncs
-whether the next one is expected to be fast."""
+"""Maximum time of a fast datasync; twice this time in a thread, because of the round trip."""
 _THROTTLED_SECONDS: Final = 8e-3
-"""A write of at most `ALWAYS_SHORT_WRITE_BYTES` counts as slow if it takes longer than this.  The
-kernel may have throttled such a write: the shortest pause of a throttled writer is 10 ms."""
+"""A write of at most `ALWAYS_SHORT_WRITE_BYTES` counts as slow if it takes longer.  The kernel may
+have throttled it: the shortest pause of a throttled writer is 10 ms."""
 _MAX_INLINE_DATASYNC_BYTES: Final = 1 << 21
-"""The event loop makes a datasync itself only if at most this number of bytes was written since the
-last datasync began."""
+"""The event loop makes a datasync itself if at most this was written since the last one began."""
 
 
 class InlinePolicy:
-    """Decides which calls on one file are inline: made by the event loop itself.
-
-    The decisions depend on how long the last calls took, and on the file's `InodeLock`.
-    """
+    """Decides which calls on one file are inline: made by the event loop itself."""
 
     def __init__(self, inode_lock: InodeLock) -> None:
-        """Decide for one file, for which no call was recorded yet.
-
-        ``inode_lock`` observes the lock of the file's inode.
-        """
+        """Decide for the file whose inode's lock ``inode_lock`` observes."""
         self._inode_lock = inode_lock
         self._long_writes = AdaptivePoll(_FAST_WRITE_SECONDS, start_enabled=True)
         self._datasyncs = AdaptivePoll(_FAST_DATASYNC_SECONDS)
@@ -58,10 +47,7 @@ class InlinePolicy:
         self._load: LoopLoad | None = None  # looked up once, because that takes time
 
     def is_short(self, length: int) -> bool:
-        """Return whether a write of ``length`` bytes counts as short.
-
-        The event loop makes a short write itself unless the write might wait for the inode's lock.
-        """
+        """Return whether a write of ``length`` bytes counts as short."""
         return length <= ALWAYS_SHORT_WRITE_BYTES or (
             length <= MAX_SHORT_WRITE_BYTES and self._long_writes.seconds > 0
         )
@@ -69,7 +55,7 @@ class InlinePolicy:
     def can_write_inline(self, length: int) -> bool:
         """Return whether the event loop can write ``length`` bytes itself now.
 
-        Returns False if the write is not short, or if it might wait for the inode's lock.
+        The write must be short, and must not have to wait for the inode's lock.
         """
         return (
             not self._inode_lock.contention or self._inode_lock.recheck_free()
@@ -79,13 +65,11 @@ class InlinePolicy:
         """Record how long a write of ``length`` bytes took, inline or in a thread.
 
         After a slow write of at most `ALWAYS_SHORT_WRITE_BYTES`, `InodeLock` may begin to assume
-        throttling.  A write of any length that takes at most `_THROTTLED_SECONDS` ends this
-        assumption.
+        throttling.  A write that takes at most `_THROTTLED_SECONDS` ends this assumption.
         """
         self._unsynced_bytes += length
         if length > ALWAYS_SHORT_WRITE_BYTES:
-            # Even for a write in a thread, ``seconds`` is the time of the system call alone.  The
-            # round trip to the thread is not included, so ``slept`` is False.
+            # ``seconds`` is the time of the system call without the round trip to a thread.
             self._long_writes.record(seconds, slept=False)
         if seconds <= _THROTTLED_SECONDS:
             if self._inode_lock.is_throttled:
@@ -100,12 +84,8 @@ class InlinePolicy:
     def can_datasync_inline(self) -> bool:
         """Return whether the event loop can make a datasync itself now.
 
-        Returns True if all of these conditions are met:
-
-        - A datasync has been recorded, and the last ones were fast (`_FAST_DATASYNC_SECONDS`).
-        - At most `_MAX_INLINE_DATASYNC_BYTES` were written since the last datasync began.
-        - There is no contention for the inode's lock.
-        - No request waits for the event loop.
+        The last datasyncs must have been fast, few bytes must have been written since, the inode's
+        lock must be free, and no request may wait for the event loop.
         """
         return (
             self._datasyncs.seconds > 0
@@ -115,7 +95,7 @@ class InlinePolicy:
         )
 
     def _loop_load(self) -> LoopLoad:
-        """Return the load of the event loop, which is the same for all calls."""
+        """Return the load of the event loop."""
         if self._load is None:
             self._load = loop_load()
         return self._load

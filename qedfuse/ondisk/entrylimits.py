@@ -1,10 +1,9 @@
 """The limits for the file offsets in table entries, as plain numbers.
 
-Image metadata is untrusted.  An entry that points to the header or to a table would let a
-guest overwrite the header or the table.  An entry that points past the end of the file
-would point to another entry's cluster as soon as the file has grown.
+Image metadata is untrusted.  An entry that points to the header or to a table would let a guest
+overwrite it.  An entry that points past the end of the file would point to another entry's cluster
+as soon as the file has grown.
 
-The fast check, the fast map and their C extensions (`_sweep.c`, `_maplines.c`) use these limits.
 This module does not import numpy, because loading numpy takes longer than a whole fast check or
 fast map.  `qedfuse.ondisk.entryrules` applies the same limits to whole slices of a table.
 
@@ -24,18 +23,16 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 RESERVED_BITS: Final = MIN_CLUSTER_SIZE - 1
-"""Mask of the low bits that are zero in every valid offset, whatever the cluster size."""
+"""Mask of the low bits that are zero in every valid offset."""
 
 
 class EntryLimits(NamedTuple):
     """The limits for the entries of one level of tables; offsets and lengths in bytes.
 
-    Two further rules are not part of the limits: L2 tables must not overlap each other, and a data
-    cluster must not overlap an L2 table.
+    They do not cover overlaps of L2 tables with each other or with data clusters.
 
     Attributes:
-        target: What the entries point to: the L1 table points to L2 tables, an L2 table to
-            clusters.
+        target: What the entries point to: L2 tables from the L1 table, clusters from L2 tables.
         target_bytes: Length of a target.
         cluster_size: Every valid offset is a multiple of the cluster size.
         header_end: Where the header ends.
@@ -78,31 +75,26 @@ class EntryLimits(NamedTuple):
 
     @property
     def largest_marker(self) -> int:
-        """The largest marker; a marker is an entry that is not an offset.
-
-        The L1 table has the marker 0 (unallocated).  L2 tables have the markers 0 and 1 (zero
-        cluster).
-        """
+        """The largest entry that is not an offset: 0 in the L1 table, 1 (zero) in L2 tables."""
         return UNALLOCATED if self.target == "table" else ZERO
 
     @property
     def table_bytes(self) -> int:
-        """Length of a table; all tables of an image have the same length."""
+        """Length of each table of the image."""
         return self.l1_end - self.l1_start
 
     @property
     def lowest_clear(self) -> int:
         """The first offset past the header and the L1 table.
 
-        A multiple of the cluster size from `lowest_clear` up to `highest` is valid unless
-        its target overlaps an L2 table.  If there is space between the header and the L1
-        table, lower offsets can be valid too.
+        A multiple of the cluster size up to `highest` is valid, unless its target overlaps an L2
+        table.  If there is space before the L1 table, lower offsets can be valid too.
         """
         return max(self.header_end, self.l1_end)
 
     @property
     def highest(self) -> int:
-        """The last offset whose target lies wholly inside the file; negative if none does."""
+        """The last offset whose target lies inside the file; negative if none does."""
         return self.file_size - self.target_bytes
 
     @property
@@ -111,10 +103,7 @@ class EntryLimits(NamedTuple):
         return max(0, self.l1_start - self.target_bytes)
 
     def is_valid(self, offset: int) -> bool:
-        """Return whether an entry is a valid offset; False for a marker.
-
-        Whether the target overlaps an L2 table is not checked.
-        """
+        """Return whether an entry is a valid offset; overlaps with L2 tables are not checked."""
         return (
             not offset & (self.cluster_size - 1)
             and self.header_end <= offset <= self.highest
@@ -125,8 +114,8 @@ class EntryLimits(NamedTuple):
 def overlaps(tables: Iterable[int], table_bytes: int) -> Iterator[bool]:
     """Yield for each L2 table whether it overlaps a valid table that comes before it.
 
-    A table that overlaps no earlier valid table is valid, and owns the clusters in which it lies.
-    Any other table is invalid and owns no clusters, so later tables are not compared with it.
+    A table is valid if it overlaps no earlier valid table.  An invalid table owns no clusters, so
+    later tables are not compared with it.
 
     Args:
         tables: File offsets of the tables, in ascending order.

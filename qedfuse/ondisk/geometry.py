@@ -1,7 +1,7 @@
 """Arithmetic on offsets: indices into tables, rounding to clusters, maximum lengths.
 
-A guest offset consists of an index into the L1 table, an index into an L2 table and an
-offset in the cluster.
+A guest offset consists of an index into the L1 table, an index into an L2 table and an offset in
+the cluster.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZE_LIMITS: Final = {
     "cluster_size": (MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE),
     "table_size": (MIN_TABLE_SIZE, MAX_TABLE_SIZE),
 }
-"""Minimum and maximum of the two sizes of a geometry: bytes in a cluster, clusters in a table."""
+"""Minimum and maximum of the sizes: bytes in a cluster, clusters in a table."""
 
 
 def expected_size(field_name: str, value: int) -> str | None:
@@ -36,7 +36,7 @@ def expected_size(field_name: str, value: int) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The sizes of clusters and tables of an image, in bytes unless stated otherwise.
+    """The sizes of clusters and tables of an image.
 
     Attributes:
         cluster_size: Bytes in a cluster, a power of two.
@@ -99,10 +99,6 @@ class Geometry:
         return -(-image_size // self.table_span)
 
     def bound(self, header_end: int, image_size: int) -> int:
-        """Return the bound: the length in bytes of a file in which every cluster is allocated.
-
-        The file holds the header, the L1 table, and all L2 tables and data clusters of a disk
-        of ``image_size`` bytes.
-        """
+        """Return the bound: the length in bytes of a file in which every cluster is allocated."""
         tables = 1 + self.l1_used(image_size)
         return header_end + tables * self.table_bytes + self.ceil(image_size)

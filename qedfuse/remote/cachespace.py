@@ -13,25 +13,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _RETRY_BYTES: Final = 64 << 20
-"""If an eviction has freed too little, the next one starts only when reservations of this number
-of bytes in total were refused."""
+"""If an eviction has freed too little, this number of bytes must be refused before the next one."""
 _MAX_WAIT_SECONDS: Final = 2.0
-"""Reservations wait for the end of an eviction, but only until this time after its start.  The
-removal of large entries can take long, and a reader waits until its units are stored or refused."""
+"""How long after the start of an eviction reservations wait for its end.  The removal of large
+entries can take long, and a reader waits until its units are stored or refused."""
 
 
 class CacheSpace:
-    """Counts the bytes that may still be stored in the cache.
-
-    Threads may use the object concurrently.
-    """
+    """Counts the bytes that may still be stored in the cache; threads may use it concurrently."""
 
     def __init__(self, evict: Callable[[], int]) -> None:
         """Begin without space: the first reservation calls ``evict``.
 
         Args:
             evict: Removes entries of the cache; returns how many bytes may be stored before the
-                next call, 0 for none.  Called by one thread at a time.
+                next call.  Called by one thread at a time.
         """
         self._evict = evict
         self._changed = threading.Condition()
@@ -40,14 +36,14 @@ class CacheSpace:
         self._storing = 0  # bytes that are reserved, and perhaps not in the file yet
         self._taken = 0  # bytes that the running eviction has perhaps not counted as used
         # The bytes that were refused since the last eviction.  After a reservation that succeeds,
-        # the number is `_RETRY_BYTES`, so the next reservation without space starts an eviction.
+        # the number is `_RETRY_BYTES`, so the next failure starts an eviction.
         self._refused = _RETRY_BYTES
         self._is_evicting = False
         self._wait_end = 0.0  # until when (time.monotonic) reservations wait
 
     @property
     def is_evicting(self) -> bool:
-        """Whether an eviction is running; if so, a reservation that fails now may succeed soon."""
+        """Whether an eviction is running, after which a reservation may succeed."""
         return self._is_evicting
 
     @contextmanager
@@ -88,11 +84,7 @@ class CacheSpace:
             return ""
 
     def _start_eviction(self) -> None:
-        """Start the thread that evicts entries; the caller holds the lock.
-
-        Raises:
-            OSError: The host cannot start a thread.  The space is unchanged.
-        """
+        """Start the thread that evicts entries; the caller holds the lock."""
         self._is_evicting = True
         self._taken = self._storing
         self._wait_end = time.monotonic() + _MAX_WAIT_SECONDS
@@ -103,7 +95,7 @@ class CacheSpace:
             raise
 
     def _run_eviction(self) -> None:
-        """Evict entries, and count the space that results: the main function of the thread."""
+        """Evict entries, and count the space that results."""
         free = 0
         try:
             free = self._evict()

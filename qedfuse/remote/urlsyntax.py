@@ -11,12 +11,11 @@ from urllib.parse import quote, unquote_to_bytes
 from qedfuse.errors import UsageError
 from qedfuse.text import printable
 
-# The expressions are compiled when first used: every mount loads this module, but few mounts have
-# URLs.
+# The expressions are compiled when first used, because few mounts have URLs.
 _HOST: Final = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
 _FORBIDDEN: Final = rb"[\x00-\x1f\x7f/\\]"
 _MAX_NAME_BYTES: Final = 4096
-"""Maximum length of the name of an NBD export.  Object stores allow only shorter names."""
+"""Maximum length of the name of an NBD export; object stores allow only shorter names."""
 _SAFE_IN_SEGMENT: Final = "!$&'()*+,;=:@-._~"
 """Characters that a segment of a path may have unescaped (RFC 3986, ``pchar``)."""
 
@@ -72,9 +71,8 @@ def parse_name(text: str, path: str) -> str:
 def _segment(text: str, segment: str) -> str:
     """Return one normalised segment of a path: only characters that must be escaped are escaped.
 
-    Raises:
-        UsageError: The segment is ``.`` or ``..``.  Or it has an escaped slash, backslash or
-            control character, which some servers do not treat as part of the segment.
+    An escaped slash, backslash or control character is refused, because some servers do not treat
+    it as part of the segment.
     """
     raw = unquote_to_bytes(segment)
     if raw in (b".", b".."):
@@ -102,17 +100,14 @@ def parse_version(text: str, query: str) -> str:
 
 
 def invalid_url(text: str, field: str, found: str, expected: str) -> UsageError:
-    """Return the error for a part of the URL ``text``.
-
-    The message has no user, no query and no fragment.
-    """
+    """Return the error for a part of the URL ``text``, without its user, query and fragment."""
     return UsageError(f"{hide_secrets(text)}: URL {field}: found {found}, expected {expected}")
 
 
 def hide_secrets(text: str) -> str:
     """Return a URL, which need not be valid, for messages: without user, query and fragment."""
-    # A password that is not escaped may contain any character, so the end of the password is
-    # unknown.  Therefore only the scheme of a URL with a user is shown.  A fragment is not sent to
-    # the server, so some applications pass a secret in it.
+    # A password that is not escaped may contain any character, so its end is unknown.  Therefore
+    # only the scheme of a URL with a user is shown.  A fragment is not sent to the server, so some
+    # applications pass a secret in it.
     shown = text.partition("://")[0] + "://..." if "@" in text else re.split("[?#]", text)[0]
     return printable(shown)

@@ -20,8 +20,7 @@ class LRUStatistics:
     Attributes:
         items: How many values are in the cache.
         total_bytes: How many bytes these values take.
-        evictions: How many values have been evicted so far.  Values that `LRU.drop` removed or
-            `LRU.put` replaced do not count.
+        evictions: How many values have been evicted so far, not counting `drop` and replacements.
     """
 
     items: int
@@ -32,19 +31,16 @@ class LRUStatistics:
 class LRU(Generic[K, V]):
     """Values by key; the least recently used ones are evicted when the budget is exceeded.
 
-    Values for which ``pinned`` returns True are not evicted, so the cache can exceed its
-    budget while many values are pinned.  A later `put` evicts values that are no longer pinned,
-    until the budget holds again.
+    Values for which ``pinned`` returns True are not evicted, so the cache can exceed its budget.
+    A later `put` evicts those that are no longer pinned.
     """
 
     def __init__(self, budget: int, weigh: Callable[[V], int], pinned: Callable[[V], bool]) -> None:
         """Start empty.
 
         Args:
-            budget: Maximum number of bytes that the values take together.  After a `put` the values
-                exceed this maximum only if the pinned values and the new value alone exceed it.
-            weigh: Returns how many bytes a value takes.  The number must not change while the value
-                is in the cache.
+            budget: Maximum number of bytes of all values; pinned values can exceed it.
+            weigh: Returns how many bytes a value takes, which must not change in the cache.
             pinned: Returns whether a value must not be evicted now.
         """
         self._budget = budget
@@ -63,11 +59,7 @@ class LRU(Generic[K, V]):
         return value
 
     def put(self, key: K, value: V) -> None:
-        """Store a value, in place of an earlier value for ``key``.
-
-        If all values together exceed the budget, values that are neither new nor pinned are
-        evicted, until the budget holds or no such value is left.
-        """
+        """Store a value, in place of an earlier one for ``key``; evict others if necessary."""
         old = self._items.pop(key, None)
         if old is not None:
             self._total_bytes -= self._weigh(old)

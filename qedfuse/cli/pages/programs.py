@@ -20,7 +20,7 @@ from qedfuse.cli.qedimg import main as qedimg_main
 from qedfuse.mount.optionparser import known_options
 
 _HELP: Final = "show this help message and exit"
-"""The help of the option ``-h`` of argparse.  The model of qedimg does not contain this option."""
+"""The help of argparse's option ``-h``, which the model of qedimg does not contain."""
 
 
 def qedimg() -> Program:
@@ -38,7 +38,7 @@ def qedimg() -> Program:
                 operands=operands_of(parser),
                 description=module.DESCRIPTION,
                 example=module.EXAMPLE,
-                # The page lists the usual codes only once, for all commands.
+                # The page lists the usual codes once for all commands.
                 exit_codes={} if codes is qedimg_main.EXIT_CODES else codes,
             )
         )
@@ -71,8 +71,7 @@ def qedfuse() -> Program:
 def mount_option_help() -> list[tuple[str, str]]:
     """Return the entries about ``-o`` in qedfuse's help, each as its options and their meaning.
 
-    An entry can describe several options, such as ``ro, rw``.  Two lines contain no meaning and are
-    left out: the title, and the last line, which lists options of mount(8).
+    An entry can describe several options, such as ``ro, rw``.
     """
     found: list[tuple[str, str]] = []
     for line in _paragraphs()[4].splitlines():  # "Options of -o"
@@ -93,10 +92,7 @@ def exit_codes() -> list[tuple[int, str]]:
 
 
 def mount_option_values() -> dict[str, tuple[str, ...] | None]:
-    """Return the possible values of each option of ``-o``, by the name of the option.
-
-    The entry is None for an option that takes no value, and empty for an option with a free value.
-    """
+    """Return the values of each option of ``-o``: None for no value, empty for a free value."""
     return dict(sorted(known_options().items()))
 
 
@@ -106,7 +102,7 @@ def _paragraphs() -> list[str]:
 
 
 def _operand_help(name: str) -> str:
-    """Return the description of an operand in qedfuse's help; empty if the help has none."""
+    """Return the description of an operand in qedfuse's help; empty without one."""
     text = _paragraphs()[2]  # the operands
     found = re.search(rf"^{name} +(.*(?:\n +.*)*)", text, re.MULTILINE)
     return " ".join(found[1].split()) if found else ""

@@ -114,11 +114,7 @@ async def _describe_chain(
 
 
 def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
-    """Read the tables and the free list, as far as needed; return None if neither is needed.
-
-    The tables are needed for ``--allocation``, and the free list if the image has one.  For an
-    image that is not QED neither is needed.
-    """
+    """Read the tables (``--allocation``) and the free list if needed; None if neither is."""
     if image.qed is None or not (arguments.allocation or image.qed.has_free_list):
         return None
     with progress(arguments, "Counting") as on_progress:

@@ -25,17 +25,16 @@ async def open_image(
 ) -> AsyncIterator[HostFile]:
     """Open a regular file and lock it, or open a URL; close the file at the end of the block.
 
-    The block may also close the file earlier, for example through a disk that owns the file.
+    The block may also close the file earlier.
 
     Args:
         path: The path of the file, or the URL.
-        lock: The mode in which to lock a file; None to take no lock.  A URL is never locked.
+        lock: The mode in which to lock a file; None for no lock.  A URL is never locked.
         remote: How to read a URL.
         writable: Whether to open the file for writing as well.
 
     Raises:
-        UsageError: A URL is not valid, the options do not permit it, or ``writable`` is set for a
-            URL.
+        UsageError: A URL is not valid, not permitted by the options, or ``writable`` is set for it.
         HostError: The file cannot be opened or locked, the server does not serve the object, or
             the cache cannot be used.
         ImageError: The file is not a regular file.
@@ -62,17 +61,15 @@ async def open_url(
     Args:
         url: The URL.
         remote: How to read the URL.
-        wanted: Size and validator of the version that the caller needs; None if any version will
-            do.  If the server has another version, the needed one is read from the cache if
-            all that readers need of it is there (`open_remote`).  Otherwise the server's version
-            is opened.  Ignored for an NBD export.
+        wanted: Size and validator of the version that the caller needs; None for any.  If the
+            server has another version, the needed one is read from the cache if it is complete
+            there (`open_remote`).  Otherwise the server's version is opened.
 
     Raises:
         UsageError: The URL is not valid, or the options do not permit it.
         RemoteError: The server cannot be reached, or does not serve the object.
         CacheError: The user has named a directory for the cache that cannot be used.
-        HostError: The data file of the cache cannot be opened, for example because the host has no
-            free descriptor.
+        HostError: The data file of the cache cannot be opened.
     """
     address = parse_address(url)
     handover = _Handover()
@@ -95,7 +92,7 @@ async def open_url(
 
 
 class _Handover:
-    """Closes the file that a thread opens for a task, if the task no longer waits for the file."""
+    """Closes the file that a thread opens for a task that no longer waits for the file."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -113,7 +110,7 @@ class _Handover:
         return file
 
     def abandon(self) -> None:
-        """Close the file: now if it is open, or else when the thread has opened it."""
+        """Close the file now if it is open, or else when the thread has opened it."""
         with self._lock:
             self._is_abandoned = True
             file = self._file

@@ -1,8 +1,4 @@
-"""The size of a disk: the rules for a new size, a lock, and the change in the header.
-
-`DiskGrowth` and `DiskShrinking` prepare the disk for another size and then let `DiskSize` write
-the size into the header.
-"""
+"""The size of a disk: the rules for a new size, a lock, and the change in the header."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _MAX_CLUSTERS_PER_LOOKUP: Final = 1024
-"""Maximum number of clusters of a table that are looked up before other tasks may run."""
+"""Maximum number of clusters of a table that are looked up between two checkpoints."""
 
 
 class DiskSize:
@@ -49,16 +45,13 @@ class DiskSize:
     def check(self, size: int, *, shrink: bool = False) -> None:
         """Raise if ``size`` is not valid as the new size of the disk.
 
-        The present size is always accepted.
-
         Args:
             size: The new size in bytes.
-            shrink: Whether the disk will shrink; if not, the disk will grow.
+            shrink: Whether the disk will shrink instead of grow.
 
         Raises:
-            UsageError: ``size`` is less than the present size without ``shrink``, or more
-                than the present size with ``shrink``.  Or it is not a multiple of 512, is
-                negative, or is more than the tables can address.
+            UsageError: ``size`` is on the wrong side of the present size.  Or it is not a multiple
+                of 512, is negative, or is more than the tables can address.
         """
         name, old, max_size = (
             self._layer.file.name,
@@ -91,10 +84,9 @@ class DiskSize:
 
 
 async def first_in_use(layer: QedLayer, start: int, end: int) -> Extent | None:
-    """Return the first extent of data, or of a bad entry, in a guest range.
+    """Return the first extent of data, or of a bad entry, in a guest range; None without one.
 
-    Returns None if the range has no such extent, or is empty.  The range may lie past the end
-    of the disk.
+    The range may lie past the end of the disk.
 
     Args:
         layer: The image.
@@ -106,10 +98,9 @@ async def first_in_use(layer: QedLayer, start: int, end: int) -> Extent | None:
     """
     geometry = layer.geometry
     while start < end:
-        # If the table is missing, its whole range is one extent, and one lookup covers the range.
-        # A lookup in an existing table returns one extent for each scattered cluster.  Collecting
-        # the extents of a whole table would delay other tasks too long, so such a lookup covers
-        # only a part of the table's range.
+        # If the table is missing, its whole range is one extent.  A lookup in an existing table
+        # returns one extent for each scattered cluster.  The extents of a whole table would delay
+        # other tasks too long, so such a lookup covers only a part of the table's range.
         table, reason = await layer.table_at(geometry.l1_index(start))
         step = geometry.table_span
         if table or reason:

@@ -1,16 +1,14 @@
-"""Quarantine: clusters that lost their reference and must not be used again yet (D5).
+"""Quarantine: clusters that lost their reference and must not be used again yet.
 
-D5 is a rule in docs/durability.md.
+This is rule D5 in docs/durability.md.  Two things could go wrong if a cluster were used again
+immediately.  A crash could bring back the old table, and the former owner would find another
+owner's data in the cluster, or zeros.  And a request that looked up the cluster before the
+reference was dropped may still be reading or writing the cluster.
 
-Two things could go wrong if a cluster were used again immediately.  A crash could bring back
-the old table, and the former owner would find another owner's data in the cluster, or zeros.
-And a request that looked up the cluster before the reference was dropped may still be reading or
-writing the cluster.
-
-Clusters wait in batches.  When a write-back cycle begins, the quarantine *seals* all clusters
-that have lost their reference up to that moment: they become a batch.  At that moment an epoch of
-requests (`Epochs`) ends, and a new one begins.  The batch stays in quarantine until the tables that
-dropped its clusters are durable, and until all requests of that epoch and earlier ones have ended.
+When a write-back cycle begins, the quarantine *seals* all clusters that have lost their reference
+up to that moment: they become a batch.  At that moment an epoch of requests (`Epochs`) ends.  The
+batch stays in quarantine until the tables that dropped its clusters are durable, and until all
+requests of that epoch and earlier ones have ended.
 """
 
 from __future__ import annotations
@@ -27,10 +25,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
-"""Number of collected clusters at which `Quarantine.retire_many` puts them into the map, together.
-
-Fewer clusters wait, at most until a write-back cycle begins; their numbers take up to 2 MiB.
-"""
+"""Number of clusters at which `Quarantine.retire_many` puts those that it has collected into the
+map; their numbers take up to 2 MiB."""
 
 
 class _Batch:
@@ -51,10 +47,7 @@ class _Batch:
 
 
 class Quarantine:
-    """Holds clusters that lost their reference, in batches, the oldest first.
-
-    The quarantine is a `CycleObserver` of the write-back.
-    """
+    """Holds clusters that lost their reference, in batches; a `CycleObserver` of the write-back."""
 
     def __init__(self, epochs: Epochs, empty: FreeMap) -> None:
         """Hold no cluster yet; ``empty`` is the empty map from which all maps here are made."""
@@ -79,9 +72,9 @@ class Quarantine:
         """Take in a run of ``count`` clusters to which no table in memory refers any more.
 
         The caller must not await anything between changing the entries and this call.
-        Otherwise a write-back cycle could begin in between, and cover only the entries or only
-        the clusters.  If the cycle sealed the clusters and did not write the entries, the
-        clusters could be used again while the file still refers to them.
+        Otherwise a write-back cycle could begin in between.  If the cycle sealed the clusters and
+        did not write the entries, the clusters could be used again while the file still refers to
+        them.
         """
         self._unsealed.add(first, count)
 
@@ -90,9 +83,8 @@ class Quarantine:
 
         The caller must not await anything between changing the entries and this call.
 
-        The clusters of one table may be scattered over all blocks of the map.  Adding many
-        clusters to a block together is cheaper than one after the other.  So the clusters of
-        several calls are collected before they are put into the map.
+        The clusters of one table may be scattered over all blocks of the map.  Adding many clusters
+        to a block together is cheaper, so the clusters of several calls are collected.
         """
         self._scattered.append(clusters)
         self._scattered_count += len(clusters)
@@ -122,8 +114,8 @@ class Quarantine:
         """Remove from the quarantine clusters of one block that may be used again.
 
         Returns:
-            The number of the block, and an integer in which the bit of each removed cluster is
-            set, as in `FreeMap.bits`.  None if no cluster may be used again yet.
+            The number of the block, and its bits, as in `FreeMap.bits`.  None if no cluster may be
+            used again yet.
         """
         while self._batches and self._batches[0].durable:
             if not self._epochs.is_drained(self._batches[0].epoch):

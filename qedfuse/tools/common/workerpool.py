@@ -2,8 +2,8 @@
 
 Each thread keeps taking items until none is left, because switching from the event loop to a
 thread and back can cost more than the work on one item.  A *worker* is the function that a thread
-calls with each of its items.  The worker gets a *ticket* with the item, and waits for the ticket's
-turn if a part of the work must be done in the order of the items.
+calls with each of its items.  With the item it gets a *ticket*, for work that must be done in the
+order of the items.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ T = TypeVar("T")
 class Ticket:
     """The position of an item in the order of the items.
 
-    The turn of a ticket begins when the previous ticket is finished, and the turn of the first
-    ticket begins immediately.  The turns do not overlap, except after an error: if a worker raises
-    before the turn of its ticket, the ticket is finished early.  The turn of the next ticket can
-    then begin while the turn of an earlier ticket still runs.
+    The turn of a ticket begins when the previous ticket is finished.  If a worker raises before the
+    turn of its ticket, the ticket is finished early, and turns can then overlap.
     """
 
     def __init__(self, previous: Ticket | None) -> None:
@@ -40,8 +38,8 @@ class Ticket:
     def wait(self) -> None:
         """Block the thread until the previous ticket is finished.
 
-        The wait cannot deadlock, because a thread has already taken the previous item, and each
-        thread finishes the ticket of its item even if the worker raises.
+        There is no deadlock: a thread has already taken the previous item, and finishes its ticket
+        even if the worker raises.
         """
         if self._previous is not None:
             self._previous._finished.wait()  # noqa: SLF001  the same class
@@ -59,8 +57,7 @@ class WorkerPool(Generic[T]):
     def __init__(self, workers: Sequence[Callable[[T, Ticket], None]]) -> None:
         """Use one thread for each function in ``workers``.
 
-        A function is called with an item and the ticket of the item.  Calls of the same
-        function do not overlap, so the function may own buffers.
+        Calls of the same function do not overlap, so the function may own buffers.
         """
         self._workers = workers
         self._taking = threading.Lock()
@@ -69,15 +66,13 @@ class WorkerPool(Generic[T]):
     async def run(self, items: Iterator[T]) -> None:
         """Call one of the workers with each item.
 
-        After an exception in one thread, or a cancellation, each thread finishes the item that
-        it has taken and takes no further item.  The exception of a worker is raised; if several
-        workers raise, their exceptions are raised as a group.
+        After an exception or a cancellation, each thread finishes the item that it has taken and
+        takes no further item.  The exceptions of several workers are raised as a group.
         """
         for first in items:
             # This block runs at most once, because the threads take all items after the first one.
-            # The `for` statement only finds out whether there is an item: without one, no thread
-            # is started.  This saves time, because callers call this method for each part of a
-            # disk, and many parts of a large disk have no items.
+            # Without an item no thread is started, which saves time for parts of a disk without
+            # items.
             remaining = chain((first,), items)
             async with background_tasks() as nursery:
                 for worker in self._workers:
@@ -96,6 +91,5 @@ class WorkerPool(Generic[T]):
             try:
                 worker(item, ticket)
             finally:
-                # A worker may return or raise without finishing its ticket.  Without this call,
-                # the workers of later items would then wait for the ticket forever.
+                # If a worker has not finished its ticket, those of later items would wait forever.
                 ticket.finish()

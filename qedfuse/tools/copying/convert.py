@@ -40,40 +40,34 @@ async def convert(
 ) -> ConvertResult:
     """Copy a disk into a new file, an existing file, image or device, or a pipe.
 
-    A new file gets its name when the copy is complete.  Until then the name is free, or
-    belongs to the old file.  On a file system without hard links an empty file may have the name
-    for a moment (`NewFile`).
+    A new file gets its name when the copy is complete.  On a file system without hard links an
+    empty file may have the name for a moment (`NewFile`).
 
     Args:
         source_path: An image, a raw file or device, a URL, or a pipe (``-``: standard input).
         target_path: The file or device to write, or a pipe for raw content (``-``: standard
             output).
-        spec: Format, geometry and backing file of the target; None for a QED image with the
-            defaults.
+        spec: Format, geometry and backing file of the target; None for a default QED image.
         source_format: Format of the source; ``auto`` detects the format from the first bytes.
         into_existing: Write into an existing file, image or device.  Refused if the source is a
-            pipe.  For any other source, ignored if the target is a pipe.
-        overwrite: Replace an existing file; ignored with ``into_existing``, and if the target
-            is a pipe.
-        compare: After the copy, read the source and the target and compare them.  A new file
-            gets its name only if they are equal.
-        durable: Make a new file durable before it gets its name, and an existing file or
-            device before this function returns.  An existing image is always made durable,
-            and a pipe never.
-        streams: Maximum number of chunks that are copied at the same time, 1 to 16.  Ignored if
-            the source or the target is a pipe, and with ``into_existing``.
-        options: How to open the source, the backing file and an existing target; None for the
-            defaults.  With ``lock`` False only a file that is replaced is locked.
-            ``force_share`` applies to the source and the backing file only.
-        progress: Called with the guest offset that the copy has reached, and the size of the
-            disk.  For a pipe as the source, whose size is unknown, both are the number of bytes
-            copied so far.
+            pipe; otherwise ignored if the target is one.
+        overwrite: Replace an existing file; ignored with ``into_existing`` and for a pipe.
+        compare: After the copy, compare the source and the target.  A new file gets its name only
+            if they are equal.
+        durable: Make a new file durable before it gets its name, and an existing file or device
+            before the return.  An existing image is always made durable.
+        streams: Maximum number of chunks that are copied concurrently, 1 to 16.  Ignored for pipes
+            and with ``into_existing``.
+        options: How to open the source, the backing file and an existing target.  With ``lock``
+            False only a file that is replaced is locked.  ``force_share`` does not apply to the
+            target.
+        progress: Called with the guest offset that the copy has reached, and the size of the disk.
+            For a source that is a pipe, both are the number of bytes copied so far.
 
     Raises:
-        UsageError: The arguments contradict each other, or do not fit the kind of the source or of
-            the target.  Or the target is a URL, is the source or one of its bases, or cannot hold
-            a disk of this size.  Or the target exists, and neither ``overwrite`` nor
-            ``into_existing`` is set.
+        UsageError: The arguments contradict each other, or do not fit the source or the target.  Or
+            the target is a URL, is the source or one of its bases, or cannot hold a disk of this
+            size.  Or it exists, and neither ``overwrite`` nor ``into_existing`` is set.
         ImageInUseError: The source, the target or the file to replace is in use by another
             program.  Or another file has taken the name of the target during the copy.
         BackingError: The backing file cannot be used.
@@ -118,13 +112,7 @@ async def convert(
 
 
 def _refuse_same_file(source: Source, target_path: str) -> None:
-    """Refuse a target that is the source, or one of the bases of the source.
-
-    Does nothing if the target does not exist or cannot be examined.
-
-    Raises:
-        UsageError: The target is the source or one of its bases.
-    """
+    """Refuse a target that is the source or one of its bases; ignore one that does not exist."""
     try:
         target = os.stat(target_path)  # noqa: PTH116  a name, not a Path
     except OSError:
