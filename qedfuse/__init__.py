@@ -6,14 +6,13 @@
     async with qedfuse.open_disk("vm.qed") as disk:  # the same for programs that use trio
         await disk.read(0, 512)
 
-Each public name is imported at its first use, so that ``import qedfuse`` loads no other module
-of the package.
+Each public name is imported at its first use.
 """
 
 from __future__ import annotations
 
-# Type checkers treat a variable of this name as true.  The variable is not imported from typing,
-# because typing takes long to load, and Ctrl-C during the load would print a traceback.
+# Type checkers treat a variable of this name as true.  An import of typing would take long, and
+# Ctrl-C during the import would print a traceback.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
@@ -48,16 +47,11 @@ _MODULES = {
     "open_disk": "disk.opening",
 }
 
-# Type checkers accept every attribute of a module that defines __getattr__.  So the function is
-# hidden from them.
+# Type checkers accept every attribute of a module that defines __getattr__, so hide it.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        """Import and return a public name, at its first use.
-
-        Raises:
-            AttributeError: The package has no such name.
-        """
+        """Import and return a public name, at its first use."""
         module = _MODULES.get(name)
         if module is None:
             msg = f"module {__name__!r} has no attribute {name!r}"

@@ -45,15 +45,15 @@ def spawn_confined(
 ) -> subprocess.Popen[bytes]:
     """Start a program in a sandbox; return its process.
 
-    The program gets a session of its own, so that Ctrl-C does not end it.  The kernel kills the
-    program when the thread that called this function ends.
+    Ctrl-C does not end the program, because it has a session of its own.  The kernel kills it when
+    the thread that called this function ends.
 
     Args:
         command: The program's absolute path and its arguments.
         graph: The files that the program may read.
         output: Where the program's standard output goes, as for `subprocess.Popen`.
         errors: Where the program's standard error goes, as for `subprocess.Popen`.
-        listener: Descriptor of a listening socket for the program; None if it needs no socket.
+        listener: Descriptor of a listening socket for the program; None for no socket.
         cpu_seconds: Maximum processor time of the program in seconds; None for no limit.
 
     Raises:

@@ -72,9 +72,8 @@ static inline struct list take_all(struct list *list)
     return all;
 }
 
-/* Makes the system calls of a job; returns -errno, or the number of bytes read or written, which is 0 for
- * jobs of other kinds.  After `stop` is set, the descriptor may belong to another file.  So if `stop` is
- * set between two system calls of the job, the second one is not made (_iocalls.c). */
+/* Makes the system calls of a job; returns -errno, or the number of bytes read or written.  After
+ * `stop` is set, the descriptor may belong to another file, so no further call is made. */
 int64_t make_call(struct job *job, const atomic_int *stop);
 
 #endif

@@ -1,7 +1,6 @@
 """Opening a file by its path and locking it, for code that is not asynchronous.
 
-This module does not load trio, because the fast check, the fast map and ``qedimg info`` use
-it and must start quickly.  `qedfuse.hostio.imagefile` is for asynchronous code.
+This module does not load trio, because its users must start quickly.
 """
 
 from __future__ import annotations
@@ -24,13 +23,11 @@ if TYPE_CHECKING:
 
 
 def open_locked(path: str, lock: LockMode | None, *, writable: bool = False) -> int:
-    """Open a regular file and lock it; return its descriptor.
-
-    The caller must close the descriptor, which also drops the locks.
+    """Open a regular file and lock it; return its descriptor, which the caller must close.
 
     Args:
         path: The file.
-        lock: The mode in which to lock the file; None to take no lock.
+        lock: The mode in which to lock the file; None for no lock.
         writable: Whether to open the file for writing as well.
 
     Raises:
@@ -54,12 +51,10 @@ def locked_descriptor(path: str, lock: LockMode | None) -> Iterator[int]:
 
     Args:
         path: The file.
-        lock: The mode in which to lock the file; None to take no lock.
+        lock: The mode in which to lock the file; None for no lock.
 
     Raises:
-        HostError: The file cannot be opened or locked.
-        ImageError: The file is not a regular file.
-        ImageInUseError: Another opener of the file holds a lock that conflicts with ``lock``.
+        QedError: See `open_locked`.
     """
     fd = open_locked(path, lock)
     try:
@@ -69,9 +64,7 @@ def locked_descriptor(path: str, lock: LockMode | None) -> Iterator[int]:
 
 
 def read_header_of(fd: int, name: str) -> tuple[Header, int]:
-    """Read and check the header of an image; return the header and the file's length in bytes.
-
-    Messages call the file ``name``.
+    """Read and check the header of an image; return it and the file's length in bytes.
 
     Raises:
         ImageError: The file is not a QED image that this version can open.

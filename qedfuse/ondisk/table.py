@@ -1,7 +1,7 @@
 """Table entries: eight bytes each, little-endian in the file, in memory an ``array('Q')``.
 
-An array decodes a table of the default size 300 times faster than the package ``construct``.
-Slicing, comparing and encoding an array does not create a Python integer for each entry.
+An array decodes a table 300 times faster than ``construct``, without a Python integer for each
+entry.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BIG_ENDIAN: Final = sys.byteorder == "big"
 
 
 def decode(raw: bytes | bytearray) -> array[int]:
-    """Return the entries that the bytes of a table, or of a part of one, encode."""
+    """Return the entries in the bytes of a table, or of a part of one."""
     entries = array("Q")
     entries.frombytes(raw)
     if _BIG_ENDIAN:
@@ -37,11 +37,6 @@ def slice_start(table_offset: int, offset: int, slice_bytes: int = SLICE_BYTES) 
     """Return the file offset of the beginning of the slice that contains ``offset``.
 
     Slices begin at multiples of ``slice_bytes`` from the beginning of the table.
-
-    Args:
-        table_offset: File offset of the table.
-        offset: A file offset within the table.
-        slice_bytes: Length of a slice in bytes.
     """
     return offset - (offset - table_offset) % slice_bytes
 
@@ -59,8 +54,7 @@ def runs(
 ) -> Iterator[tuple[int, int, int]]:
     """Divide ``entries[first:last]`` into runs.
 
-    All entries of a run are unallocated, or all are zero clusters, or their clusters follow
-    each other in the file.
+    The entries of a run are all unallocated, or all zero clusters, or refer to adjacent clusters.
 
     Yields:
         (index of the first entry of a run, number of its entries, value of its first entry).

@@ -1,12 +1,10 @@
 """The log of outages: one line when an object can no longer be read, and one when it can again.
 
-There are two kinds of outages.  In the first kind, the server does not serve the object: it does
-not answer, or it refuses.  In the second kind, the server has another version of the object.
+There are two kinds of outages: the server does not serve the object, or it has another version.
 
 A server that often fails for a short time would fill the log.  So an outage is not logged if the
 last logged outage of the same kind began less than a minute before.  Only the errors of a logged
-outage are marked with `RemoteError.is_logged`.  Any other error is logged, at a limited rate, by
-the code that answers the failed request.
+outage are marked with `RemoteError.is_logged`.
 """
 
 from __future__ import annotations
@@ -31,16 +29,15 @@ class OutageLog:
     def __init__(self, name: str, consequence: str) -> None:
         """Log outages of the server of the object ``name``.
 
-        When an outage begins, the logged line ends with ``consequence``, which says what the outage
-        means for readers.
+        The line at the beginning of an outage ends with ``consequence``.
         """
         self._name = name
         self._consequence = consequence
         self._lock = threading.Lock()
         self._kind: type[RemoteError] | None = None  # of the present outage
         self._is_logged = False  # whether the present outage was logged
-        # Whether an outage was logged since the last answer.  An outage of one kind may follow
-        # another without an answer in between.
+        # Whether an outage was logged since the last answer.  Outages of both kinds may follow each
+        # other without an answer.
         self._awaits_end = False
         self._begun = 0.0  # time.monotonic() when the present outage began
         # For each kind, when the last outage that was logged began.
@@ -49,8 +46,7 @@ class OutageLog:
     def failed(self, error: RemoteError) -> None:
         """Record a failed request, and log the error if it begins an outage that must be logged.
 
-        An outage that begins too soon after the last logged one of its kind is not logged.  If the
-        present outage was logged, `RemoteError.is_logged` of ``error`` is set.
+        If the present outage was logged, `RemoteError.is_logged` of ``error`` is set.
         """
         kind = ObjectChangedError if isinstance(error, ObjectChangedError) else RemoteError
         with self._lock:
@@ -71,9 +67,8 @@ class OutageLog:
         """End the present outage; log the end if a beginning was logged since the last answer.
 
         Args:
-            sent: The time (`time.monotonic`) at which the request was sent.  The answer to a
-                request that was sent before the outage began does not end the outage.  With the
-                default, the answer always ends the outage.
+            sent: The time (`time.monotonic`) at which the request was sent.  If that was before the
+                outage began, the answer does not end it.  By default it always does.
         """
         with self._lock:
             if self._kind is not None and sent <= self._begun:
@@ -87,5 +82,5 @@ class OutageLog:
 def closed_error(name: str) -> RemoteError:
     """Return the error for a read of the file ``name`` after the file was closed."""
     error = RemoteError(f"{name}: found the file closed, expected it open")
-    error.is_logged = True  # so that nothing logs it, because the file was closed on purpose
+    error.is_logged = True  # the file was closed on purpose
     return error

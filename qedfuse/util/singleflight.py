@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 K = TypeVar("K", bound="Hashable")
 
 _SHARED_ERRORS: Final = (RemoteError, ForeignError)
-"""Errors of a server or of QEMU, which are raised in every caller that waits for the same fetch.
+"""Errors of a server or of QEMU, which are raised in every caller that waits for the fetch.
 
 The fetch has usually taken long already, and each further fetch would take as long.
 """
@@ -25,8 +25,7 @@ class _Flight:
 
     Attributes:
         ended: Set when the fetch has ended.
-        error: The error of `_SHARED_ERRORS` with which the fetch has ended; every caller that waits
-            gets this error.  None if the fetch is running, or has ended in another way.
+        error: The error of `_SHARED_ERRORS` with which the fetch has ended, or None.
     """
 
     def __init__(self) -> None:
@@ -38,15 +37,13 @@ class _Flight:
 class SingleFlight(Generic[K]):
     """Runs at most one fetch per key at a time.
 
-    The fetch must store its result in a cache, and the callers must look into the cache when `run`
-    returns.  A caller that has only waited may find no result in the cache: the other caller's
-    fetch may have failed or been cancelled, or the cache may have evicted the result since.  A
-    caller without a result must call `run` again, and this call runs the caller's own fetch if no
-    other caller has started one.
+    The fetch must store its result in a cache, and the callers must look there when `run` returns.
+    A caller that has only waited may find no result: the fetch may have failed or been cancelled,
+    or the cache may have evicted the result since.  Then it must call `run` again.
 
-    Most errors of a fetch are raised only in the caller that has run the fetch.  An error of a
-    server or of QEMU (`_SHARED_ERRORS`) is also raised in the callers that have waited.  If each of
-    those callers ran a fetch of its own, they would wait for the failed server one after another.
+    Most errors of a fetch are raised only in the caller that has run it.  An error of a server or
+    of QEMU (`_SHARED_ERRORS`) is also raised in the callers that have waited, which would otherwise
+    wait for the failed server one after another.
     """
 
     def __init__(self) -> None:
@@ -57,14 +54,13 @@ class SingleFlight(Generic[K]):
         """Run ``fetch``, or wait until the fetch that is running for ``key`` has ended.
 
         Returns:
-            True if this call has run ``fetch``.  False if it has waited for the fetch of
-            another call, which may have stored a result or failed.
+            True if this call has run ``fetch``; False if it has waited for another fetch, which may
+            have failed.
 
         Raises:
-            RemoteError: The server has failed, in ``fetch`` or in the fetch of the other call.
-            ForeignError: The process that reads an image of a foreign format has failed, in
-                ``fetch`` or in the fetch of the other call.
-            BaseException: Any other error of ``fetch``, only if this call has run ``fetch``.
+            RemoteError: The server has failed, in either fetch.
+            ForeignError: The process that reads a foreign image has failed, in either fetch.
+            BaseException: Any other error of ``fetch``, only if this call has run it.
         """
         flight = self._flights.get(key)
         if flight is not None:

@@ -21,12 +21,9 @@ _ESCAPED: Final = str.maketrans(
         '"': r"\(dq",
     }
 )
-"""The characters that roff would change or interpret, and what prints them unchanged."""
+"""The characters that roff would change or interpret, and what prints them."""
 _SENTENCE_END: Final = re.compile(r"(?<=[.:;?!])  +|(?<=[.?!]) (?=[A-Z\"])")
-"""The blanks after a sentence: two or more, or one before a capital letter or a quote.
-
-A colon or a semicolon ends a sentence only before two or more blanks.
-"""
+"""The blanks after a sentence: two or more, or one before a capital letter or a quote."""
 
 
 def plain(text: str) -> str:
@@ -55,7 +52,7 @@ def line(text: str) -> str:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Yield prose as roff: an empty line begins a paragraph, and indented lines form an example."""
+    """Yield prose as roff: an empty line begins a paragraph, and indented lines are an example."""
     for number, part in enumerate(text.strip("\n").split("\n\n")):
         if number:
             yield ".PP"
@@ -66,11 +63,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Yield a paragraph as lines of roff.
-
-    Each sentence ends a line, because roff recognises the end of a sentence only at the end of a
-    line.
-    """
+    """Yield a paragraph as lines of roff, which recognises only a sentence that ends a line."""
     # Lines are joined by one blank, or by two after a punctuation mark that can end a sentence.
     joined = re.sub(r"(?<![.:;?!])\s+", " ", text.strip()).replace("\n", "  ")
     for sentence in _SENTENCE_END.split(joined):

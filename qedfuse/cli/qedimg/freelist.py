@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry out the action "on" or "off"; print the description of the list; return 0.
-
-    The action "show" only prints the description.
+    """Carry out the action, print the description of the list, and return 0.
 
     Raises:
         UsageError: -U was given with an action that changes the image.
@@ -62,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace) -> FreeListInfo:
-    """Carry out the action "on" or "off"; return the description of the list that the image has."""
+    """Carry out the action, and return the description of the list that the image has then."""
     from qedfuse.hostio.locking import LockMode  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.remote.address import require_local  # noqa: PLC0415
     from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415

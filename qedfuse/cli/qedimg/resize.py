@@ -44,11 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _size_or_change(text: str) -> tuple[int, bool]:
-    """Return the operand in bytes, negative for ``-SIZE``, and whether the operand has a sign.
-
-    Raises:
-        argparse.ArgumentTypeError: The text is not a size.
-    """
+    """Return the operand in bytes, negative for ``-SIZE``, and whether it has a sign."""
     sign = _SIGN.match(text)
     value = common.size(text[1:] if sign else text)
     return (-value if text.startswith("-") else value), sign is not None

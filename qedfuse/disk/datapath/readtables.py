@@ -1,8 +1,8 @@
 """The objects of a disk that the mount's extension uses to answer requests itself.
 
-``_readview.c`` finds data as `qedfuse.disk.datapath.fastpath.FastPath.locate` does, but without a
-call of Python code.  So the extension keeps references to the objects that `FastPath` uses.  While
-the disk is open, these objects change, but are never replaced by others.
+``_readview.c`` finds data as `qedfuse.disk.datapath.fastpath.FastPath.locate` does, but without
+Python code.  So the extension keeps references to the objects that `FastPath` uses.  While the disk
+is open, they are never replaced by others.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class InPlaceWrites(NamedTuple):
     """What ``_inplacewrite.c`` needs to write to clusters that the top image has allocated.
 
-    The extension makes a write only if the write is short, ``guard`` is prepared, ``writeback`` has
-    no failure, and there is no contention for ``inode``.
+    The extension makes only short writes, if ``guard`` is prepared, ``writeback`` has no failure,
+    and there is no contention for ``inode``.
 
     Attributes:
         fd: The descriptor of the top image.
@@ -33,7 +33,7 @@ class InPlaceWrites(NamedTuple):
         is_short: Returns whether a write of a number of bytes counts as short (`InlinePolicy`).
         guard: The first-write guard.
         writeback: The write-back of the tables.
-        record: Called after each such write, with its length in bytes and the seconds that it took.
+        record: Called after each such write with its length in bytes and its time in seconds.
     """
 
     fd: int
@@ -48,8 +48,8 @@ class SeekTables(NamedTuple):
     """What ``_seek.c`` needs to search the tables of the top image for data and holes.
 
     Attributes:
-        cache_key: First part of the keys of all slices of the top image's tables
-            (`TableCache.key`); the second part is the file offset of the slice.
+        cache_key: First part of the keys of slices of the top image (`TableCache.key`); the second
+            part is the file offset of the slice.
         table_bits: Binary logarithm of the number of entries in a table.
     """
 
@@ -58,7 +58,7 @@ class SeekTables(NamedTuple):
 
 
 class ReadTables(NamedTuple):
-    """The objects with which ``_readview.c`` finds data in a chain, as `FastPath.locate` does.
+    """The objects with which ``_readview.c`` finds data in a chain.
 
     Attributes:
         layer: The top image; its header has the size of the disk.
@@ -68,17 +68,15 @@ class ReadTables(NamedTuple):
             (`FlattenedBacking.store_key`); the second part is the slice's number.  None without
             backing files.
         files: For each file of the chain, by depth, its `PageSource`; None if the extension must
-            not read the file.
+            not read it.
         cluster_bits: Binary logarithm of the cluster size in bytes.
         slice_bits: Binary logarithm of the number of entries in a slice.
         epochs: The epochs; a read that waits for the host enters one.
         file_reads: The cells of `FileReads`, in which the extension counts its reads.
         window_start: Guest offset of the range to which reads are confined (`DiskWindow`).
         window_bytes: Length of that range; -1 for the whole disk.
-        writes: What is needed for writes to allocated clusters; None if the extension must not
-            write.
-        seeks: What is needed to search for data and holes; None if the extension must not search,
-            because the disk has a base.
+        writes: For writes to allocated clusters; None if the extension must not write.
+        seeks: For searches of data and holes; None if the disk has a base.
     """
 
     layer: QedLayer

@@ -23,8 +23,7 @@ def zero_blocks(buffer: Bytes, block_size: int) -> Mask:
     """
     whole = len(buffer) // block_size * block_size
     rows = buffer[:whole].view(np.uint64).reshape(-1, block_size // 8)
-    # Only blocks in which all sampled words are zero are read in full.  This is fast, because
-    # in most blocks of data at least one of the sampled words is not zero.
+    # Only blocks in which all sampled words are zero are read in full, which are few among data.
     zero: Mask = np.logical_not(rows[:, :: block_size // 8 // _SAMPLED_WORDS_PER_BLOCK].any(axis=1))
     for row in np.flatnonzero(zero):
         zero[row] = not rows[row].any()
@@ -52,18 +51,16 @@ def classify(
 ) -> tuple[Mask, Mask]:
     """Return two masks: the blocks to write as data, and the blocks to write as zeros.
 
-    A block in neither mask need not be written.  Without a base no block is in the second
-    mask, because without a base an unwritten block of the target reads as zeros.
+    A block in neither mask need not be written.  Without a base the second mask is empty, because
+    an unwritten block of the target reads as zeros.
 
     Args:
         content: A chunk of the disk.
         block_size: Bytes in a block.
-        min_zero_bytes: A run of blocks that hold only zeros counts as data if the run is shorter
-            than this number of bytes, unless the run touches an end of the chunk.  With 0, all
-            zeros count as data.  With a base, all values except 0 mean the same: no block of
-            zeros counts as data.
-        base: Content of the base in the same range, as long as ``content``; None if there is
-            no base.  Blocks that are equal in both are in neither mask.
+        min_zero_bytes: Without a base, a shorter run of zero blocks counts as data, unless it
+            touches an end of the chunk.  With 0, all zeros count as data, even with a base.
+        base: Content of the base in the same range; None without a base.  Blocks that are equal in
+            both are in neither mask.
     """
     count = -(-len(content) // block_size)
     zero = zero_blocks(content, block_size) if min_zero_bytes else np.zeros(count, np.bool_)
@@ -72,8 +69,7 @@ def classify(
         return differs & ~zero, differs & zero
     if min_zero_bytes > block_size:
         for first, last in mask_ranges(zero):
-            # A short run inside the chunk becomes data.  A run at an end of the chunk stays zeros,
-            # because it may continue in the neighbouring chunk, and the whole run may be long.
+            # A run at an end of the chunk stays zeros, because it may continue in the next chunk.
             at_an_end = first == 0 or last == len(zero)
             if not at_an_end and (last - first) * block_size < min_zero_bytes:
                 zero[first:last] = False
@@ -81,12 +77,9 @@ def classify(
 
 
 def masked_bytes(mask: Mask, block_size: int, length: int) -> int:
-    """Return the number of bytes in the blocks that a mask marks.
+    """Return the number of bytes in the blocks that a mask marks, in a chunk of ``length`` bytes.
 
-    Args:
-        mask: A mask of the blocks of a chunk.
-        block_size: Bytes in a block.
-        length: Bytes of the chunk, whose last block may be incomplete.
+    The last block of the chunk may be incomplete.
     """
     past_end = len(mask) * block_size - length if len(mask) and mask[-1] else 0
     return int(mask.sum()) * block_size - past_end

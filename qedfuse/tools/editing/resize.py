@@ -22,8 +22,7 @@ class ResizeResult:
         size_after: Size of the disk after the change.
         bytes_before: Length of the file before the change.
         bytes_after: Length of the file after the change.
-        free_clusters: Number of free clusters that the change has left in the file, for example
-            because the options limit the compaction.  0 if the number is unknown.
+        free_clusters: Number of free clusters that the change has left in the file; 0 if unknown.
     """
 
     size_before: int
@@ -49,24 +48,21 @@ async def resize(
 
     Args:
         path: The image.
-        size: The new size in bytes; with ``relative`` the number of bytes to add to the present
-            size, negative to make the disk smaller.
-        relative: Whether ``size`` is added to the present size.
+        size: The new size in bytes; with ``relative`` the number of bytes to add.
+        relative: Whether ``size`` is added to the present size; it may then be negative.
         shrink: Allow the disk to become smaller.
-        force: Allow the loss of data.  In a disk that shrinks, this is the data past the new end.
-            In a disk that grows, it is data that another program left past the old end.
+        force: Allow the loss of data: past the new end, or, in a disk that grows, data that another
+            program left past the old end.
         options: How to open the image; ``writable`` is always set.  None for the defaults.
         progress: Called with the work done and the whole work of shrinking, in the same unspecified
-            unit; not called when the disk grows.
+            unit.
 
     Raises:
         UsageError: The size is negative, not a multiple of 512, or more than the tables can
             address.  Or the disk would become smaller without ``shrink``, or would lose data past
-            its new end without ``force``; a bad table entry there counts as data.
-        CorruptImageError: A check found damage.  Or the disk would grow, and a table entry for the
-            added range is bad.  Or the disk would grow without ``force``, and such an entry refers
-            to data.  Or the disk would shrink with ``force``, and a table entry for the removed
-            range is bad.
+            its new end without ``force``.
+        CorruptImageError: A check found damage.  Or a table entry for the added or removed range is
+            bad, or refers to data in the added range without ``force``.
         QedError: The image cannot be opened for writing, or a system call failed.
     """
     async with open_writable(path, options) as disk:
