@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     from qedfuse.check.findings import Code
 
 MAX_LOST_RANGES: Final = 100_000
-"""Maximum number of ranges that are recorded separately.  If more ranges are lost, the last range
-is extended until it covers all further ranges.  So the last range can also cover data that is not
-lost, and data that is lost because of another error than the ``code`` of the range."""
+"""Maximum number of ranges that are recorded separately.  The last range is extended to cover all
+further ones, so it can also cover data that is not lost, or is lost because of another error."""
 
 
 class LostRanges:
@@ -32,8 +31,7 @@ class LostRanges:
     def add(self, start: int, length: int, code: Code, cleared_entries: int = 1) -> None:
         """Record a range of the disk whose data is lost or possibly wrong.
 
-        The part of the range past the end of the disk is not recorded.  If the range begins where
-        the last recorded range ends, and both have the same code, the last one is extended.
+        The part of the range past the end of the disk is not recorded.
 
         Args:
             start: Guest offset in bytes.

@@ -24,21 +24,18 @@ _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 class Residency:
     """A mapping of a file, through which mincore(2) reports what the page cache has of the file.
 
-    The mapped memory is never read.  A read with ``RWF_NOWAIT`` could not replace mincore(2),
-    because such a read makes the kernel fetch missing pages from the disk, and succeeds in a hole.
+    A read with ``RWF_NOWAIT`` could not replace mincore(2), because such a read makes the kernel
+    fetch missing pages from the disk, and succeeds in a hole.
 
     Attributes:
         address: Address at which the file is mapped; 0 after `close`.
     """
 
     def __init__(self, fd: int, length: int) -> None:
-        """Map the first ``length`` bytes of a file; ``length`` must be at least 1.
+        """Map the first ``length`` bytes of a file, at least 1.
 
         The user of this process must own the file or have permission to write to it.  For other
         files mincore(2) reports every page as present.
-
-        Raises:
-            OSError: A system call failed.
         """
         address = _mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
         if address in (None, _MAP_FAILED):
@@ -48,11 +45,9 @@ class Residency:
         self._length = length
 
     def has_range(self, offset: int, length: int) -> bool:
-        """Return whether the page cache has all pages of a range.
+        """Return whether the page cache has all pages of a range, which must be mapped.
 
-        The range must not be empty, and must lie within the bytes that are mapped.
-        Returns False for a hole that no program has read, because its pages are not in the page
-        cache.  Also returns False if mincore(2) fails, or after `close`.
+        Returns False for a hole that no program has read, if mincore(2) fails, or after `close`.
         """
         start = offset & -mmap.PAGESIZE
         size = offset + length - start

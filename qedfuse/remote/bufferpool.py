@@ -1,6 +1,6 @@
-"""Buffers for parts of an object; a buffer is used again when no view of the buffer is left.
+"""Buffers for parts of an object, each of which is used again when no view of it is left.
 
-Allocating a buffer of 1 MiB takes longer than receiving 1 MiB: the kernel clears the pages, and
+To allocate a buffer of 1 MiB takes longer than to receive 1 MiB: the kernel clears the pages, and
 then Python, holding the GIL, clears them again.
 """
 
@@ -24,9 +24,8 @@ class BufferPool:
     def take(self, length: int) -> memoryview:
         """Return a view of ``length`` bytes, whose content is undefined.
 
-        The buffer of the view is used again when this view and every view made from it are gone.
-        If ``length`` exceeds `BUFFER_BYTES`, or all buffers are in use, the view has a buffer that
-        the pool does not keep.
+        The buffer is used again when this view and every view made from it are gone.  If ``length``
+        exceeds `BUFFER_BYTES`, or all buffers are in use, the pool does not keep the buffer.
         """
         with self._lock:
             # Always the first free buffer: it is used most often, so the processor caches it.
@@ -39,7 +38,7 @@ class BufferPool:
         return memoryview(bytearray(length))
 
     def clear(self) -> None:
-        """Forget all buffers; Python frees each buffer as soon as nothing refers to it."""
+        """Forget all buffers; Python frees each when nothing refers to it."""
         with self._lock:
             self._buffers.clear()
 

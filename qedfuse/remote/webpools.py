@@ -50,13 +50,7 @@ class WebPools:
 
 
 def _make_pool(target: Address) -> urllib3.PoolManager:
-    """Return a new pool for an address.
-
-    The pool uses no proxy if the host is this machine, or if ``no_proxy`` excludes the host.
-
-    Raises:
-        UnusableError: The URL of the proxy cannot be used.
-    """
+    """Return a new pool for an address."""
     is_direct = target.is_loopback or proxy_bypass(target.host)
     proxies = {} if is_direct else getproxies()
     variable = f"{target.scheme}_proxy" if proxies.get(target.scheme) else "all_proxy"

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     Progress: TypeAlias = Callable[[int, int], None]
-    """A function that is called with the work done so far and the whole work, in the same
-    unit."""
+    """A function that is called with the work done and the whole work, in the same unit."""
 
 _PROGRESS_INTERVAL_SECONDS: Final = 0.1
 """Time between two calls of the function that `periodic_progress` gets."""
@@ -23,12 +22,11 @@ _PROGRESS_INTERVAL_SECONDS: Final = 0.1
 async def background_tasks() -> AsyncIterator[trio.Nursery]:
     """Open a nursery that raises a single error without an exception group.
 
-    The end of the ``async with`` block waits for the tasks.  If they do not end by themselves, the
-    caller must cancel the nursery's ``cancel_scope``.
+    The end of the ``async with`` block waits for the tasks.  The caller must cancel the nursery's
+    ``cancel_scope`` if they do not end by themselves.
 
-    trio wraps every error that leaves a nursery in an exception group, because several tasks
-    may fail concurrently.  Callers of a function that uses a nursery internally do not expect
-    a group.  So this function raises a group only if there are several errors.
+    trio wraps every error that leaves a nursery in an exception group, which callers do not expect.
+    So this function raises a group only if there are several errors.
     """
     try:
         async with trio.open_nursery() as nursery:
@@ -42,11 +40,7 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
 
 @asynccontextmanager
 async def periodic_progress(progress: Callable[[], None] | None) -> AsyncIterator[None]:
-    """Call ``progress`` every 0.1 seconds during the ``async with`` block, and once after success.
-
-    This is for operations that do not report their progress themselves.  If ``progress`` is None,
-    nothing is called.
-    """
+    """Call ``progress``, if any, every 0.1 seconds during the block, and once after success."""
     if progress is None:
         yield
         return

@@ -8,12 +8,11 @@ from typing import Final
 import trio
 
 MAX_STEPS: Final = 32
-"""Maximum number of steps between two checkpoints.  A step is about the work of one small write
-to the page cache: 20 to 100 microseconds."""
+"""Maximum number of steps between two checkpoints.  A step is about the work of one small write to
+the page cache: 20 to 100 microseconds."""
 
 _MAX_SECONDS: Final = 0.003
-"""If this time has passed since the last checkpoint, the next step makes one, even if `MAX_STEPS`
-has not been reached.  On a busy host a single step can take milliseconds."""
+"""Maximum time between two checkpoints.  On a busy host a single step can take milliseconds."""
 
 
 class Pace:

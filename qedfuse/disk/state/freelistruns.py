@@ -29,9 +29,8 @@ async def add_runs(free_map: FreeMap, runs: Runs) -> None:
     """Add the clusters of ``runs`` to a map; the runs must ascend and not touch each other."""
     first = runs[:, 0].astype(np.int64) + free_map.alignment
     end = first + runs[:, 1].astype(np.int64)
-    # Adding a single run takes three microseconds.  So all runs that lie within one block of
-    # the map are added in one step, and only runs that cross the border of a block are added
-    # singly.
+    # To add a single run takes three microseconds.  So all runs that lie within one block of the
+    # map are added in one step.
     within = first // BLOCK_CLUSTERS == (end - 1) // BLOCK_CLUSTERS
     for cluster, count in runs[~within].tolist():
         free_map.add(cluster, count)
@@ -47,10 +46,7 @@ async def add_runs(free_map: FreeMap, runs: Runs) -> None:
 
 
 def _bits_of(first: NDArray[np.int64], end: NDArray[np.int64]) -> int:
-    """Return an integer with the bits set from each ``first`` up to its ``end``, exclusive.
-
-    The ranges must not touch each other.
-    """
+    """Return an integer with the bits set in ranges, which do not touch; ``end`` is exclusive."""
     change = np.zeros(BLOCK_CLUSTERS + 1, np.int8)
     change[first] = 1
     change[end] = -1

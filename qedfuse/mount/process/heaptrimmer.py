@@ -1,10 +1,8 @@
 """Returning free heap memory to the system with malloc_trim(3).
 
-Requests allocate and free buffers of up to 1 MiB, many at a time.  The C library keeps the freed
-memory, some 30 MiB, until malloc_trim is called.  If the C library were configured to keep less,
-large writes would lose nearly half their speed, because the kernel would have to supply new pages
-for each buffer.  So the C library keeps the memory while requests run, and the server calls
-malloc_trim after flushes.
+The C library keeps the memory of freed buffers, some 30 MiB, until malloc_trim is called.  If it
+kept less, large writes would lose nearly half their speed, because the kernel would have to supply
+new pages for each buffer.  So the server calls malloc_trim only after flushes.
 """
 
 from __future__ import annotations
@@ -17,13 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MIN_INTERVAL_SECONDS: Final = 4.0
-"""Minimum time between two calls of malloc_trim, each of which takes some milliseconds.
+"""Minimum time between two calls of malloc_trim, each of which takes some milliseconds.  A disk that
+has been idle for longer is flushed once more, to clear NEED_CHECK, and this flush trims the heap."""
 
-A disk whose tables were changed clears NEED_CHECK, and is flushed for the last time, when it has
-been idle for longer than this interval (with the default settings).  So this last flush trims the
-heap."""
-
-# None if the C library is not GNU's.  Other C libraries keep less memory.
+# None if the C library is not GNU's; others keep less memory.
 _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
@@ -36,11 +31,7 @@ class HeapTrimmer:
         self._next_trim_time = 0.0
 
     def __call__(self) -> None:
-        """Trim the heap, unless it was trimmed less than `MIN_INTERVAL_SECONDS` ago.
-
-        With a C library other than GNU's, nothing is done.  The caller should call this when
-        memory has become free, such as after a flush.
-        """
+        """Trim the heap, unless it was trimmed less than `MIN_INTERVAL_SECONDS` ago."""
         now = self._clock()
         if now >= self._next_trim_time and _malloc_trim is not None:
             self._next_trim_time = now + MIN_INTERVAL_SECONDS

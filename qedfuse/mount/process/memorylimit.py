@@ -1,7 +1,7 @@
 """A hard limit on the address space of the server (RLIMIT_AS), for services.
 
-The limit is set before an image is opened, and protects the memory of other programs.  If the
-process needs more than the limit permits, the kernel refuses, and a request or the mount fails.
+If the process needs more than the limit permits, the kernel refuses, and a request or the mount
+fails.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Final
 from qedfuse.errors import HostError, UsageError
 
 _RESERVE_BYTES: Final = 512 << 20
-"""Address space for the threads, their heaps and libraries, in addition to the address space that
-the process has when the limit is set.  Most of the reserve is never used, but the C library
-reserves 64 MiB of address space for each arena of its heap."""
+"""Address space that is added for the threads, their heaps and libraries.  Most of it is never
+used, but the C library reserves 64 MiB for each arena of its heap."""
 _STATM: Final = Path("/proc/self/statm")
 _MIB: Final = 1 << 20
 

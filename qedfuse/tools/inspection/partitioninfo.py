@@ -23,9 +23,8 @@ class PartitionInfo:
 
     Attributes:
         table: The partition table; None if the disk has none.
-        file_systems: The file systems, by the number of the partition; without a partition table,
-            the file system of the whole disk by the number 0.  Extended partitions, and partitions
-            in which blkid recognises no file system, are left out.
+        file_systems: The file systems that blkid recognises, by the number of the partition;
+            without a partition table, that of the whole disk by the number 0.
     """
 
     table: PartitionTable | None
@@ -38,16 +37,13 @@ async def describe_partitions(
     """Read the partition table of a disk, and find the file systems.
 
     Args:
-        path: An image, whose bases are read as well, or a regular file or block device with raw
-            content; or a URL.
+        path: An image, whose bases are read as well, a file or block device with raw content, or a
+            URL.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the file.
 
     Raises:
-        UsageError: The URL is not valid.  Or the format is ``auto``, and the disk is encrypted by
-            LUKS.  Or the format is ``auto``, and a URL or a block device has an image of a foreign
-            format.
-        QedError: The file or a base cannot be opened, locked or read.
+        QedError: As `open_source`, or the disk cannot be read.
     """
     async with open_source(path, image_format, options) as source:
         read = partial(read_bytes, source)

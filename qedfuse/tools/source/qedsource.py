@@ -23,7 +23,7 @@ class QedSource:
     format: ImageFormat = "qed"
 
     def __init__(self, disk: Disk, path: str) -> None:
-        """Prepare to read an open disk; the caller must close the disk later."""
+        """Prepare to read an open disk, which the caller closes later."""
         self._disk = disk
         self._reader = ChainRunReader(list(disk.chain.layers))
         self.path = path
@@ -32,10 +32,7 @@ class QedSource:
         self.is_device = False
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Return how the chain stores a range, or the beginning of it; see `Source.extents`.
-
-        Holes of raw bases become extents of zeros.
-        """
+        """Return how the chain stores a range, or the beginning of it; see `Source.extents`."""
         end = min(start + length, self.size)
         if start >= end:
             return []
@@ -46,8 +43,7 @@ class QedSource:
             *(column.tolist() for column in columns), strict=True
         ):
             if kind == BAD:
-                # The range is looked up again, because the message for the user needs the
-                # reason why the entry is invalid, which a run does not have.
+                # The range is looked up again, because a run lacks the reason for the message.
                 result += await self._disk.extents(run_start, run_length)
             else:
                 result.append(Extent(_KINDS[kind], run_start, run_length, offset, depth))
