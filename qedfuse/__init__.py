@@ -47,7 +47,8 @@ _MODULES = {
     "open_disk": "disk.opening",
 }
 
-# Type checkers accept every attribute of a module that defines __getattr__, so hide it.
+# Type checkers accept every attribute of a module that defines __getattr__.  So the function is
+# hidden from them.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:

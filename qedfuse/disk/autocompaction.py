@@ -48,8 +48,8 @@ class AutoCompaction:
         try:
             if components.writeback.dirty_tables:
                 # First make durable what the guest has written, so that a bug in the compaction
-                # cannot lose it.  A flush would punch free clusters that the compaction fills or
-                # cuts off anyway.
+                # cannot lose it.  Not with a flush, which would punch free clusters that the
+                # compaction fills or cuts off anyway.
                 await components.writeback.barrier()
             if options.compact == "full":
                 await components.first_write_guard.prepare_write()

@@ -27,7 +27,7 @@ _MAX_READ_BYTES: Final = 32 << 20
 """Maximum length of a read; equal to MAX_EXPORT_READ_BYTES in ``hostio/_iothreads.c``."""
 _MIN_PAUSE_SECONDS: Final = 1.0
 _MAX_PAUSE_SECONDS: Final = 60.0
-"""Pause after an attempt that has made no connection; doubled by each further failure."""
+"""First and longest pause after an attempt without a connection; each failure doubles it."""
 
 
 class DirectReads:
@@ -103,7 +103,7 @@ class DirectReads:
                 self._drop(self._free.popleft())
 
     def _start_connecting(self) -> None:
-        """Start the thread that makes connections, unless it runs, pauses, or there are some."""
+        """Start the thread that makes connections, unless it runs, pauses or has made some."""
         with self._lock:
             if self._is_connecting or self._all or self._is_closed:
                 return

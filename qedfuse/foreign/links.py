@@ -2,8 +2,8 @@
 
 QEMU gets backing files and data files as open descriptors, and does not look up their names.  So
 even if QEMU read a header differently from this module, it would read only files that the policy
-for backing files allows.  Only the extents of a VMDK image (`qedfuse.foreign.vmdk`) are opened by
-QEMU itself, within the sandbox.
+for backing files allows.  QEMU itself opens only the extents of a VMDK image, within the sandbox;
+`qedfuse.foreign.vmdk` reads their names.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _qcow2(fd: int, name: str) -> Links:
 
 
 def _qcow2_extensions(fd: int, at: int) -> dict[int, bytes]:
-    """Return the contents of the header extensions from ``at`` on, by type; omit long ones."""
+    """Return the contents of the header extensions from ``at`` on, by type, without long ones."""
     found: dict[int, bytes] = {}
     for _ in range(_MAX_EXTENSIONS):
         head = os.pread(fd, 8, at)
@@ -205,4 +205,4 @@ _READERS: Final[dict[str, Callable[[int, str], Links]]] = {
     "vmdk": _vmdk,
     "vpc": _vpc,
 }
-"""For each format the function that reads the names; other formats have no other files."""
+"""For each format the function that reads the names; other formats name no files."""

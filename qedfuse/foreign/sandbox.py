@@ -34,7 +34,7 @@ _SYSTEM_PATHS = (
     *("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/local/lib"),
     *("/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store"),
 )
-"""What every program may read and execute: libraries, QEMU's modules and commands of scripts."""
+"""What every program may read and execute: libraries, QEMU's modules, commands in scripts."""
 _OWN_DIRECTORIES = ("lib", "lib64", "libexec")
 """Where a program outside ``/usr`` has its libraries: for ``/opt/qemu/bin/qemu-nbd``, in these
 directories of ``/opt/qemu``."""
@@ -47,7 +47,7 @@ _FIRST_TEMPORARY_DESCRIPTOR = 300
 one descriptor its final number does not close a copy."""
 
 _MAX_MESSAGE_BYTES = 64 << 10
-"""Maximum length of a file that the program writes, which are only its messages."""
+"""Maximum length of a file that the program writes: only its messages."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -96,7 +96,7 @@ def _raise_descriptor_limit() -> None:
 def _restrict(version: int, files: list[int], programs: list[str]) -> None:
     """Give up all rights of this process on files, except to read ``files`` and run ``programs``.
 
-    The latter are files and directories; those that do not exist are left out.
+    ``programs`` are files and directories; those that do not exist are left out.
     """
     rules = landlock.Ruleset(version)
     for fd in files:

@@ -1,9 +1,9 @@
 """Storing a record with an image: the versions of the bases over which the image was made.
 
-The record is an extended attribute of the image, or else is in a hidden file beside it.  That file
-also holds the inode number of the image.  If the number differs from that of the present image, the
-record belongs to an earlier image of the same name, and is ignored.  On a file system that keeps no
-inode numbers (FAT) the number is 0.
+The record is an extended attribute of the image.  If the file system has no place for it, a hidden
+file beside the image holds the record, and the inode number of the image.  If the number differs
+from that of the present image, the record belongs to an earlier image of the same name, and is
+ignored.  On a file system that keeps no inode numbers (FAT) the number is 0.
 
 Another file could have the name of the hidden file.  So a file with this name is replaced or
 removed only if its magic and its checksum show that it is a record.
@@ -82,7 +82,7 @@ def write_record_file(fd: int, path: str, record: bytes) -> None:
 
     Raises:
         OSError: A system call failed.
-        QedError: The new file cannot be made, or another file has one of the names.
+        QedError: The new file cannot be made, or another file has the name of the image or record.
     """
     target, status = record_path(path), os.fstat(fd)
     if not os.path.samestat(os.stat(os.path.realpath(path)), status):  # noqa: PTH116  str paths
@@ -135,7 +135,7 @@ def remove_record_file(path: str) -> None:
 
 
 def record_path(path: str) -> str:
-    """Return the path of the file that can hold the record of an image, with a shortened name."""
+    """Return the path of the file that can hold the record of an image; a long name is cut."""
     directory, name = os.path.split(os.path.realpath(path))
     raw = os.fsencode(name)
     max_raw_bytes = _MAX_NAME_BYTES - len(_SUFFIX) - 1

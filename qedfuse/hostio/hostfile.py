@@ -23,8 +23,8 @@ FileIdentity: TypeAlias = tuple[object, ...]
 class ReadableFile(Protocol):
     """A file that is open for reading.  Offsets and lengths are in bytes.
 
-    If a read fails, a ``try_`` method returns False, and other methods by default raise
-    `HostError`.
+    If a read fails, a ``try_`` method returns False.  Other methods raise `HostError`, unless
+    their docstrings say otherwise.
 
     Attributes:
         path: The file's name as it was given: by the user, or by the image that names the file.
@@ -138,9 +138,9 @@ class ReadableFile(Protocol):
 class HostFile(ReadableFile, Protocol):
     """The file of an image, open for reading or for writing.  Offsets and lengths are in bytes.
 
-    If the host refuses, a ``try_`` method returns False, and other methods raise `HostError` by
-    default (`NoSpaceError` for a full file system).  Nothing is certain to be durable before
-    `datasync` has returned, or `try_datasync` has returned True.
+    If the host refuses, a ``try_`` method returns False.  Other methods raise `HostError`
+    (`NoSpaceError` for a full file system), unless their docstrings say otherwise.  Nothing is
+    certain to be durable before `datasync` has returned, or `try_datasync` has returned True.
 
     Attributes:
         writable: Whether the file is open for writing.

@@ -20,9 +20,9 @@ ALWAYS_SHORT_WRITE_BYTES: Final = 1 << 18
 """Maximum length of a write that always counts as short, because its copy to the page cache takes
 less time than a round trip to a worker thread."""
 MAX_SHORT_WRITE_BYTES: Final = 1 << 20
-"""Maximum length of a write that can count as short.  More than `ALWAYS_SHORT_WRITE_BYTES` are
-short only while such writes have lately been fast (`_FAST_WRITE_SECONDS`).  They are slow while
-memory is full of dirty pages, because the kernel then makes writers wait."""
+"""Maximum length of a write that can count as short.  A write longer than
+`ALWAYS_SHORT_WRITE_BYTES` is short only while such writes have lately been fast.  They are slow
+while memory is full of dirty pages, because the kernel then makes writers wait."""
 _FAST_WRITE_SECONDS: Final = 4e-3
 """Maximum time of a fast write of more than `ALWAYS_SHORT_WRITE_BYTES`, several times that of the
 copy to the page cache."""

@@ -113,7 +113,7 @@ class Prefetch:
         await trio.sleep(_PAUSE_SECONDS)
 
     async def _wait_for_quiet(self) -> None:
-        """Wait until no reader has waited for `_QUIET_SECONDS`; always a checkpoint."""
+        """Wait until `_QUIET_SECONDS` have passed without a waiting reader; always a checkpoint."""
         await trio.lowlevel.checkpoint()
         while (quiet := self._quiet_seconds()) < _QUIET_SECONDS:  # noqa: ASYNC110  a time
             await trio.sleep(_QUIET_SECONDS - quiet)

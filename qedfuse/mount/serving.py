@@ -66,7 +66,7 @@ _MIN_TASKS: Final = 16
 """Number of idle tasks that pyfuse3 keeps.  To start one costs as much as several requests."""
 _MAX_TASKS: Final = 2 * MAX_BACKGROUND_REQUESTS_OF_SEVERAL_DISKS
 """Maximum number of tasks of pyfuse3, one for each request.  If a host file does not answer, all
-background requests may wait for it; half of the tasks remain for others."""
+background requests may wait for it; half of the tasks remain for other requests."""
 
 
 class Server:
@@ -148,8 +148,8 @@ class Server:
         Args:
             source: The source that the mount table shows.
             lock_name: The name of the mountpoint's lock; None to mount without the lock.
-            signals: Passes signals to the shutdown while the disks are served; later, to the
-                compaction, which a signal ends.
+            signals: Passes signals to the shutdown while the disks are served.  Later each signal
+                ends the compaction.
             announcement: Announces the mount to other processes.
             protection_failure: Why the process is not protected from memory pressure, for the
                 log; None if it is protected.
@@ -261,7 +261,7 @@ class Server:
                 # the pid file and opens a disk must wait for the sandbox, because the server
                 # answers no request before it is entered.
                 announcement.write_pidfile()
-                # The sandbox forbids to make a queue.
+                # In the sandbox no queue can be made.
                 async with queued_reads(data_requests.answer_slowly):
                     if self._sandbox is not None:
                         self._sandbox.enter(announcement.needed_files())
@@ -321,7 +321,7 @@ class Server:
     def _undo_mount(self, mount: MountEntry) -> None:
         """Unmount the mount, unless it is gone or another mount covers it.
 
-        A failure is only logged, because it would hide the error for which the mount is undone.
+        A failure is not raised, because it would hide the error for which the mount is undone.
         """
         try:
             now = find_mount(mount.path)
@@ -339,10 +339,10 @@ def _after_flush(invalidator: BlocksInvalidator, trim_heap: HeapTrimmer) -> None
 
 
 async def _call_at_end(connection: int, action: Callable[[], object]) -> None:
-    """Call ``action`` when the kernel has ended the connection; it must end requests that wait.
+    """Call ``action``, which must end requests that wait, when the kernel ends the connection.
 
-    Otherwise `pyfuse3.main` would wait for them.  The kernel wakes this task's epoll for every
-    request, which costs time, so only a mount with files on servers starts this task.
+    `pyfuse3.main` waits for these requests.  The kernel wakes this task's epoll for every request,
+    which costs time, so only a mount with files on servers starts this task.
     """
     with select.epoll() as epoll:
         epoll.register(connection, 0)  # errors only, which are always reported

@@ -52,8 +52,7 @@ def make_connection(
         connect: Returns a connected socket, within a limited time.
         name: The name of the export.
         tls: How to use TLS; None to use none.
-        attempt_seconds: Maximum time in seconds of the handshake; later, of a wait for a byte of a
-            reply.
+        attempt_seconds: Maximum time of the handshake, and later of a wait for the next byte.
         closed: Ends the call when it is set.
         end: The time (`time.monotonic`) at which the call ends at the latest.
 

@@ -146,7 +146,7 @@ class NbdFile(ReadOnlyFile):
     async def next_hole(self, offset: int) -> int | None:
         """Return where the first hole at or past ``offset`` begins.
 
-        The end of the file counts as a hole.  Returns None at or past the end.
+        The end of the file counts as a hole.  Returns None if ``offset`` is past it.
 
         Raises:
             QedError: See `next_data`.
@@ -175,7 +175,7 @@ class NbdFile(ReadOnlyFile):
         self._connections.close()
 
     def _attempts(self, offset: int, length: int) -> Attempts:
-        """Return the attempts of a read, which are brief if another read there has just failed."""
+        """Return the attempts of a read, which are brief if a read of its units has just failed."""
         is_brief = self._failures.has_any(*_units(offset, length))
         return Attempts(self.name, self._deadlines, self._outages, is_brief=is_brief)
 

@@ -101,7 +101,7 @@ class FetchThreads:
                 self._start_thread()
 
     def promote(self, flight: Flight) -> None:
-        """Move a flight, unless taken, to the lookups, because a reader now waits for it."""
+        """Move a flight from the prefetches to the lookups, unless a thread has taken it."""
         with self.lock, suppress(ValueError):
             self._prefetches.remove(flight)
             self.add_lookup(flight)
@@ -196,7 +196,7 @@ class FetchThreads:
     ) -> None:
         """Run one step; if it raises any exception, end the flights that are left with an error.
 
-        ``fetching`` and ``prefetching`` are 1 or 0, for the limits that the step counts against.
+        ``fetching`` and ``prefetching`` are 1 if the step counts as such, otherwise 0.
         """
         try:
             step()

@@ -43,7 +43,7 @@ class FlightLoader:
         Args:
             source: The object, which the loader closes.
             store: Where fetched units are stored; the caller closes it.
-            finish: Ends a flight that has its units, or ends it with an error.
+            finish: Ends a flight, with an error if it does not have its units.
         """
         self._source = source
         self._size = source.version.size

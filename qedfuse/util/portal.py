@@ -65,7 +65,7 @@ class Portal(Generic[T]):
         Args:
             manager: The context manager.
             name: The name of the thread.
-            before_leaving: Called in the event loop with ``value``, before running calls end.
+            before_leaving: Called in the event loop with ``value`` when leaving begins.
 
         Raises:
             OSError: The host cannot start a thread.
@@ -131,7 +131,7 @@ class Portal(Generic[T]):
             del future  # breaks a cycle: future -> error -> traceback -> this frame
 
     def raise_failure(self) -> None:
-        """Raise PortalClosedError if the event loop has failed and `close` has not raised that."""
+        """Raise PortalClosedError if the event loop has failed, until `close` raises the error."""
         if self._failure is not None:
             raise _closed() from self._failure
 
@@ -162,11 +162,12 @@ class Portal(Generic[T]):
                 self._token.run_sync_soon(function)
 
     def ask_to_close(self) -> None:
-        """Start to close the portal without waiting; cancel entering the context manager.
+        """Start to close the portal, and return without waiting until it is closed.
 
-        `close` raises the error if leaving the context manager fails.  If leaving began before
-        `close` was called, the error is also logged.  A finalizer, which Python can run in the
-        portal's own thread, may call this method, but not `close`.
+        If the context manager is still being entered, entering is cancelled.  `close` raises the
+        error if leaving fails.  If leaving began before `close` was called, the error is also
+        logged.  A finalizer, which Python can run in the portal's own thread, may call this method,
+        but not `close`.
         """
         self._close_requested = True
         self.call_soon(self._begin_closing)

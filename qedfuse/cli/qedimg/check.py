@@ -146,7 +146,7 @@ async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CheckRe
 
 
 def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, Any]:
-    """Return the result as JSON: first qemu-img's keys, which are omitted if 0, then the others."""
+    """Return the result as JSON values; as in qemu-img, an optional number of 0 is omitted."""
     after = result.after
     repaired = bool(arguments.repair) and not result.dry
     optional = {
@@ -271,8 +271,8 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
 def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print the state of the image after the check, repair or undo, and its numbers."""
     after, total = result.after, result.total_clusters
-    # A fraction of the disk's clusters: unlike "allocated-clusters" in the JSON, without the L2
-    # entries that have an invalid offset or are past the end of the disk.
+    # L2 entries with an invalid offset or past the end of the disk are left out, because the number
+    # is printed as a fraction of the disk's clusters.
     used = after.allocated_clusters - after.past_end_clusters
     notes = sum(count for code, count in after.counts.items() if not code.severity)
     listed = after.listed_clusters

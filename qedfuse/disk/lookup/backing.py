@@ -74,8 +74,8 @@ async def open_bases(
 ) -> list[Layer]:
     """Open the bases of an image, read-only; return their layers, from the first base downwards.
 
-    For each image of the chain, the bases below it are compared with the versions that the image
-    remembers (`verify_bases`), except those that ``file`` remembers if ``name`` is given.
+    The bases are compared with the versions that the images above them remember (`verify_bases`).
+    If ``name`` is given, the versions that ``file`` remembers are ignored.
 
     Args:
         path: The path or URL of the image.
@@ -193,9 +193,8 @@ async def open_base(
         options: The policy, and how to read a URL.
         trusted: A path or URL that is allowed in any directory and on any server, unless the mode
             is ``none``; None without one.
-        images: The images above the backing file; see `verify_bases`.  Unless the policy accepts
-            other versions, a remembered version on a server is read from the cache if the cache
-            has all of it, whatever version the server has.
+        images: The images above the backing file; see `verify_bases`.  The version of a URL that
+            they remember is wanted (`open_url`), unless the policy accepts other versions.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened, or the URL

@@ -50,7 +50,7 @@ async def next_hole(chain: Chain, start: int) -> int:
 
 
 async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
-    """Find the first data at or past ``start``, or the first hole; None before the disk's end."""
+    """Find the first data at or past ``start``, or the first hole; None without one."""
     size, step = chain.layers[0].size, _FIRST_LOOKUP_BYTES
     while start < size:
         # Data of the image itself contains no hole, so a search for a hole skips this data.
@@ -70,7 +70,7 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
 
 
 async def _lookup_end(chain: Chain, start: int) -> int:
-    """Return how far a lookup may reach: the lowest `_slice_end` of the layers there."""
+    """Return how far a lookup from ``start`` may reach: the lowest `_slice_end` of all layers."""
     end = chain.layers[0].size
     for layer in chain.layers:
         if isinstance(layer, QedLayer) and start < layer.size:

@@ -50,8 +50,8 @@ class DiskSize:
             shrink: Whether the disk will shrink instead of grow.
 
         Raises:
-            UsageError: ``size`` is on the wrong side of the present size.  Or it is not a multiple
-                of 512, is negative, or is more than the tables can address.
+            UsageError: ``size`` shrinks the disk without ``shrink``, or grows it with ``shrink``.
+                Or it is not a multiple of 512, is negative, or is more than the tables can address.
         """
         name, old, max_size = (
             self._layer.file.name,

@@ -71,7 +71,7 @@ class TableCompaction:
         The target is the cluster at which the file should end after this pass of the compaction.
 
         Args:
-            pass_moves: How many clusters this pass may move; at most this number is in use past the
+            pass_moves: How many clusters this pass may move; at most as many are in use past the
                 target.
             max_moves: How many clusters the whole compaction may move; None for no limit.
             counter: Counts the moves.

@@ -92,8 +92,8 @@ class FreeMap:
         bits = bits >> low & ((1 << (high - low)) - 1)
         if self.table_clusters == 1:
             return bits.bit_count()
-        # A run of n bits at which a table could begin stands for n + table_clusters - 1 free
-        # clusters.
+        # Keep the bits at which a table could begin.  A run of n such bits stands for
+        # n + table_clusters - 1 free clusters.
         bits = self._slot_starts(bits)
         found = 0
         while bits:

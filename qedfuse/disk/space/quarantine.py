@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
-"""Number of clusters at which `Quarantine.retire_many` puts those that it has collected into the
-map; their numbers take up to 2 MiB."""
+"""`Quarantine.retire_many` collects up to this number of clusters, which take up to 2 MiB."""
 
 
 class _Batch:

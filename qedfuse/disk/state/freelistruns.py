@@ -46,7 +46,7 @@ async def add_runs(free_map: FreeMap, runs: Runs) -> None:
 
 
 def _bits_of(first: NDArray[np.int64], end: NDArray[np.int64]) -> int:
-    """Return an integer with the bits set in ranges, which do not touch; ``end`` is exclusive."""
+    """Return an integer in which the bits of ranges are set; the ranges must not touch."""
     change = np.zeros(BLOCK_CLUSTERS + 1, np.int8)
     change[first] = 1
     change[end] = -1

@@ -83,7 +83,7 @@ class NeedCheck:
         """Whether the bit has been written to the file, so tables may change without `changing`.
 
         The bit need not be durable yet.  False also while the header is being written, and after a
-        failed change of it.
+        failed change of it until another one succeeds.
         """
         return self._header_store.value.need_check and self._header_store.persisted
 

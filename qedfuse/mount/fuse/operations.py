@@ -171,9 +171,9 @@ class Operations(MetadataOperations):
         """Do the work of `write` on the slow path, which may wait and can grow the disk.
 
         Raises:
-            FUSEError: ENOSPC, the write starts at or past the end of a disk that cannot grow.  With
-                `HANDLE_DIRECT`, ENOSPC also if it ends past the end; the part before the end is
-                written.  EFBIG, the tables cannot address the size.  Or the disk's error.
+            FUSEError: ENOSPC, the write starts at or past the end of a disk that cannot grow, or
+                with `HANDLE_DIRECT` crosses the end (the part before the end is written); EFBIG,
+                the tables cannot address the size; otherwise the errno of the disk's error.
         """
         exported = self.disk_of(fh)
         with exported.counters.counted(WRITE, len(buf)):

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _MAX_MESSAGES_PER_DISK: Final = 100
 """Maximum number of messages that are logged in full for one disk."""
 _SUMMARY_SECONDS: Final = 60.0
-"""Minimum time between two summaries of further errors, except for the last summary."""
+"""Minimum time between two summaries; the last one, at the end of the mount, does not wait."""
 _MAX_SHOWN_BYTES: Final = 64
 """Maximum length of a byte string that the debug log shows in full."""
 
@@ -55,9 +55,9 @@ class RequestErrors:
     def to_errno(self, inode: int, operation: str, error: Exception) -> int:
         """Log why a request failed, and return the errno for the kernel.
 
-        Nothing is logged for a FUSEError, for a PastEndError, which is a mistake of the program,
-        and if the cause has been logged already.  An exception other than a QedError is a bug: its
-        traceback is logged, and the errno is EIO.
+        Nothing is logged for a FUSEError, for a PastEndError, or if the cause has been logged
+        already.  An exception other than a QedError is a bug: its traceback is logged, and the
+        errno is EIO.
 
         Args:
             inode: The inode number of the disk or directory to which the request was made.
@@ -73,7 +73,7 @@ class RequestErrors:
         return errno.EIO
 
     def _log_error(self, inode: int, error: QedError) -> None:
-        """Log the message of an error, except a PastEndError or if its cause has been logged."""
+        """Log the message of an error, unless it is a PastEndError or its cause has been logged."""
         if isinstance(error, PastEndError) or (
             isinstance(error, RemoteError | ForeignError) and error.is_logged
         ):

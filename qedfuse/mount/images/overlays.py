@@ -94,7 +94,7 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
     overlay = os.path.join(temporary, "snapshot.qed")  # noqa: PTH118
     try:
         await _make_overlay(overlay, path, options)
-        # The overlay is not compacted at its close, because it vanishes then.
+        # The overlay need not be compacted at its close, because its file vanishes then.
         snapshot_options = replace(_overlay_options(path, options), compact="off")
         async with open_disk(overlay, snapshot_options, inspector=inspect_image) as disk:
             # The kernel frees the space of the unlinked file when this process ends, even if it
@@ -109,7 +109,7 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
 async def _open_overlay(path: str, overlay: str, options: MountOptions) -> AsyncIterator[Disk]:
     """Open the overlay that the user named; make it if it is missing.
 
-    An image's URL with a query is refused, because the overlay would store a secret in the query.
+    A URL with a query is refused, because the query may be a secret, which the overlay would store.
     """
     require_storable(path, " (-o snapshot makes an overlay that exists only during the mount)")
     if os.path.lexists(overlay):  # noqa: ASYNC240  no request is served yet, so this may block

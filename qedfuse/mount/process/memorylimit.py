@@ -13,8 +13,8 @@ from typing import Final
 from qedfuse.errors import HostError, UsageError
 
 _RESERVE_BYTES: Final = 512 << 20
-"""Address space that is added for the threads, their heaps and libraries.  Most of it is never
-used, but the C library reserves 64 MiB for each arena of its heap."""
+"""Address space for further threads, their heaps and libraries.  Most of it is never used, but the
+C library reserves 64 MiB for each arena of its heap."""
 _STATM: Final = Path("/proc/self/statm")
 _MIB: Final = 1 << 20
 

@@ -229,10 +229,10 @@ class Sandbox:
     def _kept_capabilities(self) -> int:
         """Return the set of the capabilities that root needs to serve this mount, one bit each.
 
-        CAP_DAC_READ_SEARCH reaches the mountpoint and the pid file in a directory of another user.
-        To remove the pid file or a socket from such a directory takes CAP_DAC_OVERRIDE, which
-        Landlock still restricts.  To correct sizes, the server truncates files of the mount or sets
-        their permissions (`qedfuse.mount.fuse.sizefixup`).  Another user may own them, which takes
+        The mountpoint and the pid file may lie in a directory of another user.  Root can search it
+        only with CAP_DAC_READ_SEARCH, and remove a file from it only with CAP_DAC_OVERRIDE.  To
+        correct sizes, the server truncates files of the mount or sets their permissions
+        (`qedfuse.mount.fuse.sizefixup`).  Another user may own these files, so the server needs
         CAP_DAC_OVERRIDE and CAP_FOWNER.
         """
         kept = 1 << privileges.CAP_DAC_READ_SEARCH

@@ -119,7 +119,7 @@ class CallFilter:
         _require(self._library.seccomp_attr_set(self._context, attribute, ctypes.c_uint32(value)))
 
     def load(self) -> None:
-        """Put the filter into force for all threads, which ends the use of this object.
+        """Put the filter into force for all threads; afterwards the object cannot be used any more.
 
         Raises:
             OSError: The kernel refused.

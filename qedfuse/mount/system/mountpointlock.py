@@ -42,8 +42,8 @@ _RETRY_SECONDS: Final = 0.01
 def mountpoint_lock_name(mountpoint: str) -> bytes | None:
     """Return the name of the lock of a mountpoint; None if the path cannot be accessed.
 
-    After the mount, the path has the device number and the inode of the root of the mount, so this
-    must be called before.
+    This must be called before the mount.  Afterwards the path has the device number and the inode
+    of the root of the mount.
     """
     try:
         status = os.stat(mountpoint)  # noqa: PTH116

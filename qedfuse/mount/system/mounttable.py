@@ -54,8 +54,8 @@ def parse_mounts(table: str) -> Iterator[MountEntry]:
     r"""Yield the mounts in the text of a mountinfo file (proc_pid_mountinfo(5)).
 
     Incomplete lines are skipped.  The kernel escapes space, tab, newline, backslash and ``#`` in
-    names.  Other characters that Python counts as white space or as a line end can occur.  So lines
-    are split only at newlines, and fields only at spaces.
+    names.  Other characters that Python counts as white space or as a line end are not escaped.  So
+    lines are split only at newlines, and fields only at spaces.
     """
     for line in table.split("\n"):
         # 36 35 0:42 / /mnt rw,noatime shared:1 - fuse.qedfuse /a.qed rw,user_id=0,group_id=0

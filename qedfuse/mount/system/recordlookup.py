@@ -64,13 +64,13 @@ def find_record(device: str, user: int) -> FoundRecord | None:
     if failure is not None and not records:
         raise failure
     # The kernel reuses device numbers, so records of earlier mounts may have the same number.  The
-    # start times of the servers decide only without mount times: a server may wait for another
-    # machine before it mounts, so the servers can mount in another order than they started.
+    # start times of the servers decide only if no mount times were recorded: a server may wait for
+    # another machine before it mounts, so servers can mount in another order than they started.
     return max(records, key=_mount_order, default=None)
 
 
 def _mount_order(found: FoundRecord) -> tuple[int, int]:
-    """Return the key that sorts records by mount time, and those without one first, by start."""
+    """Return the sort key of a record: its mount time, 0 if not recorded, then its start time."""
     return found.record.mounted, found.record.started
 
 

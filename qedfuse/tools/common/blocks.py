@@ -23,7 +23,7 @@ def zero_blocks(buffer: Bytes, block_size: int) -> Mask:
     """
     whole = len(buffer) // block_size * block_size
     rows = buffer[:whole].view(np.uint64).reshape(-1, block_size // 8)
-    # Only blocks in which all sampled words are zero are read in full, which are few among data.
+    # Only blocks in which all sampled words are zero are read in full; data has few such blocks.
     zero: Mask = np.logical_not(rows[:, :: block_size // 8 // _SAMPLED_WORDS_PER_BLOCK].any(axis=1))
     for row in np.flatnonzero(zero):
         zero[row] = not rows[row].any()

@@ -146,8 +146,8 @@ class FastMap:
     ) -> str | None:
         """Return the text of the extents that end within the entries ``raw``.
 
-        Returns None if one of the entries may be invalid.  Otherwise ``pending`` (start, length and
-        first entry of the extent before) becomes that of the last extent.
+        ``pending`` is the extent before (start, length, first entry), and becomes the last extent.
+        Returns None, without a change, if one of the entries may be invalid.
         """
         limits = self._limits
         text = self._lines(

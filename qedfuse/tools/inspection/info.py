@@ -67,7 +67,7 @@ class QedInfo:
 
     @property
     def sound(self) -> bool:
-        """Whether all L1 entries were read and are valid; L2 tables are not examined."""
+        """Whether all L1 entries were read and are valid; L2 entries are not examined."""
         return self.l2_tables is not None and not any(
             problem.code in L1_DAMAGE for problem in self.problems
         )

@@ -190,7 +190,7 @@ def _overlaid(
 
 
 def _offset_within(runs: Runs, indices: NDArray[np.intp], starts: Array) -> Array:
-    """Return the distance in bytes of each guest offset from its run's start; 0 without an offset.
+    """Return how far each guest offset is from its run's start, in bytes; 0 without file offset.
 
     ``indices`` has for each guest offset the index of the run that contains it.
     """

@@ -24,7 +24,7 @@ MAX_CHUNK_BYTES: Final = 4 << 20
 """Maximum length in bytes of a chunk of a copy, unless a block is longer."""
 
 _MAX_BRIDGED_GAP_BYTES: Final = 1 << 18
-"""Maximum length of a range inside a chunk that need not be read."""
+"""Maximum length of a gap in a chunk: a range that need not be read."""
 
 
 class Segment(NamedTuple):
@@ -113,7 +113,7 @@ class Chunker:
                 at = stop
 
     def _unshared(self, data: list[Extent], base_data: list[Extent]) -> list[tuple[int, int]]:
-        """Return the ranges in which a disk has data, unless both share the same bytes of a file.
+        """Return the ranges in which a disk has data, except those that both share (`_is_shared`).
 
         The arguments are the data extents of both disks, ascending.
         """
@@ -168,7 +168,7 @@ class _SegmentCursor:
     """Finds the segments of ascending ranges."""
 
     def __init__(self, extents: list[Extent], files: Sequence[BlockingReader]) -> None:
-        """Begin at the first of the data extents, which are ascending; ``files`` are by depth."""
+        """Begin at the first data extent; they are ascending, and ``files`` are by depth."""
         self._extents = extents
         self._files = files
         self._next = 0
