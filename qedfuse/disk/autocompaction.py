@@ -65,7 +65,7 @@ class AutoCompaction:
                 log.warning("%s (while compacting)", error)
 
     async def _run_within_limits(self, *, within_bound: bool) -> None:
-        """Compact as far as the limits allow, after a complete scan that has found no damage."""
+        """Compact as far as the limits allow, if the scan is complete and the image undamaged."""
         components, options = self._components, self._components.options
         if components.quarantine.count and not components.scan.finished.is_set():
             # Clusters in quarantine are not free yet.  The close runs the scan because of them

@@ -2,8 +2,8 @@
 
 QEMU gets backing files and data files as open descriptors, and does not look up their names.  So
 even if QEMU read a header differently from this module, it would read only files that the policy
-for backing files allows.  QEMU itself opens only the extents of a VMDK image, within the sandbox;
-`qedfuse.foreign.vmdk` reads their names.
+for backing files allows.  QEMU itself opens only a VMDK image with extents, and the extents
+(`qedfuse.foreign.vmdk`), within the sandbox.
 """
 
 from __future__ import annotations

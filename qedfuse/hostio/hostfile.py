@@ -144,7 +144,8 @@ class HostFile(ReadableFile, Protocol):
 
     Attributes:
         writable: Whether the file is open for writing.
-        can_punch: Whether `punch` tries to punch holes; False once the host has refused.
+        can_punch: Whether `punch` tries to punch holes; False if the file cannot be changed, and
+            once the host has refused.
     """
 
     writable: bool
