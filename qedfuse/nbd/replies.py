@@ -1,8 +1,7 @@
 """Parsing the replies of an NBD server, without any I/O.
 
-Every field is checked before it is used.  For example, `ProtocolError` is raised for a reply that
-belongs to no request, and for a byte of data that lies outside its request, comes twice or is
-missing.  After `ProtocolError`, the caller must close the connection.
+Every field is checked before it is used.  After `ProtocolError`, the caller must close the
+connection.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ if TYPE_CHECKING:
 
 _SCRATCH_BYTES: Final = 64 << 10
 _MAX_COPIED_BYTES: Final = 16 << 10
-"""If more than this many bytes of a payload are missing, they are received directly into their
-destination (`_Chunk.destination`).  Fewer bytes are received into the scratch buffer, possibly
-together with the next reply, and then copied to the destination."""
+"""If more bytes of a payload are missing, they are received directly into their destination."""
 _MAX_EXTENTS: Final = 1 << 20
 """Maximum number of extents in a reply, as the protocol recommends."""
 _MAX_ERROR_BYTES: Final = 2 * messages.MAX_STRING_BYTES
@@ -113,10 +110,7 @@ class Replies:
             self._end_chunk(chunk)
 
     def _parse_header(self) -> bool:
-        """Parse the header of a reply or of a chunk, and the offset before the data of the chunk.
-
-        Returns False if some of these bytes have not been received yet.
-        """
+        """Parse a header, and the offset before data; return False if some bytes are missing."""
         available = self._end - self._start
         if available < messages.SIMPLE_REPLY.size:
             return False
@@ -217,8 +211,7 @@ class _Chunk:
         request: The request.
         kind: The type of the chunk.
         payload: Buffer for the payload; None for data, which goes into the view of the reader.
-        at: Offset of the next byte in ``payload``; if ``payload`` is None, in the range of the
-            request.
+        at: Offset of the next byte in ``payload``, or in the request's range if there is none.
         left: Number of bytes of the payload that are missing.
         is_last: Whether the chunk is the last of the reply.
     """
@@ -257,11 +250,7 @@ class _Chunk:
 
 
 def _check_chunk(request: Request, kind: int, length: int, *, is_last: bool) -> None:
-    """Check that a request allows a chunk of type ``kind`` with ``length`` bytes.
-
-    Raises:
-        ProtocolError: The request does not allow the chunk.
-    """
+    """Raise ProtocolError if a request does not allow a chunk with this type and length."""
     if kind == messages.REPLY_NONE:
         is_valid = is_last and not length
     elif kind == messages.REPLY_OFFSET_DATA:
@@ -281,11 +270,7 @@ def _check_chunk(request: Request, kind: int, length: int, *, is_last: bool) -> 
 
 
 def _parse_error(request: Request, kind: int, payload: bytearray) -> ReplyError:
-    """Return the error of an error chunk.
-
-    Raises:
-        ProtocolError: The chunk contradicts itself or the request.
-    """
+    """Return the error of an error chunk, which must not contradict itself or the request."""
     error, length = messages.ERROR.unpack_from(payload)
     end = messages.ERROR.size + length
     rest = len(payload) - end

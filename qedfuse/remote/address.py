@@ -1,9 +1,7 @@
 """The address of an object: a URL of an object store, a web server or an NBD server, normalised.
 
-Equivalent spellings of a URL give equal addresses, as far as the equivalence can be decided without
-a request to the server.  So addresses can be compared, and can identify entries of the cache.  A
-query is not normalised in a URL of a web server, because only that server knows what the query
-means.
+Equivalent spellings of a URL give equal addresses, so addresses can identify entries of the cache.
+The query for a web server is not normalised, because only that server knows what it means.
 """
 
 from __future__ import annotations
@@ -50,12 +48,11 @@ class Address:
 
     Attributes:
         scheme: One of `STORES`, `WEB` or `NBD`.
-        host: For a store: name of the bucket or container.  For a server: its host, followed by
-            ``:PORT`` unless the port is the default of the scheme.  Empty for a Unix socket.
-        path: Path of the object, or name of the export, escaped as in a URL, without a slash at the
-            beginning.
-        query: Query of the URL of a web server or an NBD server, without ``?``.  The query for a
-            web server may be a secret, so no message contains it.
+        host: For a store: name of the bucket or container.  For a server: its host, with ``:PORT``
+            unless the port is the default.  Empty for a Unix socket.
+        path: Path of the object, or name of the export, escaped, without a slash at the beginning.
+        query: Query for a web server or an NBD server, without ``?``.  The query for a web server
+            may be a secret, so no message contains it.
         version: Version of an object in a store; empty for the latest version.
     """
 
@@ -131,10 +128,7 @@ class Address:
 
 
 def is_url(text: str) -> bool:
-    """Return whether ``text`` begins with a scheme and ``://``, and therefore is not a path.
-
-    ``file://`` does not count: as in QEMU, the text after ``file:`` is a path.
-    """
+    """Return whether ``text`` begins with a scheme and ``://``; ``file://`` does not count."""
     return _URL_START.match(text) is not None
 
 
@@ -147,8 +141,7 @@ def is_nbd_url(name: str) -> bool:
 def shown_name(name: str) -> str:
     """Return the name of a file for messages, without parts that may be secret.
 
-    The result shows neither the user in a URL nor the query for a web server.  If the URL is not
-    valid, the result shows neither query nor fragment.
+    A URL is shown without its user, and without the query for a web server.
     """
     if not is_url(name):
         return printable(name)
@@ -177,8 +170,7 @@ def require_local(name: str) -> None:
 def require_storable(name: str, hint: str = "") -> None:
     """Refuse a URL of a web server with a query: an image must not store it as a backing file.
 
-    Every user who can read the image can read the URL, and its query can be a secret.  The query
-    can also expire.
+    Every user who can read the image can read the URL, and its query can be a secret.
 
     Args:
         name: The name of the backing file.
@@ -236,11 +228,7 @@ def is_below(address: Address, prefix: Address) -> bool:
 
 
 def _parse(text: str) -> Address:
-    """Return the address for a URL, whose path may be empty.
-
-    Raises:
-        UsageError: The URL is not valid, or its scheme is unknown.
-    """
+    """Return the address for a URL, whose path may be empty."""
     match = _URL_START.match(text)
     scheme = match[1].lower() if match else ""
     if scheme not in (*STORES, *WEB, *NBD):

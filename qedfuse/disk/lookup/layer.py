@@ -1,7 +1,6 @@
 """The layers of a chain: files that are seen as disks.
 
-A lookup returns the extents by which one layer stores a range of the disk.  It reads tables, but
-neither reads nor changes data.
+A lookup returns the extents by which one layer stores a range of the disk.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 
 
 _MAX_REMEMBERED_KEYS: Final = 4096
-"""Maximum number of slices whose cache keys are remembered.  With a remembered key a slice is found
-without a lookup in the L1 table."""
+"""Maximum number of slices that are found by a remembered key, without the L1 table."""
 
 
 class Layer(Protocol):
@@ -73,17 +71,13 @@ class QedLayer:
 
     Attributes:
         file: The image file.
-        header: The header of the image; `set_header` replaces it.  Two of its values are current:
-            the size of the disk and the offset of the L1 table.  The features, the size of the
-            header and the location of the backing file name may be out of date; use
-            `HeaderStore.value` for these.
+        header: The header of the image.  Of its values only the size of the disk and the offset of
+            the L1 table are current; use `HeaderStore.value` for the others.
         geometry: The geometry of the image, which never changes.
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.
-        slice_keys: Maps the number of a slice (see `cached_slice`) to the slice's key in the table
-            cache, or to None if the L2 table does not exist.  The dictionary has only slices that
-            were looked up since it was last cleared.  It is never replaced by another, so other
-            objects may keep a reference to it.
+        slice_keys: Remembered keys in the table cache, by the number of the slice (see
+            `cached_slice`); None for a missing L2 table.  The dictionary itself is never replaced.
     """
 
     def __init__(self, file: HostFile, header: Header, store: SliceStore) -> None:
@@ -118,10 +112,7 @@ class QedLayer:
         self.registry.mark_damaged()
 
     def set_header(self, header: Header) -> None:
-        """Replace the header by ``header``, in which the size of the disk has changed.
-
-        The caller must have made the new header durable.
-        """
+        """Replace the header by a durable one, in which the size of the disk has changed."""
         self.header = header
         self.registry.set_header(header)
 
@@ -160,8 +151,7 @@ class QedLayer:
     async def table_at(self, l1_index: int) -> tuple[int, str]:
         """Return the file offset of the L2 table of an L1 entry; 0 if the entry is 0 or bad.
 
-        The second value is a message about what is wrong if the entry is bad, and empty if the
-        entry is valid.
+        The second value is a message about a bad entry, and empty if the entry is valid.
 
         Raises:
             HostError: The host cannot read the L1 table.
@@ -179,10 +169,8 @@ class QedLayer:
     def cached_slice(self, number: int) -> Slice | None:
         """Return a slice of L2 entries; ``number`` counts slices from the disk's beginning.
 
-        Returns `TableCache.empty_slice` if the L2 table does not exist, and None if the slice is
-        not in memory.  If ``number`` is not in `slice_keys`, the L1 entry is needed.  Then the
-        result is also None if the slice of the L1 table that holds this entry is not in memory, or
-        has any bad entry.
+        Returns `TableCache.empty_slice` if the L2 table does not exist.  Returns None if the slice
+        is not in memory; and perhaps if the L1 entry is not in memory, or a bad entry is near it.
         """
         key = self.slice_keys.get(number)
         if key is None:
@@ -205,8 +193,7 @@ class QedLayer:
     def skip_missing_tables(self, l1_index: int) -> int:
         """Return the index of the first L1 entry at or past ``l1_index`` that is not known to be 0.
 
-        The entry at the returned index is not 0, or is not in memory.  If all of the disk's L1
-        entries from ``l1_index`` on are 0, returns an index past the last of them.
+        If there is none, the result is past the last entry of the disk.
         """
         end, step = self.geometry.l1_used(self.header.image_size), self.tables.slice_entries
         while l1_index < end:
@@ -224,7 +211,7 @@ class QedLayer:
         """Return how this image, without its base, stores a range of its disk.
 
         The range may reach past the end of the disk, as far as the tables have entries.  The
-        extents have depth 0, whatever the depth of this layer is.
+        extents have depth 0.
 
         Raises:
             HostError: The host cannot read a table.
@@ -245,8 +232,7 @@ class QedLayer:
             slice_ = self.tables.cached(table, index)
             if slice_ is None:
                 slice_ = await self.tables.load(table, index, L2)
-            # The range can reach past the end of this slice.  So this pass of the loop stops
-            # at the end of the slice, and the next pass takes the next slice.
+            # The next pass of the loop takes the next slice.
             in_slice = index % self.tables.slice_entries
             slice_start = geometry.floor(start) - in_slice * geometry.cluster_size
             slice_end = slice_start + len(slice_.entries) * geometry.cluster_size
@@ -260,8 +246,8 @@ class QedLayer:
     ) -> Iterator[Extent]:
         """Yield the extents from ``start`` to ``end``, which lie within one slice of an L2 table.
 
-        ``slice_start`` is the guest offset of the slice's first cluster, and ``l1_index`` the index
-        of the table's L1 entry, for messages.
+        ``slice_start`` is the guest offset of the slice's first cluster; ``l1_index`` is for
+        messages.
         """
         geometry = self.geometry
         size = geometry.cluster_size
@@ -269,7 +255,7 @@ class QedLayer:
         last = geometry.clusters(end - slice_start)
         found = runs(slice_.entries, first, last, size)
         if slice_.bad is not None:
-            # A run could contain bad entries and valid ones, so each entry is taken singly.
+            # A run could contain bad entries and valid ones.
             found = ((at, 1, slice_.entries[at]) for at in range(first, last))
         for index, count, value in found:
             run_start = slice_start + index * size
@@ -289,9 +275,8 @@ class QedLayer:
     def _data(self, start: int, stop: int, file_offset: int) -> Iterator[Extent]:
         """Yield the extents of a guest range whose data begins at ``file_offset`` in the file.
 
-        If the image is open for reading only, the part of the data past the end of the file is
-        a bad extent.  If the image is open for writing, this check is not needed: an entry whose
-        cluster reaches past the end was found bad when it was read (`TableRegistry.find_bad`).
+        If the image is open for reading only, data past the end of the file is a bad extent.  If it
+        is open for writing, `TableRegistry.find_bad` has already found such entries.
         """
         length = stop - start
         if not self.file.writable:

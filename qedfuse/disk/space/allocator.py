@@ -1,20 +1,17 @@
 """Placement: which clusters of the file are free, and which are handed out next.
 
-Free clusters are handed out before the file grows, but data must leave some of them for tables.
-The file never needs to be longer than its *bound*: the length of the header, the L1 table, as
-many L2 tables as the size of the disk requires, and one cluster for each cluster of the disk.
+Free clusters are handed out before the file grows.  The file never needs to be longer than its
+*bound*: the length of the header, the L1 table, as many L2 tables as the size of the disk requires,
+and one cluster for each cluster of the disk.
 
-It is not enough that data leaves as many free clusters as the missing tables need, because a table
-needs neighbouring clusters.  A guest could leave only single free clusters.  Then a new table goes
-to the end of the file.  If a crash loses the table, the guest can fill the clusters of the lost
-table with data, and the next table goes to the end again.  Each crash could make the file grow,
-even past its bound.  Therefore data must leave enough *table slots* (runs of free clusters as long
-as a table: `FreeMap`) for all missing tables (proof in docs/space.md):
+A table needs neighbouring clusters.  If data left only single free clusters, each crash that loses
+a new table could make the file grow, even past its bound.  Therefore data must leave enough *table
+slots* (runs of free clusters as long as a table: `FreeMap`) for all missing tables (proof in
+docs/space.md):
 
     slots in free runs + slots between the end and the bound >= tables still missing
 
-Nothing in this module waits or calls the host.  `FileLength` makes the file long enough for
-the clusters that are handed out, and `SpaceManager` waits for clusters to become free.
+Nothing in this module waits or calls the host.
 """
 
 from __future__ import annotations
@@ -30,10 +27,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_FREE_CLUSTERS: Final = 1 << 28
-"""The scan adds no more free clusters once it knows this number: 16 TiB in clusters of 64 KiB.
-
-If a sparse file has more free clusters, some of them are not used before the next opening.
-"""
+"""The scan adds no more free clusters once it knows this number: 16 TiB in clusters of 64 KiB."""
 
 
 class Run(NamedTuple):
@@ -42,8 +36,7 @@ class Run(NamedTuple):
     Attributes:
         offset: File offset of the first byte.
         length: Length in bytes.
-        never_written: Whether the clusters are known to read as zeros, because they are new in
-            the file.
+        never_written: Whether the clusters read as zeros, because they are new in the file.
     """
 
     offset: int
@@ -59,36 +52,22 @@ class Run(NamedTuple):
 class Allocator:
     """Chooses clusters: free ones first, then new ones at the end.
 
-    Clusters are handed out in two steps.  `choose`, `choose_any` or `choose_table` selects
-    them, and removes them from `free` if they are in it.  `hand_out` puts them into use.  The
-    caller must not await between the two steps.
+    `choose`, `choose_any` or `choose_table` selects clusters; `hand_out` then puts them into use.
+    The caller must not await between the two steps.
 
     Attributes:
         cluster_bits: Shift between clusters and bytes.
-        anchor: The first cluster past the L1 table.  Compaction packs the L2 tables from here
-            on.  `FreeMap` places the borders of its blocks so that none of the packed tables
-            crosses a border.
-        bound: File offset that `end` does not exceed, except in four cases:
-
-            - The image had more clusters in use at opening than its disk can need.
-            - Another program has scattered the image's free clusters.
-            - The scan has failed or found damage, so some clusters that lose their reference never
-              become free.
-            - Compaction moves tables.
-        end: File offset at or past which no cluster is in use or in `free`; new clusters begin
-            here.
+        anchor: The first cluster past the L1 table, from which compaction packs the L2 tables.
+        bound: File offset that `end` does not exceed, with the exceptions that docs/space.md lists.
+        end: File offset from which on no cluster is in use or in `free`; new clusters begin here.
         free: Clusters below ``end`` that may be handed out.
-        unpunched: Free clusters that may take up space on the host, because they were in
-            use after the opening, or were skipped when `end` rose.  `Reclaim` punches them
-            without asking the host whether they are holes already.
-        maybe_holes: Free clusters that the scan found, and does not assume to be holes of the
-            host's file (`adopt_block`, `finish_scan`).  They can be holes nevertheless, so
-            `Reclaim` asks the host before it punches them.
+        unpunched: Free clusters that `Reclaim` punches without asking the host.
+        maybe_holes: Free clusters from the scan, for which `Reclaim` asks the host first whether
+            they are holes already.
         tail_is_free: Whether free clusters at the end of the file wait to be cut off.
         handed_out: How many clusters have been handed out so far, for data and for tables.
-        scan_complete: Whether the scan has ended with a result.  Until then few free
-            clusters are known, or none.
-    """
+        scan_complete: Whether the scan has ended; until then few free clusters are known, or none.
+        """
 
     def __init__(
         self,
@@ -110,9 +89,8 @@ class Allocator:
         self._missing_tables = missing_tables
         self._record_change = marking.record_change
         self.end = end
-        # The highest value that `end` had before it was lowered, since the file was opened or last
-        # cut.  Clusters past both `end` and this value read as zeros, because nothing has been
-        # written to them.
+        # The highest `end` since the file was opened or last cut.  Clusters past both `end` and
+        # this value read as zeros, because nothing has been written to them.
         self._written_end = end
         self.anchor = header.l1_end >> self._bits
         self.free = FreeMap(geometry.table_size, self.anchor)
@@ -147,14 +125,12 @@ class Allocator:
             cluster = self.free.take_outside_slots()
             if cluster is not None:
                 return cluster, 1
-        # From `end` on, a slot begins only at a cluster n for which n + `FreeMap.alignment` is a
-        # multiple of the length of a table (`_slots_past`).  So the cluster at `end` costs a slot
-        # only if `end` itself is such an n.
+        # A slot begins at each cluster n for which n + `FreeMap.alignment` is a multiple of the
+        # length of a table.  So the cluster at `end` costs a slot only if `end` is such an n.
         if end < bound and (spare > 0 or (end + self.free.alignment) % self.free.table_clusters):
             return end, min(limit, bound - end)
-        # Data may use the clusters between the last slot and the bound, because they are too
-        # few for a table.  The clusters from `end` up to this part are skipped: they become free,
-        # and stay reserved for tables.
+        # The clusters between the last slot and the bound are too few for a table, so data may use
+        # them.  The skipped clusters before them become free, and stay reserved for tables.
         top = max(end, bound - (bound + self.free.alignment) % self.free.table_clusters)
         if top < bound:
             self._skip_to(top)
@@ -162,11 +138,7 @@ class Allocator:
         return None
 
     def choose_any(self) -> tuple[int, int]:
-        """Choose one cluster for data after `choose` has found none.
-
-        The cluster is free or, if no cluster is free, at the end of the file, even past the
-        bound.  A cluster past the bound is necessary only in the exceptional cases that the
-        attribute `bound` lists.
+        """Choose one cluster for data after `choose` has found none, even past the bound.
 
         Returns:
             The number of the cluster, and 1.
@@ -177,15 +149,14 @@ class Allocator:
         """Choose the clusters of a new table.
 
         Returns:
-            The first of the clusters; None if no run of free or new clusters up to the bound is
-            long enough.
+                The first of the clusters; None if no run up to the bound is long enough.
         """
         found = self.free.take_slot()
         if found is not None:
             return found
         end, table = self.end >> self._bits, self.free.table_clusters
-        # Do not place a table across the border of two blocks: if a crash lost that table,
-        # its clusters would not count as a slot.
+        # After a crash that loses the table, a table across the border of two blocks would not
+        # count as a slot.
         if (end + self.free.alignment) % BLOCK_CLUSTERS > BLOCK_CLUSTERS - table:
             end += -(end + self.free.alignment) % BLOCK_CLUSTERS
         if end + table > self.bound >> self._bits:
@@ -259,8 +230,8 @@ class Allocator:
     def free_block(self, block: int, bits: int) -> None:
         """Free the clusters of a block whose bits are set in ``bits``.
 
-        The clusters come from the quarantine, so neither an entry nor a request refers to them.
-        The scan must have ended, because this method does not record the change in `Marking`.
+        Neither an entry nor a request may refer to the clusters.  The scan must have ended, because
+        the change is not recorded for it.
         """
         self.free.add_block(block, bits)
         self.unpunched.add_block(block, bits)
@@ -303,19 +274,14 @@ class Allocator:
     def adopt_block(self, block: int, bits: int, holes: int = 0) -> None:
         """Free the clusters of a block whose bits are set in ``bits``; the scan has found them.
 
-        The caller must ensure that no entry refers to the clusters.  `Reclaim` does not punch
-        the clusters with a bit set in ``holes``, because the scan assumes that they are holes
-        of the host's file.
+        No entry may refer to the clusters.  `Reclaim` does not punch those with a bit set in
+        ``holes``, which the scan takes for holes of the host's file.
         """
         self.free.add_block(block, bits)
         self.maybe_holes.add_block(block, bits & ~holes)
 
     def finish_scan(self, *, all_holes: bool = False) -> None:
-        """Note that the scan has ended, after it has added all free clusters that it found.
-
-        If ``all_holes`` is True, the scan assumes that all these clusters are holes of the
-        host's file, so `Reclaim` does not punch them.
-        """
+        """Note that the scan has ended; if ``all_holes``, nothing that it found is punched."""
         if all_holes:
             self.maybe_holes = self.free.empty_like()
         self.scan_complete = True

@@ -1,16 +1,14 @@
 /*
  * The two FUSE requests that pyfuse3 does not implement: fallocate(2) and lseek(2).
  *
- * pyfuse3 passes libfuse a table of operations (struct fuse_lowlevel_ops) in which these two
- * are NULL.  This module is loaded with RTLD_GLOBAL before pyfuse3, and defines a function with
- * the name of libfuse's function that takes the table (symbol interposition).  So pyfuse3 calls
- * this module's function, which copies the table, sets the two operations, replaces others
- * (_dataops.c), and calls libfuse's own function with the copy.  This module uses only libfuse's
- * public interface, and nothing of pyfuse3's.
- *
- * libfuse calls the two operations from within pyfuse3's event loop, with the GIL held.  Each
- * operation makes a `Request` object (_request.c), passes it to the handler that Python has set, and
- * returns.  The request may be answered before or after this return.
+  * pyfuse3 passes libfuse a table of operations (struct fuse_lowlevel_ops) in which these two
+  * are NULL.  This module is loaded with RTLD_GLOBAL before pyfuse3, and defines a function with
+  * the name of libfuse's function that takes the table (symbol interposition).  This function
+  * copies the table, sets the two operations, replaces others (_dataops.c), and calls libfuse's own
+  * function with the copy.
+  *
+  * Each operation passes a `Request` object (_request.c) to the handler that Python has set.  The
+  * request may be answered before or after the handler returns.
  */
 
 #include "_extraops.h"
@@ -36,8 +34,7 @@ int intern_names(const struct interned_name *names, size_t count)
 
 /* --- fallocate(2) and lseek(2) ------------------------------------------------------ */
 
-/* Calls handler(request, operation, uid, inode, mode, start, length).  For lseek(2), `mode` is the
- * argument whence, and `length` is 0. */
+/* Calls the handler; for lseek(2), `mode` is the argument whence, and `length` is 0. */
 static void call_handler(fuse_req_t request, const char *operation, fuse_ino_t inode, int mode,
                       off_t start, off_t length)
 {
@@ -115,11 +112,8 @@ void *libfuse_function(const char *name)
     return found;
 }
 
-/*
- * Returns a copy of pyfuse3's table with this module's operations; NULL if there is no memory.
- * *size is the size of the original, and becomes that of the copy, which is larger if this
- * module was built for a newer libfuse than pyfuse3.
- */
+/* Returns a copy of pyfuse3's table with this module's operations, and sets *size to its size,
+ * which may be larger; NULL if there is no memory. */
 static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *size)
 {
     size_t min_size = sizeof(struct fuse_lowlevel_ops);
@@ -135,28 +129,24 @@ static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *si
         copy->fallocate = on_fallocate;
     if (copy->lseek == NULL)
         copy->lseek = on_lseek;
-    /*
-     * With write_buf, libfuse reads requests from the kernel through a pipe (splice(2)).  That
-     * costs two more system calls for each request and saves no copy, because pyfuse3 copies the
-     * data into a bytes object in any case.  Without write_buf, libfuse calls write.
-     */
+        /* With write_buf, libfuse reads requests through a pipe (splice(2)).  That costs two more
+         * system
+         * calls for each request and saves no copy, because pyfuse3 copies the data in any case. */
     if (copy->write != NULL)
         copy->write_buf = NULL;
     replace_data_operations(copy);
     return copy;
 }
 
-/* Returns the arguments with which to make a session with the table `copy`: `given`, or the
- * limited_arguments() if the table has the init of _dataops.c.  libfuse refuses a limit of the
- * length of reads unless init repeats it, as that init does. */
+/* Returns the arguments for a session with the table `copy`.  libfuse refuses limited arguments
+ * unless init repeats the limit, as the init of _dataops.c does. */
 static struct fuse_args *arguments_for(const struct fuse_lowlevel_ops *copy, void *given,
                                        struct fuse_args *changed)
 {
     return has_own_init(copy) ? limited_arguments(given, changed) : given;
 }
 
-/* Frees the table `copy`, and records and returns the session that was made with it; the session
- * is NULL if it could not be made. */
+/* Frees the table; records and returns the session that was made with it, or NULL. */
 static void *session_made(void *session, struct fuse_lowlevel_ops *copy)
 {
     free(copy); /* libfuse has copied the table */
@@ -166,10 +156,8 @@ static void *session_made(void *session, struct fuse_lowlevel_ops *copy)
     return session;
 }
 
-/*
- * The two interposed functions have other names in C, because libfuse's headers declare the
- * second one in different ways, and the first one may be a macro.
- */
+/* The interposed functions have other names in C: libfuse's headers may define the first one as a
+ * macro, and declare the second one in different ways. */
 typedef void *(*make_plain)(void *, const void *, size_t, void *);
 typedef void *(*make_versioned)(void *, const void *, size_t, const void *, void *);
 

@@ -12,14 +12,14 @@
 #endif
 #include <fuse_lowlevel.h>
 
-/* Makes a Request object, which must answer a request of the kernel; NULL with an exception.  `size`
- * is the length of a read, and 0 for other requests (_request.c). */
+/* Returns a Request that must answer `request`; NULL with an exception.  `size` is the length of a
+ * read, and otherwise 0 (_request.c). */
 PyObject *new_request(fuse_req_t request, size_t size);
 
 /* Prepares new_request().  Returns 0, or -1 with an exception (_request.c). */
 int init_requests(void);
 
-/* Begins or ends a session: requests of the session before get no answer any more (_request.c). */
+/* Begins or ends a session; requests of earlier sessions get no answer any more (_request.c). */
 void forget_requests(void);
 
 /* Replaces read, write and fsync in a copy of pyfuse3's table of operations (_dataops.c). */
@@ -28,8 +28,7 @@ void replace_data_operations(struct fuse_lowlevel_ops *table);
 /* Returns whether a table has the init of _dataops.c, which calls limit_reads(). */
 int has_own_init(const struct fuse_lowlevel_ops *table);
 
-/* Sets the Python functions that try to answer reads, writes and fsyncs; None for no function
- * (_dataops.c). */
+/* Sets the Python functions for reads, writes and fsyncs; None for no function (_dataops.c). */
 PyObject *set_data_handlers(PyObject *module, PyObject *args);
 
 /* Returns a Request for the read that is being handled (_dataops.c). */
@@ -41,16 +40,15 @@ PyObject *reply_from_file(PyObject *module, PyObject *args);
 /* Takes requests of a session in bursts from now on (_burst.c). */
 void begin_bursts(void *session);
 
-/* Allocates the memory for the requests of the bursts.  `max_write` is the maximum length in bytes of the
- * data of a write.  If the memory cannot be allocated, libfuse does so later (_burst.c). */
+/* Allocates memory for requests of bursts; writes have at most `max_write` bytes (_burst.c). */
 void reserve_request_memory(size_t max_write);
 
 /* Takes no more requests, and frees the memory (_burst.c). */
 void end_bursts(void);
 
-/* Takes further requests from the kernel, up to a limit: those that wait now and, while polling is
- * permitted, those that arrive soon.  The caller must hold the GIL.  It must have answered or
- * queued the request that is being handled, or have made its Request (_burst.c). */
+/* Takes waiting requests and, while polling is permitted, those that arrive soon, up to a limit.
+ * The caller must hold the GIL.  It must have answered or queued the request that is being handled,
+ * or have made its Request (_burst.c). */
 void take_more(void);
 
 /* Returns how many requests were taken in bursts since the last call (_burst.c). */
@@ -59,30 +57,29 @@ PyObject *take_burst_count(PyObject *module, PyObject *unused);
 /* Permits bursts to poll for requests (_burst.c). */
 PyObject *permit_polling(PyObject *module, PyObject *args);
 
-/* Lets bursts end where they would have to poll (_burst.c). */
+/* Forbids bursts to poll for requests (_burst.c). */
 PyObject *forbid_polling(PyObject *module, PyObject *unused);
 
-/* Returns how many seconds the last poll took, if no request has come since it began.  Otherwise,
- * and at a further call before the next poll, returns 0 (_burst.c). */
+/* Returns how many seconds the last poll took; 0 if a request has come since the poll began, or at
+ * a second call (_burst.c). */
 PyObject *take_polled_seconds(PyObject *module, PyObject *unused);
 
 /* Minimum and maximum length of a read that is answered with the pages of a file.  A copy of a
- * shorter reply costs less.  A reply of 1 MiB that begins within a page would not fit into a pipe,
- * whose size the kernel limits to 1 MiB for most processes. */
+ * shorter reply costs less.  A pipe of 1 MiB, the usual limit, may be too small for a longer
+ * reply. */
 #define MIN_SPLICE_BYTES (1 << 15)
 #define MAX_SPLICE_BYTES (1 << 19)
 
 /* Returns whether a read of a length may be answered with the pages of a file (_splice.c). */
 int may_splice(size_t size);
 
-/* Answers a read with the pages of a file, if the length of the read permits that, and the page cache has
- * all pages; returns whether the read was answered.  The caller must hold the GIL (_splice.c). */
+/* Answers a read with the pages of a file, if may_splice() and the page cache has all of them.
+ * Returns whether the read was answered.  The caller must hold the GIL (_splice.c). */
 int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size);
 
-/* Returns arguments for fuse_session_new() with which the kernel sends no read longer than
- * MAX_SPLICE_BYTES.  Usually fills `changed`, which must be empty and which the caller frees.  If
- * `given` has the limit already, or if memory is lacking, returns `given`.  The table of operations
- * must have the init of _dataops.c (_maxread.c). */
+/* Fills `changed`, which the caller frees, with arguments for fuse_session_new() that limit reads
+ * to MAX_SPLICE_BYTES, and returns it; or returns `given` if that has the limit already, or if
+ * memory is lacking.  The table of operations must have the init of _dataops.c (_maxread.c). */
 struct fuse_args *limited_arguments(struct fuse_args *given, struct fuse_args *changed);
 
 /* Sets the limit for libfuse, if the arguments of the session have it (_maxread.c). */
@@ -97,34 +94,32 @@ void end_splicing(void);
 /* What the page cache has of a range; PAGES_UNKNOWN if the kernel does not say. */
 enum pages { PAGES_MISSING, PAGES_CACHED, PAGES_UNKNOWN };
 
-/* Returns whether the page cache has a page for each byte of a range.  The pages may be invalid, because
- * the kernel is reading them from the disk now, or has failed to write them.  A read with RWF_NOWAIT takes
- * no such page, but splice(2) makes the kernel read it again (_pagecache.c). */
+/* Returns whether the page cache has a page for each byte of a range.  A page may be invalid: the
+ * kernel still reads it, or has failed to write it.  RWF_NOWAIT takes no such page, but splice(2)
+ * makes the kernel read it again (_pagecache.c). */
 enum pages cached_pages(int fd, uint64_t offset, size_t size);
 
-/* Returns whether all pages of a range are clean: none waits to be written to the disk, and none
- * is being written.  Returns 0 also if the kernel does not say (_pagecache.c). */
+/* Returns whether no page of a range is dirty or being written; 0 if unknown (_pagecache.c). */
 int are_clean(int fd, uint64_t offset, size_t size);
 
-/* Returns whether cached_pages() can have a result other than PAGES_UNKNOWN: false once the kernel has
- * proved to lack cachestat(2) (_pagecache.c). */
+/* Returns false once the kernel has proved to lack cachestat(2) (_pagecache.c). */
 int can_count_pages(void);
 
-/* Returns whether the page cache has a valid page for each byte of a range of at most 1 MiB, of a file
- * that is mapped at an address.  This takes longer than cached_pages().  Returns 0 if the address is NULL
+/* Returns whether the page cache has a valid page for each byte of a range of at most 1 MiB, of a
+ * file that is mapped at `address`; 0 if that is NULL.  Slower than cached_pages()
  * (_pagecache.c). */
 int has_valid_pages(char *address, uint64_t offset, size_t size);
 
 /* What became of an attempt to answer a read from the page cache.  NOT_ALLOWED: nothing was read.
- * NOT_CACHED: a part of the data is missing in the page cache, or cannot be used.  FAILED: there was an
- * error, or a file with checked units has changed its length or lost a page from the page cache. */
+ * NOT_CACHED: data is missing or unusable.  FAILED: an error, or a file with checked units has
+ * changed its length or lost a page. */
 enum attempt { NOT_ALLOWED, ANSWERED, NOT_CACHED, FAILED };
 
 /* What became of a read that _cachedread.c has tried to answer. */
 enum cached_read { PASSED_ON, REPLIED, QUEUED };
 
-/* Answers a read whose tables and data are in memory, or queues a read of which only the tables are in
- * memory.  The caller must hold the GIL (_cachedread.c). */
+/* Answers a read from memory, or queues it if only its tables are in memory.  The caller must hold
+ * the GIL (_cachedread.c). */
 enum cached_read answer_cached_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t start,
                                     size_t size);
 
@@ -134,28 +129,22 @@ enum operation { COUNT_READ, COUNT_WRITE, COUNT_FLUSH };
 /* Returns the time of CLOCK_MONOTONIC in nanoseconds (_counters.c). */
 int64_t monotonic_time(void);
 
-/* Returns the start time to pass to count_fast() for the request that begins; 0 if the request is not
- * timed (_counters.c). */
+/* Returns the start time for count_fast(); 0 if the request is not timed (_counters.c). */
 int64_t sampled_start(fuse_ino_t inode, enum operation operation);
 
-/* Counts a request of `size` bytes that was answered in one step.  `start` is the result of
- * sampled_start() (_counters.c). */
+/* Counts a request that did not wait; `start` is from sampled_start() (_counters.c). */
 void count_fast(fuse_ino_t inode, enum operation operation, size_t size, int64_t start);
 
-/* Counts a request of `size` bytes that had to wait.  `start` is the monotonic_time() at which the
- * request began (_counters.c). */
+/* Counts a request that had to wait; `start` is from monotonic_time() (_counters.c). */
 void count_waited(fuse_ino_t inode, enum operation operation, size_t size, int64_t start);
 
-/* Sets the first inode number, and the arrays in which the requests to this inode and the following ones
- * are counted (_counters.c). */
+/* Sets the first counted inode, and the arrays of counts from this inode on (_counters.c). */
 PyObject *set_counters(PyObject *module, PyObject *args);
 
-/* What a disk needs so that writes are carried out here, from an InPlaceWrites
- * (disk/datapath/readtables.py). */
+/* An InPlaceWrites (disk/datapath/readtables.py): what writes to a disk need here. */
 struct in_place_writes;
 
-/* Makes the struct from an InPlaceWrites.  Returns the struct, which free_writes() frees, or NULL with an
- * exception (_inplacewrite.c). */
+/* Makes the struct, which free_writes() frees; NULL with an exception (_inplacewrite.c). */
 struct in_place_writes *make_writes(PyObject *source);
 
 /* Frees the struct, which may be NULL (_inplacewrite.c). */
@@ -168,24 +157,23 @@ struct write_place {
     uint64_t offset; /* offset in the file of the top image */
 };
 
-/* Finds the place of a range that the top image of the disk of a handle has allocated as one run, if
- * writes to the disk are carried out by the extension.  Returns 1 and sets `place`, or returns 0; an
- * exception may be set then (_readview.c). */
+/* Finds where the top image has a range as one run, if the extension writes to this disk.  Returns
+ * 1 and sets `place`; or returns 0, perhaps with an exception (_readview.c). */
 int find_allocated(uint64_t handle, off_t start, size_t size, struct write_place *place);
 
-/* Writes all of `data` to the disk of a handle at a guest offset, and returns 1; or returns 0, and may have
- * written a part.  The caller must hold the GIL (_inplacewrite.c). */
+/* Writes all of `data` at a guest offset, and returns 1; or returns 0, and may have written a part.
+ * The caller must hold the GIL (_inplacewrite.c). */
 int write_in_place(uint64_t handle, const char *data, size_t size, off_t start);
 
 /* Prepares write_in_place().  Returns 0, or -1 with an exception (_inplacewrite.c). */
 int init_in_place_writes(void);
 
-/* Returns whether may_seek(uid, inode) permits the answer to an lseek request; 0 if it raises.  The caller
- * must hold the GIL (_extraops.c). */
+/* Returns whether may_seek(uid, inode) permits an lseek; 0 if it raises.  The caller must hold the
+ * GIL (_extraops.c). */
 int is_seek_permitted(fuse_req_t request, fuse_ino_t inode);
 
-/* Answers lseek(2) with SEEK_DATA or SEEK_HOLE, if is_seek_permitted(), and returns 1; or returns 0, and has
- * not answered.  The caller must hold the GIL (_seek.c). */
+/* Answers lseek(2) for data or holes, if is_seek_permitted(), and returns 1; or returns 0 without
+ * an answer.  The caller must hold the GIL (_seek.c). */
 int answer_seek(fuse_req_t request, fuse_ino_t inode, int whence, off_t start);
 
 /* Prepares answer_cached_read().  Returns 0, or -1 with an exception (_cachedread.c). */
@@ -212,8 +200,8 @@ struct checked_units {
     PyObject *forget;       /* called with the first and the last unit of a read that failed */
 };
 
-/* Fills a zeroed struct from a CheckedUnits of the file that is open as `fd`.  Returns 0, or -1 with an
- * exception (_checkedunits.c). */
+/* Fills a zeroed struct from a CheckedUnits of the file `fd`.  Returns 0, or -1 with an exception
+ * (_checkedunits.c). */
 int fill_units(struct checked_units *units, PyObject *source, int fd);
 
 /* Releases the references that units hold (_checkedunits.c). */
@@ -222,35 +210,30 @@ void clear_units(struct checked_units *units);
 /* Returns whether a file has checked units; if not, all of it may be read (_checkedunits.c). */
 int has_units(const struct checked_units *units);
 
-/* Returns whether the length of the file that has the units is valid and has not changed since the
- * last call (at the first call: since fill_units()).  The caller has read from the file before this
- * call, and may use the bytes only if the result is true, because another length can mean that the
- * file was cut (_checkedunits.c). */
+/* Returns whether the file's length is valid and has not changed since the last call (at first:
+ * since fill_units()).  Call it after a read, and use the bytes only if it returns true: another
+ * length can mean that the file was cut (_checkedunits.c). */
 int keeps_length(struct checked_units *units, int fd);
 
-/* Returns whether a read of a range may be tried: only if the page cache has the whole range.  Then the
- * read returns nothing that the kernel has just read from the disk, and brings no unchecked bytes into the
- * page cache, where another process could read them (_checkedunits.c). */
+/* Returns whether the page cache has all of a range.  Then a read brings no unchecked bytes into
+ * the page cache, where another process could read them (_checkedunits.c). */
 int may_try_units(const struct checked_units *units, int fd, uint64_t offset, size_t size);
 
-/* Answers a read with the pages of units for which may_try_units() has returned true.  Returns NOT_ALLOWED,
- * without having read from the file, if the length of the read does not permit that or there is no pipe.
- * Returns FAILED if the file does not keep its length, or if a page is missing.  The caller must hold the
- * GIL (_splice.c). */
+/* Answers a read with pages, after may_try_units() was true.  Returns NOT_ALLOWED, with nothing
+ * read, without may_splice() or a pipe; FAILED after a change of length, or if a page is missing.
+ * The caller must hold the GIL (_splice.c). */
 enum attempt splice_units(fuse_req_t request, struct checked_units *units, int fd, off_t offset,
                           size_t size);
 
-/* Returns whether the extension may read a range.  It may not if a unit of the range is not ready,
- * or if units must be fetched ahead for a sequential reader: the Python function for reads fetches
- * units (_checkedunits.c). */
+/* Returns whether the extension may read a range: its units are ready, and none must be fetched
+ * ahead for a sequential reader (_checkedunits.c). */
 int may_read_units(const struct checked_units *units, uint64_t offset, size_t size);
 
 /* Returns whether a range whose content is `data` may have a hole (_checkedunits.c). */
 int may_have_holes(const struct checked_units *units, const char *data, uint64_t offset, size_t size);
 
-/* Makes the units of a range not ready after a read of the range failed, because the bytes that the
- * kernel now brings into the page cache were not compared with a checksum.  An exception may be set
- * afterwards (_checkedunits.c). */
+/* Makes the units of a failed read not ready: the bytes that the kernel now brings into the page
+ * cache are unchecked.  May set an exception (_checkedunits.c). */
 void forget_units(const struct checked_units *units, uint64_t offset, size_t size);
 
 /* Where other files have the bytes of a file, as StoredRuns describes it (hostio/pagesource.py). */
@@ -278,9 +261,8 @@ struct read_file *make_files(PyObject *sources);
 /* Frees an array of files, which may be NULL (_readfiles.c). */
 void free_files(struct read_file *files, uint64_t count);
 
-/* Returns the file that stores a range of `file` as one run, and changes `offset` to the offset in
- * the result.  If `file` has no runs (struct stored_runs), the result is `file` itself.  Returns
- * NULL if the range is not known to be one run of one file (_readfiles.c). */
+/* Returns the file that has a range of `file` as one run, and sets `offset` for it; NULL if there
+ * is none.  Without runs it is `file` itself (_readfiles.c). */
 struct read_file *storing_file(struct read_file *file, uint64_t *offset, size_t size);
 
 /* Where the bytes of a read are. */
@@ -295,10 +277,9 @@ struct read_place {
 /* Counts a read of `size` bytes of the file at a place (_cachedread.c). */
 void count_file_read(const struct read_place *place, size_t size);
 
-/* Queues a read, which end_queued_reads() answers later; returns whether the read was queued.  If it was
- * not, an exception may be set.  `start` is the guest offset.  `was_tried` says that the caller has
- * looked for the data in the page cache and has not found it.  The caller must hold the GIL, and must
- * call end_queued_reads() after the burst (_queuedread.c). */
+/* Queues a read for end_queued_reads() and returns 1; or returns 0, perhaps with an exception.
+ * `start` is the guest offset.  `was_tried`: the data was not found in the page cache.  The caller
+ * must hold the GIL, and call end_queued_reads() after the burst (_queuedread.c). */
 int queue_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t start, size_t size,
                struct read_place place, int was_tried);
 
@@ -352,17 +333,16 @@ void *ring_take_back(void);
 /* Returns whether there may be work for ring_run() (_ring.c). */
 int ring_has_work(void);
 
-/* Lets the kernel end the reads whose data has arrived, and calls ring_unnotify().  Returns the result of
- * ring_unnotify(); or 0 if the kernel refuses, as it does for a thread that has not called ring_open()
- * (_ring.c). */
+/* Completes reads whose data has arrived, and returns ring_unnotify(); 0 if the kernel refuses, as
+ * for a thread that has not called ring_open() (_ring.c). */
 int ring_run(void);
 
-/* Empties the eventfd; returns whether it was readable.  If it was, there may be work that has made it
- * readable, so the caller must call ring_has_work() afterwards (_ring.c). */
+/* Empties the eventfd; returns whether it was readable.  If so, there may be work, so the caller
+ * must call ring_has_work() next (_ring.c). */
 int ring_unnotify(void);
 
-/* Returns a read that has ended, each once, and sets `result` to its number of bytes or to a negative
- * errno; returns NULL if there is none (_ring.c). */
+/* Returns a read that has ended, and sets `result` to its bytes or a negative errno; NULL if there
+ * is none (_ring.c). */
 void *ring_next(int *result);
 
 /* Returns the number of the session that exists now (_request.c). */
@@ -377,12 +357,10 @@ struct interned_name {
 /* Sets the variables of `count` names.  Returns 0, or -1 with an exception (_extraops.c). */
 int intern_names(const struct interned_name *names, size_t count);
 
-/* Gives a function of this module the name of a function of libfuse, so that callers call the
- * function of this module. */
+/* Gives a function the name of one of libfuse, so that callers call this one. */
 #define INTERPOSES(name) __asm__(name) __attribute__((visibility("default")))
 
-/* Returns libfuse's own function of a name that this module defines too; NULL if not found
- * (_extraops.c). */
+/* Returns libfuse's own function of a name; NULL if not found (_extraops.c). */
 void *libfuse_function(const char *name);
 
 /* Makes reads of the session's device non-blocking; returns whether that was possible (_burst.c). */

@@ -2,27 +2,24 @@
  * Reads whose data is not in memory, made through io_uring (_ring.c) and answered by the event
  * loop, without a thread and without a task.
  *
- * _cachedread.c has found where the data is, and passes the read to queue_read().  The reads of a
- * burst (several requests in one turn of the event loop, _burst.c) are submitted together at its
- * end, so that the disk gets all of them with one notification.
- * The event loop calls end_queued_reads() between two requests and while it polls, and an eventfd
- * wakes it when it sleeps.  For each read that has ended, end_queued_reads() answers the kernel.
- *
- * - Clusters.  A read enters an epoch (disk/space/epochs.py) before queue_read() returns.  Between the
- *   lookup of its cluster and this step no other request or task runs.  The read leaves the epoch after
- *   its end.  So until its end the cluster gets no other data, even if a request of the same burst
- *   frees the cluster.
- * - Order.  The kernel copies the data from the page cache at some time between queue_read() and
- *   the end, as any read(2) does.  A write that was answered before queue_read() is in the page
- *   cache by then, so the read returns what the write has written.
- * - Failures.  If the kernel reports an error or too few bytes, or does not take the read, a
- *   Python function gets the request, and begins the read anew in a task that may wait.
- * - Files that do not answer.  At most MAX_READS_OF_FILE reads of one file are queued; the caller
- *   passes further reads on.  Files whose reads the kernel itself would make in threads are left
- *   out (ReadPolicy.can_queue).  If submitting takes long, because the kernel waits for a disk
- *   meanwhile, no read is queued for a while.
- *
- * Everything happens in the thread of the event loop, with the GIL held.
+  * The reads of a burst (_burst.c) are submitted together at its end, so that the disk gets all of
+  * them with one notification.  end_queued_reads() answers those that have ended.  The event loop
+  * calls it between two requests and while it polls, and an eventfd wakes the loop when it sleeps.
+  *
+  * - Clusters.  A read is in an epoch (disk/space/epochs.py) from queue_read() until it has ended.
+  *   Nothing else runs between the lookup of its cluster and queue_read().  So until the read has
+  *   ended the cluster gets no other data, even if a request of the same burst frees it.
+  * - Order.  The kernel copies the data from the page cache at some time after queue_read().  A
+  *   write that was answered before queue_read() is in the page cache by then, so the read returns
+  *   what the write has written.
+  * - Failures.  After an error or too few bytes, a Python function begins the read anew, in a task
+  *   that may wait.
+  * - Files that do not answer.  At most MAX_READS_OF_FILE reads of one file are queued.  Files
+  *   whose reads the kernel would make in threads are left out (ReadPolicy.can_queue).  After a
+  *   submission that took long, because the kernel waited for a disk, no read is queued for a
+  * while.
+  *
+  * Everything happens in the thread of the event loop, with the GIL held.
  */
 
 #include "_extraops.h"
@@ -37,11 +34,11 @@
 /* Maximum number of queued reads of one file. */
 #define MAX_READS_OF_FILE 64
 
-/* Number of calls of ring_run() that are enough to complete all reads of a full ring whose data has
- * arrived: one call completes at least 20 reads (before Linux 6.13 all). */
+/* Calls of ring_run() that complete all reads of a full ring whose data has arrived: each completes
+ * at least 20 (before Linux 6.13 all). */
 #define IDLE_RUNS (RING_ENTRIES / 20 + 1)
 
-/* How long no read is queued after a submission that took too long. */
+/* How long no read is queued after a slow submission. */
 #define PAUSE_NANOSECONDS INT64_C(1000000000)
 
 struct queued_read {
@@ -55,7 +52,7 @@ struct queued_read {
     size_t size;
     struct read_place place; /* this read holds a reference to its `view` */
     PyObject *epoch;
-    int was_tried; /* whether _cachedread.c has looked for the data in the page cache in vain */
+        int was_tried; /* whether the data was not found in the page cache */
     char data[MAX_QUEUED_BYTES];
 };
 
@@ -68,8 +65,7 @@ static PyObject *answer_slowly;  /* gets the reads that have failed */
 static PyObject *name_can_queue, *name_enter, *name_leave, *name_record_cached,
     *name_record_inline_miss;
 
-/* Calls a method with one argument, or with no argument if `argument` is NULL.  Reports an exception of
- * the method, because no caller could handle it. */
+/* Calls a method with one argument, or with none if `argument` is NULL; reports its exception. */
 static void call_method(PyObject *object, PyObject *name, PyObject *argument)
 {
     PyObject *result = argument == NULL ? PyObject_CallMethodNoArgs(object, name)
@@ -97,8 +93,7 @@ static void put_back(struct queued_read *read)
     unused = read;
 }
 
-/* Returns whether a read of a file may be queued now: the queue is open and not full, the file has not
- * too many queued reads, and no pause after a slow submission is running. */
+/* Returns whether a read of a file may be queued now: there is room, and no pause is running. */
 static int can_queue(const struct read_file *file)
 {
     if (!ring_is_open() || reads >= RING_ENTRIES || file->queued >= MAX_READS_OF_FILE)
@@ -164,8 +159,7 @@ static void pass_on(const struct queued_read *read)
     Py_XDECREF(pending); /* without an exception, the function has kept a reference */
 }
 
-/* Answers a read that has ended.  `result` is the number of bytes, or a negative errno, and
- * `was_cached` says whether the data was in the page cache. */
+/* Answers a read that has ended; `result` is the number of bytes, or a negative errno. */
 static void end(struct queued_read *read, int result, int was_cached)
 {
     struct read_place place = read->place;
@@ -189,8 +183,7 @@ static void end(struct queued_read *read, int result, int was_cached)
     Py_DECREF(place.view);
 }
 
-/* Answers all reads whose end the kernel has reported; returns their number.  `were_cached` says whether
- * their data was in the page cache. */
+/* Answers all reads whose end the kernel has reported; returns their number. */
 static int end_reported(int were_cached)
 {
     struct queued_read *read;
@@ -211,9 +204,8 @@ static long waits(void)
     return getrusage(RUSAGE_THREAD, &usage) ? 0 : usage.ru_nvcsw;
 }
 
-/* Passes the reads of a burst to the kernel, and ends those whose data was in the page cache and those
- * that the kernel has not taken.  If the kernel has waited too long during the submission, a pause
- * begins. */
+/* Passes the reads of a burst to the kernel.  Ends those whose data was cached, or which the kernel
+ * has not taken.  Begins a pause if the kernel has waited too long. */
 static void submit(void)
 {
     int64_t since = monotonic_time(), until;
@@ -221,17 +213,20 @@ static void submit(void)
     int failed = ring_submit();
     struct queued_read *read;
 
-    /* During a pause native threads make the reads, with more of the processor's time.  So a
-     * submission causes no pause if it was slow only because other programs used the processor: if
-     * the kernel has not made this thread wait.  If `slow_nanoseconds` is 0, each submission causes
-     * a pause. */
+        /* During a pause native threads make the reads, with more of the processor's time.  So none
+         * begins if only other programs, which used the processor, made the submission slow: then
+         * this
+         * thread has not waited.  If `slow_nanoseconds` is 0, each submission causes a pause. */
     until = monotonic_time();
     if (until - since > slow_nanoseconds && (waits() > waits_before || !slow_nanoseconds))
         paused_until = until + PAUSE_NANOSECONDS;
-    /* Only ring_run() completes reads for which the kernel had to wait (_ring.c).  So reads that have
-     * ended by now found their data in the page cache.  Their ends have made the eventfd readable, so
-     * it is emptied.  If another read is ready to be completed, it has made the eventfd readable too;
-     * but it set the flag of ring_has_work() first, and the caller tests this flag next. */
+        /* Only ring_run() completes reads for which the kernel had to wait (_ring.c).  So reads
+         * that have
+         * ended by now found their data in the page cache.  Their ends have made the eventfd
+         * readable, so
+         * it is emptied.  Another read that is ready may have made it readable too.  But that read
+         * has
+         * set the flag of ring_has_work() first, and the caller tests this flag next. */
     if (end_reported(1))
         ring_unnotify();
     while (failed && (read = ring_take_back()) != NULL)
@@ -242,16 +237,19 @@ void end_queued_reads(void)
 {
     int idle;
 
-    if (!reads || is_ending) /* an answer can lead to another call of this function, which does nothing */
+        if (!reads || is_ending) /* an answer can lead to another call of this function */
         return;
     is_ending = 1;
     if (ring_unsubmitted())
         submit();
-    /* One ring_run() need not do all work (_ring.c), and the flag that ring_has_work() reads may be set
-     * without any work.  So the loop ends when the flag is clear, or when IDLE_RUNS calls of ring_run()
-     * in a row have had no effect.  By then all work that had come before these calls is done.  Later work
-     * sets the flag first, and then makes the eventfd readable.  ring_run() returns whether it has emptied
-     * the eventfd.  If so, the loop counts from 0 again, and finds the flag of the later work. */
+        /* One ring_run() need not do all work (_ring.c), and the flag of ring_has_work() may be set
+         * without any work.  So the loop ends when the flag is clear, or after IDLE_RUNS calls in a
+         * row
+         * without effect.  By then all work that had come before these calls is done.  Later work
+         * sets
+         * the flag, and then makes the eventfd readable.  If ring_run() has emptied the eventfd,
+         * the loop
+         * counts from 0 again, and finds the flag of the later work. */
     for (idle = 0; idle < IDLE_RUNS && ring_has_work(); idle++) {
         int notified = ring_run();
         if (end_reported(0) || notified)

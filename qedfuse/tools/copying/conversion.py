@@ -48,9 +48,8 @@ class ConvertResult:
     Attributes:
         size: Size of the source's disk.
         file_bytes: Length of the target file or device; 0 for a pipe.
-        data_bytes: Bytes of the disk that were copied as data.  Zeros that become holes or zero
-            clusters do not count.  If the target is a pipe, zeros that would become holes in a file
-            do not count.
+        data_bytes: Bytes that were copied as data; zeros that a file stores as holes or zero
+            clusters do not count.
     """
 
     size: int
@@ -71,10 +70,7 @@ class RawStream(NamedTuple):
 
 
 class Conversion:
-    """One conversion, by one of the methods `to_pipe`, `to_existing` and `to_new`.
-
-    The caller must keep the source open until the method has returned.
-    """
+    """One conversion, by `to_pipe`, `to_existing` or `to_new`; it needs the open source."""
 
     def __init__(
         self,
@@ -90,7 +86,7 @@ class Conversion:
     ) -> None:
         """Prepare a conversion of ``source`` to ``path``; other arguments are as in `convert`."""
         self._source = source
-        # The source if it is a disk, which has a size and can be read again; None for a stream.
+        # None for a stream, which has no size and cannot be read again.
         self._source_disk = None if isinstance(source, RawStream) else source
         self._path = path
         self._name = printable(path)
@@ -122,13 +118,11 @@ class Conversion:
     async def to_existing(self) -> ConvertResult:
         """Write over the content of an existing file, image or device.
 
-        If the target is longer than the source's disk, the target keeps its content past the end
-        of that disk.
+        A longer target keeps its content past the end of the source's disk.
 
         Raises:
-            UsageError: The target is smaller than the source's disk.  Or the arguments name the
-                format raw, and the target is an image or is encrypted by LUKS.  Or the arguments
-                name a backing file or a foreign format.
+            UsageError: The target is too small, or is an image or encrypted by LUKS where raw
+                content is wanted.  Or a backing file or a foreign format is wanted.
             QedError: The source cannot be read, the target cannot be opened, locked or
                 written, or the comparison found a difference.
         """
@@ -154,12 +148,11 @@ class Conversion:
             overwrite: Whether to replace an existing file.
 
         Raises:
-            UsageError: The file exists, and ``overwrite`` is False or the file is not a regular
-                file.  Or a backing file is named for a format other than QED.  Or the geometry is
-                invalid or too small for the disk.  Or a foreign format cannot be made or compared.
+            UsageError: The file exists, and ``overwrite`` is False or the file is not regular.  Or
+                the format permits no backing file or comparison, or cannot be made.  Or the
+                geometry is invalid or too small for the disk.
             BackingError: The backing file cannot be used, or leads to the target itself.
-            ImageInUseError: The old file is in use by another program.  Or ``overwrite`` is True,
-                and another file has taken the name of the new file during the copy.
+            ImageInUseError: The old file is in use, or another file has taken the name meanwhile.
             QedError: The source cannot be read, the file cannot be written, or the comparison
                 found a difference.
         """
@@ -187,8 +180,7 @@ class Conversion:
                 stack.callback(os.close, fd)
                 async with self._new_target(fd) as (target, base):
                     if base is not None:
-                        # The versions are read before the copy.  If a base changed during the copy,
-                        # versions read after the copy would hide the change.
+                        # Read before the copy: later versions would hide a change during the copy.
                         record = NewRecord(spec.backing or "", versions_of(base.layer_files()))
                         record.store(fd)
                     size, data_bytes = await self._copy(target, base)
@@ -199,11 +191,7 @@ class Conversion:
         return ConvertResult(size, status_of(self._path, self._name).st_size, data_bytes)
 
     async def _copy(self, target: Target, base: Source | None = None) -> tuple[int, int]:
-        """Copy the whole disk and complete the target.
-
-        Returns:
-            The size of the disk, and how many of its bytes were copied as data.
-        """
+        """Copy the disk and complete the target; return the size and the bytes copied as data."""
         sparse_size = self._spec.sparse_size
         if isinstance(self._source, RawStream):
             stream, any_content = self._source
@@ -216,8 +204,8 @@ class Conversion:
             )
         write_behind: WriteBehindMode = "wait" if self._durable else "if fast"
         if self._spec.format not in {"raw", "qed"}:
-            # For a foreign format the target is a temporary raw file, which qemu-img reads next.
-            # So write-behind, which would drop this file from the page cache, is off.
+            # The target is a temporary file that qemu-img reads next, so it stays in the page
+            # cache.
             write_behind = "off"
         copy = DiskCopy(
             self._source,
@@ -231,17 +219,8 @@ class Conversion:
         return self._source.size, copy.data_bytes
 
     async def _copy_to_image(self) -> tuple[int, int, int]:
-        """Copy to an existing QED image.
-
-        Returns:
-            The size of the source's disk, the length of the image file, and how many bytes were
-            copied as data.
-
-        Raises:
-            UsageError: The image's disk is smaller than the source.
-        """
-        # Imported late, because loading the module takes time, and other targets do not need
-        # the module.
+        """Copy to an existing QED image; return the disk's size, file length and data bytes."""
+        # Imported late, because loading the module takes time that other targets do not need.
         from qedfuse.tools.common.writabledisk import open_writable  # noqa: PLC0415  late, see above
 
         options = replace(self._options, force_share=False)
@@ -251,16 +230,7 @@ class Conversion:
             return size, disk.fstat().st_size, data_bytes
 
     async def _copy_to_raw_file(self) -> tuple[int, int, int]:
-        """Copy to an existing file or device.
-
-        Returns:
-            The size of the source's disk, the length of the file or device, and how many bytes
-            were copied as data.
-
-        Raises:
-            UsageError: The target is an image of any format, is encrypted by LUKS, or is smaller
-                than the source's disk.
-        """
+        """Copy to an existing file or device; return the disk's size, its length, data bytes."""
         expected = "raw content (qemu-img convert -n can write into an image of this format)"
         if probe_format(self._path, expected) == "qed":
             msg = (
@@ -281,10 +251,7 @@ class Conversion:
             os.close(fd)
 
     def _refuse_too_small(self, size: int) -> None:
-        """Raise UsageError if the source is larger than the target, which has ``size`` bytes.
-
-        A stream has no known size; `convert` has already refused a stream for an existing target.
-        """
+        """Raise UsageError if the source is larger than the target, which has ``size`` bytes."""
         if self._source_disk is not None and size < self._source_disk.size:
             expected = self._source_disk.size
             msg = f"{self._name}: size: found {size}, expected at least {expected}"
@@ -292,10 +259,7 @@ class Conversion:
 
     @asynccontextmanager
     async def _new_target(self, fd: int) -> AsyncIterator[tuple[Target, Source | None]]:
-        """Yield the target for the empty file ``fd``, and the base of the target or None.
-
-        The base is open until the end of the caller's ``with`` block.
-        """
+        """Yield the target for the empty file ``fd``, and its open base or None."""
         spec = self._spec
         if spec.format == "raw":
             yield NewRawTarget(fd, self._name, spec.sparse_size), None
@@ -309,14 +273,7 @@ class Conversion:
             yield qed_target(fd, self._name, spec, self._source_disk, base), base
 
     async def _copy_through_qemu(self, new: NewFile) -> tuple[int, int]:
-        """Copy to a temporary raw file, which qemu-img then converts into the new file.
-
-        Returns:
-            The size of the disk, and how many of its bytes were copied as data.
-
-        Raises:
-            UsageError: A comparison is wanted, or `foreign_image` refuses.
-        """
+        """Copy to a temporary raw file, which qemu-img then converts into the new file."""
         spec = self._spec
         if self._compare:
             msg = f"{self._name}: --compare: found format {spec.format}, expected raw or qed"
@@ -328,26 +285,15 @@ class Conversion:
             return await self._copy(NewRawTarget(fd, self._name, spec.sparse_size))
 
     async def _verify(self, path: str) -> None:
-        """Compare the copy with the source.
-
-        A stream cannot be read again; `convert` has already refused to compare a stream.
-
-        Args:
-            path: Present path of the copy.  A new file does not have its final name yet.
-
-        Raises:
-            HostError: The contents differ.
-            QedError: The source or the copy cannot be read, or has a bad table entry.
-        """
+        """Compare the copy, now at ``path``, with the source; a stream is skipped."""
         if self._source_disk is None:
             return
-        # This process has released its lock of an existing target.  With ``force_share`` the target
-        # is compared even if another program has opened it for writing since then.
+        # The lock of an existing target is released, so another program may be writing to it.
         options = replace(self._options, force_share=True)
         if self._spec.backing is not None:
             directory = options.backing.working_directory
             base = backing_path(self._path, self._spec.backing, directory)
-            # The backing file may lie in any directory, because the user has named it.
+            # The user has named the backing file, so it may lie in any directory.
             options = replace(options, backing=replace(options.backing, trusted=base))
         copy_format: ImageFormat = "raw" if self._spec.format == "raw" else "qed"
         async with open_source(path, copy_format, options) as copy:

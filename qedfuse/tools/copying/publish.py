@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _STOP_SECONDS: Final = 15.0
-"""Maximum time that a cancelled task waits until its upload has removed what it has stored."""
+"""How long a cancelled task waits at most for the removal of what was stored."""
 _FLATTENED_NAME: Final = "flattened.qed"
 _TEMPORARY_DIRECTORY: Final = "/var/tmp"  # noqa: S108  for large files; TMPDIR names another one
 
@@ -49,8 +49,7 @@ class Published:
     Attributes:
         url: The URL of the object.
         size: Length of the object in bytes.
-        version: The version of the object; empty if the store keeps no versions, or did not report
-            the version.
+        version: The version of the object; empty if the store reported none.
         is_raw: Whether the object is a raw file and not an image.
     """
 
@@ -72,19 +71,16 @@ async def publish(
     """Copy an image or a raw file to an object store as one object.
 
     The file is locked for reading during the call, unless ``options.lock`` is False.  The object
-    appears when it is complete, and is then compared with the file.  If another program stores an
-    object of this name while the last parts are being sent, that object is replaced even without
-    ``overwrite``.
+    appears when it is complete, and is then compared with the file.  An object of this name that
+    another program stores while the last parts are sent is replaced even without ``overwrite``.
 
     A failed or cancelled call leaves no object, except in three cases:
 
-    - The store stops answering.  The message of the error says that the store may still have the
-      object or parts of it.
-    - The call is cancelled, and the removal of what it has stored takes more than `_STOP_SECONDS`
-      or is not confirmed.  A warning is logged.
-    - The call is cancelled after the comparison.  With ``overwrite`` the object also stays if the
-      call is cancelled during the comparison, because the replaced object cannot be restored.  A
-      warning says that the object stays.
+    - The store stops answering.  The error says that the object or parts of it may remain.
+    - The removal after a cancellation takes more than `_STOP_SECONDS` or is not confirmed.  A
+      warning is logged.
+    - The call is cancelled after the comparison; with ``overwrite`` also during it, because the
+      replaced object cannot be restored.  A warning is logged.
 
     Args:
         path: The image or raw file; with ``flatten`` also a URL.
@@ -97,10 +93,9 @@ async def publish(
 
     Raises:
         UsageError: ``url`` is not that of an object in a store, or the object exists and
-            ``overwrite`` is False.  Or ``path`` is a URL without ``flatten``.  Or, without
-            ``flatten``, the image needs a check or has a backing file.
-        RemoteError: The store cannot be reached or refuses the object, the stored object has other
-            content than the file, or the library for stores is not installed.
+            ``overwrite`` is False.  Or ``path`` does not permit to publish without ``flatten``.
+        RemoteError: The store cannot be reached, refuses the object or has stored other content, or
+            the library for stores is not installed.
         QedError: The image cannot be opened, locked or read, or has changed during the call.  Or
             the temporary image of ``flatten`` cannot be written.
     """
@@ -110,8 +105,7 @@ async def publish(
         msg = f"{parse_address(path).shown}: found a URL, expected a file (or --flatten)"
         raise UsageError(msg)
     connection = client_options(options.remote)
-    # The client is made only to report a missing library or invalid credentials before any other
-    # work.
+    # Reports a missing library or invalid credentials before any other work.
     make_client(address, connection)
     from qedfuse.remote.upload import Upload  # noqa: PLC0415  needs the library
     from qedfuse.remote.uploadwatch import watch_store  # noqa: PLC0415  only if needed
@@ -149,11 +143,7 @@ class _PublishedFile:
     """The file that is published, which must not change during the upload."""
 
     def __init__(self, fd: int, path: str) -> None:
-        """Take an open file; remember its length and time of modification.
-
-        Raises:
-            HostError: A system call failed.
-        """
+        """Take an open file; remember its length and time of modification."""
         self.fd = fd
         self.path = path
         self.name = printable(path)
@@ -161,12 +151,7 @@ class _PublishedFile:
         self.size = self._status.st_size
 
     def read_blocking(self, offset: int, view: memoryview) -> int:
-        """Fill ``view`` from an offset; return how many bytes were read.
-
-        Raises:
-            ImageInUseError: Another program has changed the file.
-            HostError: The file cannot be read.
-        """
+        """Fill ``view`` from an offset; return how many bytes were read."""
         try:
             count = read_all(self.fd, offset, view)
         except OSError as error:
@@ -180,11 +165,7 @@ class _PublishedFile:
 
 
 def _address_in_store(url: str) -> Address:
-    """Return the address for the URL of an object in a store.
-
-    Raises:
-        UsageError: The URL is not valid, is not that of a store, or names a version.
-    """
+    """Return the address for the URL of an object in a store; refuse any other target."""
     expected = "one of " + ", ".join(f"{scheme}://BUCKET/KEY" for scheme in STORES)
     if not is_url(url):
         msg = f"{printable(url)}: target: found a path, expected {expected}"
@@ -201,13 +182,7 @@ def _address_in_store(url: str) -> Address:
 
 
 def _require_publishable(file: _PublishedFile) -> bool:
-    """Refuse an image that other machines could not use; return whether the file is an image.
-
-    Raises:
-        UsageError: The image needs a check, or has a backing file.
-        ImageError: The file is an image of a foreign format, or the header is invalid.
-        HostError: The file cannot be read.
-    """
+    """Refuse an image that other machines could not use; return whether the file is an image."""
     try:
         qed = describe_open(DescriptorReader(file.fd), file.path).qed
     except OSError as error:
@@ -236,24 +211,13 @@ async def _run(
 ) -> Uploaded:
     """Run an upload in a thread; return its result.
 
-    If the task is cancelled after the upload has begun, the upload removes what it has stored.
-    This function waits for the removal, for at most `_STOP_SECONDS`.  A user who has pressed Ctrl-C
-    waits too, so the log first announces the wait.  If anything is or may be left in the store,
-    another line is logged after the wait.
+    A cancelled upload removes what it has stored.  This function waits for that, for at most
+    `_STOP_SECONDS`, and logs the wait because the user waits too.  Another line is logged if
+    anything may remain.  If the thread has not ended by then, the files of ``stack`` stay open for
+    it.
 
-    ``watch`` runs as long as the upload.  If ``watch`` raises RemoteError, the store does not
-    answer, so this function raises the error without waiting for the thread.
-
-    Args:
-        upload: The upload, which has not begun.
-        watch: Raises RemoteError when the store does not answer any more.
-        stack: Closes the files that the upload reads.  The files stay open if this function ends
-            before the thread.
-        shown: The URL of the object, for the log.
-
-    Raises:
-        RemoteError: The upload has failed, or the store does not answer any more.
-        QedError: Any other error of the upload.
+    ``watch`` runs meanwhile.  It raises RemoteError if the store does not answer any more.  Then
+    this function raises the error without waiting for the thread.
     """
     from qedfuse.remote.storedobject import MAY_REMAIN  # noqa: PLC0415  needs the library
     from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  as above
@@ -292,15 +256,12 @@ async def _run(
             nursery.cancel_scope.cancel()
         is_cancelled = False
     finally:
-        # Logged here, because the handler of `trio.Cancelled` above does not see a cancellation
-        # that arrives after the end of the thread.
+        # Logged here, because the handler above misses a cancellation after the thread's end.
         if is_cancelled and upload.has_begun:
             _log_remains(upload, shown, has_ended=ended.is_set())
     if outcome is None:
-        # `_cancel_in_outage` has cancelled the nursery, and the end of the nursery has absorbed
-        # that cancellation.  There is no other way to this line: a cancellation from outside
-        # leaves this function with an exception, and without a cancellation the upload has a
-        # result or an error.
+        # Only `_cancel_in_outage` leads here: the nursery has absorbed its cancellation.  Any other
+        # cancellation leaves this function with an exception.
         msg = f"{outages[0]}{MAY_REMAIN if upload.has_begun else ''}"
         raise RemoteError(msg) from outages[0]
     if isinstance(outcome, Exception):
@@ -311,7 +272,7 @@ async def _run(
 async def _cancel_in_outage(
     watch: Callable[[], Awaitable[object]], outages: list[RemoteError], scope: trio.CancelScope
 ) -> None:
-    """Await ``watch()``; if it raises RemoteError, add the error to a list and cancel ``scope``."""
+    """Await ``watch()``; after a RemoteError add it to ``outages`` and cancel ``scope``."""
     try:
         await watch()
     except RemoteError as error:
@@ -332,8 +293,5 @@ def _log_remains(upload: Upload, shown: str, *, has_ended: bool) -> None:
 
 
 def _keep_open(stack: ExitStack) -> None:
-    """Keep the files of ``stack`` open, because a thread may still read them.
-
-    The end of the process closes them.
-    """
+    """Keep the files of ``stack`` open until the process ends; a thread may still read them."""
     stack.pop_all()
