@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 MAX_FINDINGS_PER_CODE: Final = 50
-"""Maximum number of findings of each code that are kept.  Further findings are only counted,
-because an image can have billions of them."""
+"""Maximum number of findings of each code that are kept; further ones are only counted."""
 
 
 class Severity(enum.IntEnum):
@@ -77,15 +76,13 @@ _NOTE_CODES: Final = frozenset(
 
 
 FREE_LIST_CODES: Final = frozenset({Code.FREE_LIST_BAD, Code.FREE_LIST_CONTRADICTED})
-"""Errors that concern only the persistent free list.  After the list is dropped, an image has
-none of these errors."""
+"""Errors that concern only the persistent free list."""
 
 
 _INVALID_L2_CODES: Final = frozenset(
     {Code.L2_RESERVED_BITS, Code.L2_UNALIGNED, Code.L2_OUT_OF_FILE, Code.L2_OVER_METADATA}
 )
-"""An L2 entry with one of these errors refers to no data cluster.  L2_CUT_SHORT is missing here,
-because an entry with that error refers to a cluster of which a part is in the file."""
+"""Errors of an L2 entry that refers to no data cluster.  One with L2_CUT_SHORT refers to a part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +92,9 @@ class Finding:
     Attributes:
         code: The kind of the finding.
         message: One line that says where the finding is, what was found, and what was expected.
-        file_offset: For a table entry, the value of the entry, even if the value is not a valid
-            offset; for leaks, the file offset of the first leaked cluster; None for all other
-            findings.
-        guest_start: Guest offset of the range that a table entry describes; None if the finding
-            is not about one entry.
+        file_offset: Value of a table entry, valid or not; file offset of the first leaked cluster;
+            None for all other findings.
+        guest_start: Guest offset of the range of one table entry; None for other findings.
         guest_length: Length of that range; None if ``guest_start`` is None.
     """
 
@@ -121,17 +116,15 @@ class CheckReport:
 
     Attributes:
         findings: Up to `MAX_FINDINGS_PER_CODE` findings of each code.
-        counts: Number of all findings of each code that has any; for leaks, the number of clusters.
+        counts: Number of all findings of each code that has any; for leaks, of clusters.
         allocated_clusters: Number of L2 entries that refer to a data cluster in the file.
         file_clusters: Number of whole clusters in the file.
-        listed_clusters: Number of clusters in the persistent free list; they do not count as
-            leaked.  None if the image has no valid list.
-        past_end_clusters: Number of those L2 entries in ``allocated_clusters`` that describe guest
-            offsets past the end of the disk.
-        hidden_findings: Number of findings that were counted, but that no kept finding describes.
-        fragmented_clusters: Number of L2 entries whose cluster does not directly follow, in the
-            file, the cluster of the previous entry of the same table.  Entries without an offset
-            are skipped, and the first entry with an offset does not count.
+        listed_clusters: Number of clusters in the persistent free list, which are not leaked; None
+            without a valid list.
+        past_end_clusters: How many of ``allocated_clusters`` lie past the end of the disk.
+        hidden_findings: Number of findings that no kept finding describes.
+        fragmented_clusters: Number of L2 entries whose cluster does not follow, in the file, that
+            of the previous entry with an offset in the same table.
     """
 
     findings: tuple[Finding, ...]
@@ -170,7 +163,6 @@ class CheckReport:
         """Whether the bytes that were read as tables are probably something else.
 
         One flipped bit in the header can make the check read other bytes of the file as tables.
-        Then nearly all clusters seem to be leaked, and data of the guest is read as entries.
         """
         suspicious = not self.allocated_clusters or Code.MOSTLY_LEAKED in self.counts
         return suspicious and bool(self.errors or self.leaks)
@@ -195,9 +187,8 @@ class CheckReport:
 class LostRange:
     """A range of the disk whose data is lost or possibly wrong.
 
-    The range reads as zeros after the repair, with two exceptions.  If a table overlapped the data
-    of the range (`Code.L2_OVER_METADATA`), the range may read as before.  If there are more ranges
-    than `LostRanges` records separately, the last range can also cover data that is not lost.
+    The range reads as zeros after the repair, or perhaps as before if a table overlapped its data
+    (`Code.L2_OVER_METADATA`).  If there are too many ranges, the last one covers intact data too.
 
     Attributes:
         start: Guest offset in bytes.
@@ -236,7 +227,7 @@ class FindingCollector:
     Attributes:
         findings: The findings that are kept, at most `MAX_FINDINGS_PER_CODE` of each code.
         counts: Number of all findings of each code.
-        hidden: Number of findings that were counted, but that no kept finding describes.
+        hidden: Number of findings that no kept finding describes.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -249,10 +240,7 @@ class FindingCollector:
         return max(0, MAX_FINDINGS_PER_CODE - self._kept[code])
 
     def add(self, finding: Finding, count: int = 1) -> None:
-        """Count ``count`` findings, and keep ``finding``, whose message describes all of them.
-
-        The finding is not kept if `remaining` is 0 for its code.
-        """
+        """Count ``count`` findings; keep ``finding`` for all of them if `remaining` permits it."""
         if not self.remaining(finding.code):
             self.count_only(finding.code, count)
             return

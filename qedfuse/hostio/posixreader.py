@@ -26,42 +26,34 @@ _NOT_CACHED: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
 """Errors of a read with RWF_NOWAIT: the data is not in the page cache, or the file system does
 not support the flag."""
 _MAX_WAITING_CALLS: Final = 28
-"""Maximum number of reads, datasyncs and searches for holes of one file that wait in threads.  With
-the 4 changes that `InodeLock` permits, a file on a disk that does not answer occupies at most 32 of
-the threads that all files share (`MAX_THREADS` in `qedfuse.hostio.nativecalls`)."""
+"""Maximum number of calls on one file that wait in threads.  With the 4 changes that `InodeLock`
+permits, a file on a disk that does not answer occupies at most 32 of the threads of all files."""
 
 
 class PosixReader:
     """An open regular file and its reads, as `ReadableFile` describes them.
 
-    The event loop itself reads data that is in the host's page cache (`inline_flags`).  Other reads
-    go to a thread (`HostCalls`), so that the event loop can serve other requests.  After some reads
-    that missed the page cache, the next reads go to a native thread directly (`ReadPolicy`).  If
-    only threads of trio are available, a read that missed is instead retried for a moment
-    (`NowaitRetry`).
+    The event loop reads data that is in the host's page cache (`inline_flags`).  Other reads go to
+    a thread (`HostCalls`).  After some reads that missed the page cache, the next reads go to a
+    native thread directly (`ReadPolicy`).  If there are only threads of trio, a read that missed is
+    retried for a moment instead (`NowaitRetry`).
 
     Attributes:
         fd: The descriptor; -1 after `close`.
-        path: The file's name as it was given: by the user, or by the image that names the file.
+        path: The file's name as the user or an image has given it.
         name: The file's name in messages.
         read_policy: Decides whether reads are tried in the event loop.
     """
 
     def __init__(self, fd: int, path: str, *, has_server: bool) -> None:
-        """Take over an open descriptor.
-
-        Args:
-            fd: The descriptor.
-            path: The file's name, as in the attribute.
-            has_server: Whether the file system sends requests to a server (`waits_for_server`).
-        """
+        """Take over a descriptor; ``has_server`` is the result of `waits_for_server` for it."""
         self.fd = fd
         self.path = path
         self.name = printable(path)
         self._flags = inline_flags(fd)
         self.read_policy = ReadPolicy(can_queue=bool(self._flags) and not has_server)
-        # The file offset of the last read that `try_read` left undone, because its data was not in
-        # the page cache.  -1 if there is none, or if another method has begun this read since.
+        # The file offset of the last read that `try_read` has not found in the page cache; -1 if
+        # there is none, or if another method has begun this read since.
         self._missed_offset = -1
         self._call_slots = trio.Semaphore(_MAX_WAITING_CALLS)
         self._retry = NowaitRetry()
@@ -86,12 +78,12 @@ class PosixReader:
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from a file offset; return how many bytes were read.
 
-        The result is less than the length of the view only if the file ends earlier.
+        The result is less than the length of the view only where the file ends.
         """
         done: int | None = None
         is_inline = self.read_policy.is_inline
         if is_inline:
-            # Do not look again for what `try_read` has not found a moment ago.
+            # Do not look again for what `try_read` has just missed.
             if offset != self._missed_offset:
                 done = self._read_cached(offset, view)
                 if done == len(view):
@@ -115,17 +107,13 @@ class PosixReader:
 
         Returns None if the first byte is not cached; the kernel then begins to fetch the data.
         Also returns None if the file system does not support RWF_NOWAIT.
-
-        Raises:
-            HostError: A system call failed.
         """
         try:
             done = os.preadv(self.fd, (view,), offset, self._flags)
         except OSError as error:
             if error.errno not in _NOT_CACHED:
                 raise self._failed(error, "read") from error
-            # A file system without RWF_NOWAIT fails each call with EOPNOTSUPP.  So do not use
-            # the flag again.
+            # The file system does not support RWF_NOWAIT.
             if error.errno == errno.EOPNOTSUPP:
                 self.read_policy.disable_inline()
             return None
@@ -136,8 +124,7 @@ class PosixReader:
     async def _read_rest(self, calls: HostCalls, offset: int, view: memoryview, done: int) -> int:
         """Fill ``view`` after ``done`` bytes, in a thread; return how many bytes are filled in all.
 
-        If ``done`` is not 0, the page cache holds only a part of the range, or the file ends within
-        the range.  Only a blocking read can distinguish the two.
+        The page cache lacks the rest, or the file ends; only a blocking read can distinguish these.
         """
         rest = view[done:] if done else view
         count, _ = await self._read_in_thread(calls, offset + done, rest)
@@ -188,9 +175,8 @@ class PosixReader:
     def read_blocking(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from a file offset; return how many bytes were read.
 
-        The result is less than the length of the view only if the file ends earlier.  The call
-        blocks the thread, so only worker threads may call it; several threads may call it
-        concurrently.
+        The result is less than the length of the view only where the file ends.  The call blocks,
+        so only worker threads may call it, also concurrently.
 
         Raises:
             HostError: A system call failed.
@@ -204,7 +190,7 @@ class PosixReader:
         """Fill ``view`` from a file offset without blocking; return whether that succeeded.
 
         Returns False if the read would block or fails, if the file ends before the view is full, or
-        if `ReadPolicy` permits no try.  After False the content of ``view`` is undefined.
+        if `ReadPolicy` permits no try.  The content of ``view`` is undefined then.
         """
         reads = self.read_policy
         if not reads.is_inline:
@@ -229,8 +215,7 @@ class PosixReader:
     ) -> bool:
         """Start a read in a native thread, which answers it; see `ReadableFile.try_start_read`.
 
-        Also returns False if there are no native threads, or if `_MAX_WAITING_CALLS` calls on this
-        file already wait in threads.
+        Also returns False without native threads, or if `_MAX_WAITING_CALLS` calls already wait.
         """
         calls = host_calls()
         reads, slots = self.read_policy, self._call_slots
@@ -261,10 +246,7 @@ class PosixReader:
         """Do nothing: no read of this file can be stopped."""
 
     def close(self) -> None:
-        """Close the file, which also releases every lock taken through it.
-
-        A second call does nothing.
-        """
+        """Close the file, which also releases its locks; a second call does nothing."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

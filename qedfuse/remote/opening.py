@@ -27,11 +27,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _OUTAGES: Final = (AttemptError, RefusedError)
-"""The causes of a failed opening after which an entry of the cache is used instead.
-
-A response that is not usable, or an untrusted certificate, is not an outage but a fault of the
-server or of the configuration.
-"""
+"""The causes of a failed opening after which an entry of the cache is used instead."""
 
 
 def open_remote(
@@ -41,26 +37,23 @@ def open_remote(
 
     The call blocks until the server answers or the time in ``options`` is over.
 
-    The cache may have an entry with all that readers need (see `offline_entries`).  With such an
-    entry, failed attempts are repeated for at most `Deadlines.connect_seconds`.  If the server then
-    cannot be reached, fails or refuses the credentials, or the credentials are not valid, the entry
-    is used, and a warning is logged.
+    With a complete entry in the cache (see `offline_entries`), failed attempts are repeated for at
+    most `Deadlines.connect_seconds`.  If all fail, or the credentials are refused or not valid, the
+    entry is used, and a warning is logged.
 
     Args:
         address: The address.
         options: How to read the object, and where the cache is.
-        wanted: Size and validator of the version that the caller needs; None if the caller needs no
-            particular version.  An entry for this version with all that readers need is used even
-            if the server has another version.  Entries for other versions are not used when the
-            server does not answer.
+        wanted: Size and validator of the only version that may come from the cache without the
+            server; None for any version.  A complete entry for it is used even if the server has
+            another version.
 
     Raises:
         RemoteError: The object is missing or cannot be read.
         CacheError: The directory that ``options`` name cannot be used.
-        HostError: `LocalData` cannot use the data file of the cache, for example because the host
-            has no free descriptor.
-        UsageError: The address leads to another machine without TLS, and the options do not allow
-            that.
+        HostError: The data file of the cache cannot be used.
+        UsageError: The address leads to another machine without TLS, which ``options`` do not
+            allow.
     """
     client = _make_client(address, client_options(options))
     directory = _open_directory(options)
@@ -104,13 +97,7 @@ def open_remote(
 
 
 def _make_client(address: Address, options: ClientOptions) -> Client:
-    """Return a client; if its configuration is not valid, an `UnconfiguredClient`.
-
-    Raises:
-        RemoteError: The library for the scheme is not installed, or the configuration does not
-            identify the store.
-        UsageError: See `make_client`.
-    """
+    """Return a client; if its configuration is not valid, an `UnconfiguredClient`."""
     try:
         return make_client(address, options)
     except RemoteError as error:
@@ -136,9 +123,8 @@ def client_options(options: RemoteOptions) -> ClientOptions:
 def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
     """Return the directory of the cache; None if there is no cache.
 
-    If the default directory cannot be used, the reason is logged, and there is no cache.  A default
-    directory on a file system that waits for a server (NFS, FUSE) is not used either, because a
-    server that does not answer would block the readers.
+    Without a usable directory the reason is logged.  A default directory on a file system that
+    waits for a server (NFS, FUSE) is not used: if the server did not answer, readers would block.
 
     Raises:
         CacheError: The directory that the user has named cannot be used.
@@ -161,11 +147,9 @@ def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
 def _open_cache(
     directory: CacheDirectory | None, address: Address, version: Version, client: Client
 ) -> UnitFile | None:
-    """Open the entry of the cache for a version; make the entry if it is missing.
+    """Open or make the entry of the cache for a version; None if there is no cache or entry.
 
-    Returns None if there is no cache, or if the entry can neither be opened nor made; the reason of
-    such a failure is logged.  Also returns None for a version of which only the size is known,
-    because another version may have the same size.
+    A version of which only the size is known gets none: another version may have the same size.
     """
     if directory is None or not (version.validator or address.version):
         return None
@@ -182,16 +166,10 @@ def _offline_entry(
     client: Client,
     wanted: tuple[int, str] | None,
 ) -> tuple[Version | None, UnitFile | None]:
-    """Return the entry of an object that can be used without a server.
+    """Return the version and open entry of an object that can be used without a server.
 
-    This is the entry for the version ``wanted``, or the entry that was used last if ``wanted`` is
-    None.
-
-    Returns:
-        The version and the open entry, which the caller closes; None for both if there is none.
-
-    Raises:
-        RemoteError: There is none, and the configuration of ``client`` is not valid.
+    This is the entry for the version ``wanted``, or the last used one if ``wanted`` is None.  Both
+    are None if there is none; but if ``client`` has no valid configuration, RemoteError is raised.
     """
     if directory is not None:
         for version, entry in directory.offline_entries(address, client.store_id):
@@ -210,10 +188,7 @@ def _with_stored_part(
     client: Client,
     wanted: tuple[int, str] | None,
 ) -> RemoteError:
-    """Return the error of a failed opening, with a note on how much of the object the cache has.
-
-    The error is unchanged if the cache has nothing, or if the cause is not one of `_OUTAGES`.
-    """
+    """Return the error of a failed opening, with a note on how much the cache has, if anything."""
     if directory is None or not isinstance(error.__cause__, _OUTAGES):
         return error
     part = directory.stored_part(address, client.store_id, wanted)

@@ -27,10 +27,7 @@ _log = logging.getLogger(__name__)
 _MAX_HELD_BYTES: Final = 16 << 20
 """Maximum memory for units that could not be stored in the cache."""
 _MAX_CLEARED_UNITS: Final = 1 << 16
-"""Maximum number of units that `UnitStore.discard` makes not ready in one step.
-
-A step needs memory in proportion to its units, and a large object has millions of units.
-"""
+"""Maximum number of units that `UnitStore.discard` makes not ready in one step, to save memory."""
 
 
 class UnitStore:
@@ -39,12 +36,11 @@ class UnitStore:
     Threads may use the store concurrently.
 
     Attributes:
-        ready: For each unit a byte, which is not 0 if the unit may be read from the page cache; see
-            `CheckedUnits.ready`.  A unit becomes ready when it has been fetched and stored, or
-            compared with its checksum.  A unit becomes not ready when a read does not find one of
-            its bytes in the page cache, when the unit is written, and when the cache is discarded.
-            The fetcher also makes some units not ready whose read must start the next fetch ahead
-            (markers).  The attribute always refers to the same bytearray.
+        ready: A byte for each unit, which is not 0 if the unit may be read from the page cache
+            (`CheckedUnits.ready`).  A unit becomes ready when it was stored, or compared with its
+            checksum.  It becomes not ready when a read misses a byte in the page cache, when it is
+            written, and when the cache is discarded.  The fetcher also clears the units whose read
+            must start the next fetch ahead (markers).  Always the same bytearray.
         zeros: The blocks that are known to be zeros.
     """
 
@@ -56,8 +52,7 @@ class UnitStore:
         Args:
             units: Number of units of the object.
             cache: The entry of the cache, which the store closes; None for no cache.
-            evict: Removes entries of the cache (`CacheDirectory.evict`); None if the size of the
-                cache is not limited.
+            evict: Removes entries of the cache; None if the size of the cache is not limited.
         """
         self.ready = bytearray(units)
         self.zeros = ZeroBlocks(units if cache is not None else 0)
@@ -86,7 +81,7 @@ class UnitStore:
     def load(self, unit: int) -> bytes | None:
         """Return a unit from the cache, and make it ready; None if it is missing or damaged.
 
-        The unit does not become ready if `forget` was called during the call.
+        The unit does not become ready if `forget` was called meanwhile.
         """
         cache = self._cache
         forgotten = self._forgotten
@@ -100,7 +95,7 @@ class UnitStore:
     def store(self, first: int, content: Buffer) -> bool:
         """Store adjacent units in the cache, and make them ready; return whether they are stored.
 
-        Stored units do not become ready if `forget` was called during the call.
+        The units do not become ready if `forget` was called meanwhile.
         """
         cache = self._cache
         forgotten = self._forgotten
@@ -147,8 +142,7 @@ class UnitStore:
     def mark_usable_offline(self, needed: bytes) -> bool:
         """Record that the cache has all units that readers need; return whether it was recorded.
 
-        ``needed`` has a byte for each unit: 1 if readers need the unit, and 0 if they do not.  If
-        nothing was recorded, the reason is logged, unless the store is closed or has no cache.
+        ``needed`` has a byte for each unit: 1 if readers need it, else 0.  A failure is logged.
         """
         cache = self._cache
         if cache is None:
@@ -169,10 +163,7 @@ class UnitStore:
         return self._space is not None and self._space.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
-        """Store those of the units ``first`` to ``last`` that are held in memory.
-
-        Returns whether all units ``first`` to ``last`` are then stored in the cache.
-        """
+        """Store the held units of a range; return whether all units of it are then stored."""
         for unit in range(first, last + 1):
             block = self.held(unit)
             if block is not None and not self.is_stored(unit, unit):
@@ -182,8 +173,8 @@ class UnitStore:
     def forget(self, first: int, last: int) -> None:
         """Make adjacent units not ready, because one of their bytes was not in the page cache.
 
-        By the next read, the kernel may have read the missing bytes from the disk into the page
-        cache, and nothing has compared these bytes with the checksum.
+        The kernel may read the missing bytes from the disk, which nothing has compared with the
+        checksum.
         """
         with self._lock:
             self._forgotten += 1
@@ -198,10 +189,7 @@ class UnitStore:
             return block
 
     def hold(self, unit: int, block: Buffer) -> None:
-        """Hold in memory a unit that could not be stored.
-
-        If the held units exceed `_MAX_HELD_BYTES`, the least recently used units are dropped.
-        """
+        """Hold a unit in memory; drop the least recently used ones beyond `_MAX_HELD_BYTES`."""
         with self._lock:
             if self._is_closed:
                 return
@@ -210,10 +198,7 @@ class UnitStore:
                 self._held.popitem(last=False)
 
     def discard(self) -> None:
-        """Stop using the entry of the cache; log a warning, unless the store is closed.
-
-        The caller has found that another program has truncated the data file of the entry.
-        """
+        """Stop using the entry of the cache, whose data file another program has truncated."""
         with self._lock:
             cache, self._cache = self._cache, None
             for first in range(0, len(self.ready), _MAX_CLEARED_UNITS):
@@ -237,9 +222,8 @@ class UnitStore:
     def _set_ready(self, first: int, count: int, cache: UnitFile, forgotten: int) -> bool:
         """Make units ready that were read or written; return False if ``cache`` was discarded.
 
-        ``forgotten`` is the value of `_forgotten` before the units were read or written.  If
-        `forget` was called since then, the units do not become ready, because the call may have
-        been for these units.
+        They do not become ready if `_forgotten` is not ``forgotten`` any more: `forget` may have
+        been called for them.
         """
         with self._lock:
             is_used = self._cache is cache
@@ -248,10 +232,7 @@ class UnitStore:
             return is_used
 
     def _record_refusal(self, cache: UnitFile, reason: str) -> None:
-        """Log why units cannot be stored, at the first refusal since the last success.
-
-        Nothing is logged after `close`.
-        """
+        """Log why units cannot be stored, at the first refusal since the last success."""
         with self._lock:
             is_first = not self._cannot_store and not self._is_closed
             self._cannot_store = True

@@ -96,14 +96,10 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
     """Parse the command line of a mount; options can stand before, between and after operands.
 
     The values of ``-o`` are not parsed, and the operands are not counted.  ``-f`` means foreground.
-    ``-s``, which libfuse has for a single thread, is accepted and ignored.
-
-    Args:
-        words: The words after the command's name.
+    ``-s``, which libfuse has for a single thread, is ignored.
 
     Raises:
-        UsageError: An option is unknown, lacks its value or must not have one, or an operand is
-            empty.
+        UsageError: An option or its value is wrong, or an operand is empty.
     """
     return _parse(words, "o:fdsrVh", {})
 
@@ -111,12 +107,7 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
 def parse_mount_helper_arguments(words: Sequence[str]) -> Arguments:
     """Parse the command line with which mount(8) runs ``mount.qedfuse``; see `parse_arguments`.
 
-    ``-f`` means fake, and ``-s`` means sloppy.  ``-n``, ``-v``, ``-N`` and ``-t``, which mount(8)
-    passes, are ignored, because qedfuse does not need them.
-
-    Args:
-        words: The words after the command's name.
-
+    ``-f`` means fake, and ``-s`` means sloppy.  ``-n``, ``-v``, ``-N`` and ``-t`` are ignored.
     Raises:
         UsageError: See `parse_arguments`.
     """
@@ -151,12 +142,10 @@ def _parse(
 def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
     """Parse the words after ``qedfuse umount``.
 
-    If ``--help`` is given, neither the number of operands nor the values of later options are
-    checked.
+    With ``--help`` neither the operands nor the values of later options are checked.
 
     Raises:
-        UsageError: An option is unknown, lacks its value or must not have one, the timeout is
-            invalid, the number of mountpoints is not one, or an operand is empty.
+        UsageError: An option or its value is wrong, or there is not exactly one mountpoint.
     """
     given, paths = _getopt(words, "h", ["timeout=", "help"])
     timeout_seconds: float | None = None
@@ -173,13 +162,11 @@ def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
 def parse_stats_arguments(words: Sequence[str]) -> StatsArguments:
     """Parse the words after ``qedfuse stats``.
 
-    If ``--help`` is given, neither the number of operands nor the values of later options are
-    checked.
+    With ``--help`` neither the operands nor the values of later options are checked.
 
     Raises:
-        UsageError: An option is unknown, lacks its value, must not have one, or has a value that is
-            not permitted; two options exclude each other; there is more than one mountpoint; or an
-            operand is empty.
+        UsageError: An option or its value is wrong, two options exclude each other, or there is
+            more than one mountpoint.
     """
     given, paths = _getopt(words, "h", ["output=", "watch", "help"])
     output, watch = "human", False
@@ -205,11 +192,7 @@ def parse_stats_arguments(words: Sequence[str]) -> StatsArguments:
 
 
 def _parse_timeout(value: str) -> float:
-    """Return the seconds of ``--timeout``.
-
-    Raises:
-        UsageError: The value is not a number, is negative, or is more than the maximum.
-    """
+    """Return the seconds of ``--timeout``; refuse a value that is not permitted."""
     try:
         seconds = float(value)
     except ValueError:
@@ -226,11 +209,9 @@ def _parse_timeout(value: str) -> float:
 def _getopt(
     words: Sequence[str], short: str, long: list[str]
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return the options, each with its value (empty for an option without one), and the operands.
+    """Return the options, each with its value or an empty string, and the operands.
 
-    Raises:
-        UsageError: An option is unknown, lacks its value or must not have one; or an operand is
-            empty, which would stand for the working directory.
+    An empty operand is refused, because it would stand for the working directory.
     """
     try:
         given, operands = getopt.gnu_getopt(words, short, long)

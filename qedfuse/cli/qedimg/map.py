@@ -92,14 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _draw(arguments: argparse.Namespace) -> int:
-    """Print a picture; return 0.
-
-    Raises:
-        CorruptImageError: The image has bad table entries.  The picture has been printed.
-        UsageError: The options ask for a part of the disk, or for the format raw.
-        NotQedError: The file is not a QED image.
-        QedError: The image cannot be opened or read.
-    """
+    """Print a picture; return 0, or raise CorruptImageError afterwards for bad entries."""
     if arguments.start_offset or arguments.max_length is not None or arguments.format == "raw":
         msg = f"--output {arguments.output}: found -s, -l or -f raw, expected a whole QED image"
         raise UsageError(msg)
@@ -121,11 +114,7 @@ def _draw(arguments: argparse.Namespace) -> int:
 
 
 async def _layout(arguments: argparse.Namespace, cells: int, on_progress: Progress) -> Layout:
-    """Return the layout of the image, with ``cells`` cells for the file and as many for the disk.
-
-    Raises:
-        QedError: The image cannot be opened or read.
-    """
+    """Return the layout of the image, with ``cells`` cells for the file and for the disk."""
     from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  as above
     from qedfuse.hostio.imagefile import read_header  # noqa: PLC0415  as above
     from qedfuse.tools.inspection.layout import read_layout  # noqa: PLC0415  as above
@@ -152,11 +141,10 @@ class _Listed(NamedTuple):
 
 
 def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
-    """Print the extents that the fast map can list; return what was printed.
+    """Print the extents that the fast map can list, perhaps none; return what was printed.
 
     The fast map (`open_fast_map`) needs neither numpy nor trio.  It stops before the first extent
-    that it cannot list.  Nothing is printed for a URL, for an image without a fast map, and with
-    options that the fast map does not support.  `_list_rest` prints all that is missing.
+    that it cannot list.
     """
     nothing = _Listed(has_head=False, has_extents=False, end=arguments.start_offset)
     is_partial = arguments.start_offset or arguments.max_length is not None
@@ -171,8 +159,7 @@ def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
         sys.stdout.write(HEADS[arguments.output])
         has_extents = False
         for text in fast_map.lines(as_json=as_json, name=printable(arguments.image)):
-            # In JSON the text of each extent begins with a comma, which the first extent must
-            # not have.
+            # In JSON each extent begins with a comma, which the first one must not have.
             sys.stdout.write(text if has_extents or not as_json else text.removeprefix(",\n"))
             has_extents = has_extents or bool(text)
             on_progress(fast_map.reached, fast_map.size)
@@ -189,12 +176,7 @@ def _is_silent(arguments: argparse.Namespace) -> bool:
 
 
 async def _list_rest(arguments: argparse.Namespace, listed: _Listed, on_progress: Progress) -> None:
-    """Print the extents that `_list_fast` has not printed, and the end of the list.
-
-    Raises:
-        CorruptImageError: There are bad table entries.  All extents have been printed.
-        QedError: The image or a base cannot be opened or read.
-    """
+    """Print the extents that `_list_fast` has not printed, and the end of the list."""
     from qedfuse.cli.qedimg.maptext import make_writer  # noqa: PLC0415  imported late: the fast map must not load it
     from qedfuse.tools.inspection.mapping import open_map  # noqa: PLC0415
 

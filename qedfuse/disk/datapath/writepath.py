@@ -1,13 +1,13 @@
 """The write path: a write is cut into extents, and each is overwritten or allocated.
 
 Overwrites in place need no lock, because two overwrites of the same bytes may end in either
-order, as on any disk.  An overwrite enters an epoch instead (`Epochs`), so that the clusters to
-which it writes are not reused before it ends.
+order, as on any disk.  An overwrite enters an epoch (`Epochs`), so that its clusters are not
+reused before it ends.
 
 A task that allocates or deallocates guest clusters takes a range lock on them, and repeats the
-lookup of these clusters under the lock.  So of two concurrent writes into one new cluster the
-second finds the cluster allocated, and overwrites it.  An overwrite under the lock needs no epoch,
-because no other task can deallocate the cluster while the lock is held.
+lookup under the lock.  So of two concurrent writes into one new cluster the second finds the
+cluster allocated, and overwrites it.  This overwrite needs no epoch, because no other task can
+deallocate the cluster while the lock is held.
 """
 
 from __future__ import annotations
@@ -35,24 +35,20 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _MAX_COPY_BYTES: Final = 1 << 20
-"""Maximum bytes of one read or write that fills new clusters around the guest's data, and of one
-write by `WritePath.zero_range`."""
+"""Maximum bytes of one read or write that fills new clusters or zeroes a range."""
 
 _MAX_BYTES_PER_LOOKUP: Final = 1 << 26
 """Maximum bytes of the disk in one lookup by `WritePath.allocate`."""
 _MAX_CLUSTERS_PER_LOOKUP: Final = 1024
-"""Maximum number of clusters in one lookup by `WritePath.allocate`.
-
-A lookup of that many scattered clusters takes about a millisecond.
-"""
+"""Maximum number of clusters in one lookup by `WritePath.allocate`: about a millisecond."""
 
 
 class WritePath:
     """Carries out writes on the top image of a chain.
 
     Attributes:
-        allocation_lock: A range lock.  A task holds it on a range of guest clusters while it
-            allocates or deallocates them.  The ends of the range are guest offsets in bytes.
+        allocation_lock: Held on a range of guest offsets while its clusters are allocated or
+            deallocated.
     """
 
     def __init__(
@@ -80,9 +76,8 @@ class WritePath:
     async def write(self, start: int, data: memoryview) -> None:
         """Write ``data`` at a guest offset.
 
-        The caller must ensure that the range lies in the clusters of the disk; the range may reach
-        past the end of the disk, up to the end of the last cluster.  After an error, parts of the
-        range may have been written.
+        The range must lie in the clusters of the disk, so it may reach past the end of the disk.
+        After an error, parts of the range may have been written.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -98,8 +93,7 @@ class WritePath:
                 else:
                     new.append(extent)
         finally:
-            # Leave the epoch before allocating, because allocating may wait until all
-            # requests of this epoch have ended (deadlock).
+            # Allocating may wait until all requests of this epoch have ended (deadlock).
             self._epochs.leave(epoch)
         for extent in new:
             segment = data[extent.start - start : extent.end - start]
@@ -113,11 +107,7 @@ class WritePath:
         self._writeback.note_write()
 
     async def _write_to_new(self, start: int, end: int, data: memoryview) -> None:
-        """Write ``data`` to a guest range that the last lookup found unallocated, or zero.
-
-        With empty ``data`` the clusters are allocated and keep their content.  The errors are
-        those of `write`.
-        """
+        """Write ``data`` to a guest range without data; empty ``data`` only allocates clusters."""
         geometry = self._layer.geometry
         await self._table_writer.limit_dirty()
         async with self.allocation_lock.hold(geometry.floor(start), geometry.ceil(end)):
@@ -130,11 +120,7 @@ class WritePath:
                         await self._allocate_extent(extent, segment)
 
     async def _allocate_extent(self, extent: Extent, data: memoryview) -> None:
-        """Allocate and fill every cluster of an unallocated or zero extent.
-
-        The caller must hold the range lock of the clusters.  After an error, some clusters at
-        the beginning of the extent may have been allocated and filled.
-        """
+        """Allocate and fill every cluster of an extent without data; its range lock is held."""
         geometry = self._layer.geometry
         start = extent.start
         while start < extent.end:
@@ -156,20 +142,12 @@ class WritePath:
     async def _fill(self, kind: Kind, run: Run, first: int, start: int, data: memoryview) -> None:
         """Write the guest's data to new clusters, and the previous content around the data.
 
-        Only the data is written if the new clusters are known to read as zeros, and no content of a
-        base was visible in them; `ZeroFill` then decides whether the rest stays a hole.
-
-        Args:
-            kind: The kind of the guest clusters before the write: unallocated or zero.
-            run: The new clusters of the file.
-            first: Guest offset of the first cluster.
-            start: Guest offset of ``data``.
-            data: The guest's data.
+        ``kind`` is that of the guest clusters before the write.  ``first`` and ``start`` are the
+        guest offsets of the first cluster and of ``data``.
         """
         end = start + len(data)
         run_end = first + run.length
-        # A zero cluster hides the base, so the bytes around the data must be zeros.  (QEMU's
-        # driver copies the bytes of the base instead.)
+        # A zero cluster hides the base, so the bytes around the data must be zeros.
         from_base = kind is Kind.UNALLOCATED and self._chain.has_base
         pwrite = self._layer.file.pwrite
         offset_in_run = start - first
@@ -181,8 +159,7 @@ class WritePath:
             tail = await self._previous_content(end, run_end, from_base=from_base)
             await pwrite(run.offset, head, data, tail)
         else:
-            # A cluster can be 64 MiB long.  If each write copied a whole cluster in memory, some
-            # small concurrent writes would take gigabytes.  So copy in steps.
+            # A cluster can be 64 MiB long, and writes run concurrently, so copy in steps.
             await pwrite(run.offset + offset_in_run, data)
             for begin, stop in ((first, start), (end, run_end)):
                 for at in range(begin, stop, _MAX_COPY_BYTES):
@@ -193,12 +170,9 @@ class WritePath:
     async def _previous_content(
         self, start: int, end: int, *, from_base: bool
     ) -> bytes | bytearray:
-        """Return the bytes of the base for a guest range; zeros if ``from_base`` is False.
-
-        The part of the range past the end of the disk is returned as zeros.
-        """
-        # Do not copy bytes of the base that lie past the end of the disk.  If another program
-        # later grew the disk without zeroing the copied bytes, the guest would read them.
+        """Return the bytes of the base for a guest range; zeros if ``from_base`` is False."""
+        # Zeros past the end of the disk: if another program later grew the disk without zeroing the
+        # copied bytes of the base, the guest would read them.
         base_bytes = max(0, min(end, self._layer.size) - start) if from_base else 0
         data = await self._chain.read(start, base_bytes, depth=1)
         return data if start + base_bytes == end else bytes(data) + bytes(end - start - base_bytes)
@@ -206,8 +180,7 @@ class WritePath:
     async def allocate(self, start: int, end: int) -> None:
         """Allocate each cluster of a guest range, and reserve host space for it.
 
-        The range reads as before.  After an error, some clusters may have been allocated.  The
-        errors are those of `write`.
+        The range reads as before.  After an error, some clusters may have been allocated.
         """
         geometry = self._layer.geometry
         max_lookup_bytes = min(
@@ -221,8 +194,8 @@ class WritePath:
                 if extent.kind is not Kind.DATA:
                     await self._write_to_new(extent.start, extent.end, memoryview(b""))
                     await pace.step()
-            # Host space must be reserved for new and old clusters alike, so look up the range
-            # again.  The epoch keeps the clusters from being reused before their space is reserved.
+            # Host space must be reserved for new and old clusters alike, so look up again.  The
+            # epoch keeps the clusters from being reused before their space is reserved.
             epoch = self._epochs.enter()
             try:
                 for extent in await self._layer.lookup(max(start, at), stop - max(start, at)):
@@ -236,10 +209,8 @@ class WritePath:
         """Write zeros over those extents of a guest range that are not known to read as zeros.
 
         As for `write`, the range may reach up to the end of the last cluster of the disk.  ``pace``
-        decides when other tasks run.  A caller that zeroes many ranges passes the same `Pace` for
-        all of them.  With None this call has a `Pace` of its own.
-
-        After an error, parts of the range may have been zeroed.  The errors are those of `write`.
+        decides when other tasks run; a caller that zeroes many ranges passes the same one.  After
+        an error, parts of the range may have been zeroed.
         """
         pace = pace or Pace()
         zeros = memoryview(bytes(min(end - start, _MAX_COPY_BYTES)))
@@ -257,8 +228,8 @@ class WritePath:
     async def write_zero_clusters(self, start: int, end: int) -> None:
         """Turn the unallocated clusters of a guest range into zero clusters, which hide the base.
 
-        ``start`` and ``end`` must be at cluster boundaries.  Allocated clusters stay
-        unchanged.  After an error, some clusters may be zero clusters already.
+        ``start`` and ``end`` must be at cluster boundaries.  After an error, some clusters may be
+        zero clusters already.
 
         Raises:
             CorruptImageError: An L1 entry is bad.

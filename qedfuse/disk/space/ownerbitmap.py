@@ -1,10 +1,9 @@
 """Which clusters of the file have an owner, in bounded memory.
 
 The owner of a cluster is the table entry, or the part of the header, that refers to it.
-A sparse file can have 2^51 clusters without holding any data, so a bitmap of all clusters may
-not fit into memory.  A file of up to `MAX_BITMAP_CLUSTERS` clusters gets a bitmap, for which the
-kernel allocates memory only where bits are set.  For a larger file the numbers of the owned
-clusters are kept in sorted arrays, at most `MAX_LISTED_CLUSTERS` of them.
+A file of up to `MAX_BITMAP_CLUSTERS` clusters gets a bitmap, for which the kernel allocates memory
+only where bits are set.  A sparse file can have 2^51 clusters.  For such a file the numbers of the
+owned clusters are kept in sorted arrays, at most `MAX_LISTED_CLUSTERS` of them.
 """
 
 from __future__ import annotations
@@ -21,20 +20,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_BITMAP_CLUSTERS: Final = 1 << 31
-"""Maximum number of clusters of a file that gets a bitmap.
-
-The bitmap of such a file takes up to 256 MiB.  With clusters of 64 KiB the file can be 128 TiB
-long.
-"""
+"""Maximum number of clusters of a file that gets a bitmap, which takes up to 256 MiB."""
 
 MAX_LISTED_CLUSTERS: Final = 1 << 24
-"""Maximum number of owned clusters of a file without a bitmap.  Their numbers take up to 128 MiB,
-and as much again while they are sorted."""
+"""Maximum number of owned clusters of a file without a bitmap; sorting takes up to 256 MiB."""
 
 _FULL_BYTE: Final = 0xFF
 _ITEMS_PER_STEP: Final = 1 << 16
-"""Maximum number of items that are examined in one step: bytes of the bitmap, or numbers of a
-sorted array."""
+"""Maximum number of bytes of the bitmap, or of numbers of clusters, to examine in one step."""
 
 
 class OwnerBitmap:
@@ -46,10 +39,7 @@ class OwnerBitmap:
     """
 
     def __init__(self, clusters: int, name: str) -> None:
-        """Start without owners.
-
-        The file has ``clusters`` clusters, and is called ``name`` in messages.
-        """
+        """Start without owners in a file of ``clusters`` clusters; ``name`` is for messages."""
         self._name = name
         self.clusters = clusters
         self._map: NDArray[np.uint8] | None = None
@@ -66,9 +56,8 @@ class OwnerBitmap:
     def claim(self, clusters: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Give each cluster an owner; return for each whether it had an owner before.
 
-        If a number occurs more than once in ``clusters``, all its occurrences except the
-        first count as having had an owner.  The caller must pass no cluster past the end of
-        the file.
+        Of a number that occurs more than once, all occurrences except the first had an owner.  No
+        cluster may lie past the end of the file.
 
         Raises:
             NeedsCheckError: The file is too large for a bitmap, and would have more than
@@ -112,19 +101,12 @@ class OwnerBitmap:
         offsets = (ordered >> np.uint64(3)).astype(np.intp)
         bits = np.left_shift(np.uint8(1), (ordered & np.uint64(7)).astype(np.uint8))
         had_owner |= (self._map[offsets] & bits) != 0
-        # Clusters that share a byte of the map are combined first, because an indexed |=
-        # applies only one value to each byte.
+        # An indexed |= applies only one value to each byte, so combine those of one byte first.
         first = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))
         self._map[offsets[first]] |= np.bitwise_or.reduceat(bits, first)
 
     def _list(self, clusters: NDArray[np.uint64]) -> None:
-        """Add a sorted array of clusters to the list of arrays.
-
-        Arrays of similar length are merged, so the list stays short.
-
-        Raises:
-            NeedsCheckError: See `claim`.
-        """
+        """Add a sorted array of clusters; arrays of similar length are merged."""
         if not len(clusters):
             return
         self._check_limit(len(clusters))
@@ -143,13 +125,10 @@ class OwnerBitmap:
             raise NeedsCheckError(msg)
 
     def claim_range(self, first: int, last: int) -> None:
-        """Give an owner to the clusters from ``first`` up to ``last``, exclusive.
-
-        Some of them may have an owner already.  Clusters past the end of the file are ignored.
+        """Give an owner to the clusters from ``first`` up to ``last``, exclusive, within the file.
 
         Raises:
-            NeedsCheckError: As for `claim`, but a cluster of the range that has an owner already
-                counts twice towards the limit.
+            NeedsCheckError: As for `claim`, but clusters that have an owner already count twice.
         """
         last = min(last, self.clusters)
         if first >= last:
@@ -158,8 +137,8 @@ class OwnerBitmap:
             self._check_limit(last - first)
             self.claim(np.arange(first, last, dtype=np.uint64))
             return
-        # A header can claim 2^31 clusters.  To bound the memory, whole bytes of the bitmap are set
-        # without a list of their clusters, and the bits that were set before are counted in steps.
+        # A header can claim 2^31 clusters.  To bound the memory, set whole bytes without a list of
+        # clusters, and count the bits that were set before in steps.
         first_byte, end_byte = min(-(-first // 8), last // 8), last // 8
         if first_byte * 8 < first:  # the range lies within one byte
             self.claim(np.arange(first, last, dtype=np.uint64))
@@ -174,12 +153,9 @@ class OwnerBitmap:
         self.claim(np.arange(8 * end_byte, last, dtype=np.uint64))
 
     def free_runs(self, end: int, limit: int) -> list[tuple[int, int]]:
-        """Return at most ``limit`` runs of clusters below ``end`` without an owner, lowest first.
+        """Return the lowest runs without an owner below ``end``, at most ``limit``, with lengths.
 
         ``end`` must not be past the end of the file.
-
-        Returns:
-            The first cluster of each run and its length.
         """
         runs: list[tuple[int, int]] = []
         for first, count in self._unowned(end):

@@ -44,24 +44,21 @@ def unmount_and_wait(
 ) -> None:
     """Unmount and wait until all data is durable and the images are closed and unlocked.
 
-    The process that serves the mount is never killed.  If the process does not end for a long
-    time, the process is still writing or is stopped, or the file system is mounted elsewhere as
-    well.  The calling process must have only one thread (`call_in_child`).
+    The process that serves the mount is never killed.  The wait is long if the process still writes
+    or is stopped, or if the file system is mounted elsewhere as well.  The calling process must
+    have only one thread (`call_in_child`).
 
     Args:
         path: The mountpoint, or a symbolic link to the mountpoint.
-        seconds: The time limit; None for no limit.  With 0 this function does not wait for the end
-            of the process, and raises `UnmountFailedError` if the process has not ended.  The
-            unmount itself may take up to 2 seconds, even if the limit is shorter.
+        seconds: The time limit; None for no limit, 0 not to wait for the end of the process.  The
+            unmount itself may take up to 2 seconds in any case.
         report: If the wait is long, called once, with a line about the reason.
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse, or the mount is in use.
-        PrivilegeError: The mount belongs to another user, and the caller is not root; or the caller
-            lacks the privilege to unmount.
-        UnmountFailedError: The process does not answer, has failed, was killed, has not ended in
-            time, or cannot be found or waited for.  The message says whether the mount is still
-            there.
+        PrivilegeError: The caller may not unmount this mount.
+        UnmountFailedError: The process does not answer, has failed, has not ended in time, or
+            cannot be found.  The message says whether the mount is still there.
         QedError: The mount cannot be unmounted for another reason.
     """
     deadline = Deadline(seconds)
@@ -89,9 +86,8 @@ def unmount_and_wait(
                 msg = f"{shown}: not unmounted: {server} does not answer{_waited(attempt_seconds)}"
                 raise UnmountFailedError(msg) from None
         if found is None and _may_hide_records(mountpoint, entry.owner):
-            # The mount may have hidden its record from `_find`, so search again.  If there is no
-            # record now, the process has most likely ended without a failure, and has removed its
-            # record.
+            # The mount may have hidden its record from `_find`.  If there is none now either, the
+            # process has most likely ended without a failure, and has removed its record.
             with _host_errors_explained(
                 f"{shown}: unmounted, but the process may still be writing"
             ):
@@ -100,8 +96,7 @@ def unmount_and_wait(
                     return
                 pidfd = open_server(found.record)
         if found is None:
-            # `_find` looked for the record in a directory that the mount does not cover.  So there
-            # was no record, or it could not be read.
+            # The mount did not hide the record from `_find`, so there was none that could be read.
             msg = (
                 f"{shown}: unmounted, but found no record of the process that served the mount: "
                 "the process may still be writing"
@@ -121,24 +116,16 @@ def unmount_and_wait(
 
 
 def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
-    """Return the mountpoint to which a path leads, its mount, and the record of the mount.
+    """Return the mountpoint to which a path leads, its mount, and its record, which may be None.
 
-    The record is None if there is no record, or it cannot be read.  The caller must make this call
-    by `call_in_child`, because the call may block if the path leads through a mount whose server
-    does not answer.
-
-    Raises:
-        MountpointError: The path leads to no mount of qedfuse.
-        PrivilegeError: The mount belongs to another user, and the caller is not root.
-        HostError: /proc is not mounted.
+    Called in a child process, because the path may lead through a mount that does not answer.
     """
     mountpoint = resolve_mounted(path)
     entry = find_own_mount(mountpoint, "unmount it")
     try:
         found = find_record(entry.device, entry.owner)
     except HostError:
-        # The mount may cover the directory of its record.  Then the record cannot be read if the
-        # caller has no access to the mount, or if the server has ended.
+        # The mount may cover its record, and its server may have ended or refuse the caller.
         found = None
     return mountpoint, entry, found
 
@@ -150,14 +137,7 @@ def _waited(seconds: float | None) -> str:
 
 @contextmanager
 def _host_errors_explained(state: str) -> Iterator[None]:
-    """Turn a `HostError` of the block into an error that says what state the mount is in.
-
-    Args:
-        state: The mountpoint and the state, with which the message of the error begins.
-
-    Raises:
-        UnmountFailedError: The block has raised a `HostError`.
-    """
+    """Turn a HostError of the block into an UnmountFailedError that begins with ``state``."""
     try:
         yield
     except HostError as error:
@@ -177,12 +157,7 @@ def _may_hide_records(mountpoint: str, owner: int) -> bool:
 
 
 def _unmount(mountpoint: str, entry: MountEntry) -> None:
-    """Unmount the mount ``entry``; also succeed if another process unmounts it concurrently.
-
-    Raises:
-        MountpointError: The mount is in use.
-        QedError: The mount cannot be unmounted for another reason.
-    """
+    """Unmount the mount ``entry``; also succeed if another process unmounts it concurrently."""
     try:
         unmount(mountpoint)
     except BusyError as error:
@@ -202,11 +177,9 @@ def _unmount(mountpoint: str, entry: MountEntry) -> None:
 
 
 def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:
-    """Raise an error if the process, which has ended, has left its record; remove the record.
+    """Raise UnmountFailedError if the ended process has left its record; remove the record.
 
-    Raises:
-        UnmountFailedError: There is a record, or the record cannot be read.  A process that ends
-            without a failure removes its own record, so a record means a failure or a kill.
+    A process that ends without a failure removes its own record.
     """
     with _host_errors_explained(
         f"{shown}: unmounted, but the process that served the mount may have failed"

@@ -1,12 +1,8 @@
 """Loading the C extension that works beside pyfuse3, and connecting it with the handlers.
 
-The extension adds fallocate(2) and lseek(2), which pyfuse3 lacks, and lets `DataRequests` answer
-reads, writes and fsyncs before pyfuse3 gets them.
-
-The extension interposes a function between pyfuse3 and libfuse (see `_extraops.c`), so the
-extension must be loaded before pyfuse3.  Therefore the package `qedfuse.mount` imports this
-module first.  The extension is optional.  Without it the mount lacks fallocate and lseek, and
-pyfuse3 gets all other requests.
+The extension adds fallocate(2) and lseek(2), and lets `DataRequests` answer reads, writes and
+fsyncs before pyfuse3 gets them.  It interposes a function between pyfuse3 and libfuse (see
+`_extraops.c`), so `qedfuse.mount` imports this module before pyfuse3.  The extension is optional.
 """
 
 from __future__ import annotations
@@ -29,15 +25,13 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.requestcounters import SharedCells
 
     Handler = Callable[[Request, str, int, int, int, int, int], None]
-    """Called with the request, its name (``fallocate`` or ``lseek``), the user and the inode.
-    Three numbers follow: the mode of fallocate or the whence of lseek, the guest offset at which
-    the range or the search begins, and the length of the range in bytes (without meaning for
+    """Called with the request, its name (``fallocate`` or ``lseek``), the user and the inode; then
+    the mode or the whence, the guest offset, and the length in bytes (without meaning for
     lseek)."""
 
     MaySeek = Callable[[int, int], bool]
     """Called with the user and the inode of an lseek request; returns whether the extension may
-    answer the request.  The extension searches only the tables of the disk.  So the result must be
-    False while the kernel may hold written data that it has not sent to the server yet."""
+    answer it from the tables alone.  It must not while the kernel may hold data for the server."""
 
     SlowAnswer = Callable[[Request, int, int, int], object]
     """Called with the request of a read, its handle, its guest offset and its length in bytes."""
@@ -81,12 +75,11 @@ def serve(
 
     - ``handler`` gets fallocate and lseek.  But if ``may_seek`` permits it, the extension itself
       answers an lseek whose tables are in memory.
-    - ``data_requests`` gets the reads, writes and fsyncs that the extension does not answer itself.
-    - pyfuse3 gets the reads, writes and fsyncs that ``data_requests`` does not answer, or all of
-      them if ``data_requests`` is None.
+    - ``data_requests`` gets the reads, writes and fsyncs that the extension does not answer.
+    - pyfuse3 gets the reads, writes and fsyncs that ``data_requests`` does not answer.
 
-    The extension counts in ``counters`` the requests that it or ``data_requests`` answers, except
-    the reads that `defer_read` has taken.
+    ``counters`` count the requests that the extension or ``data_requests`` answers, except the
+    reads that `defer_read` has taken.
 
     Returns:
         None if the requests are passed.  Otherwise one line with the reason why they are not.
@@ -107,8 +100,7 @@ def serve(
 def share_files(tables: Mapping[int, ReadTables], counters: SharedCells) -> None:
     """Set the files whose reads the extension may answer itself, and the counters of all files.
 
-    The keys of ``tables`` are the inode numbers of the files.  Both arguments replace those of the
-    last call.  Without the extension nothing is done.
+    ``tables`` are by inode number.  Both arguments replace those of the last call.
     """
     if _extension is not None:
         _extension.set_counters(*counters)
@@ -119,15 +111,12 @@ def share_files(tables: Mapping[int, ReadTables], counters: SharedCells) -> None
 def reply_from_file(fd: int, offset: int) -> bool:
     """Answer the read that is being handled; its bytes are at file offset ``offset`` of ``fd``.
 
-    Returns False, and has not answered, in three cases:
-
-    - The host's page cache lacks some of the bytes.
-    - The read is too short or too long for splice(2) (``_extraops.h``).
-    - The kernel or libfuse cannot pass the bytes on.
+    Returns False, and has not answered, if the page cache lacks some of the bytes, the length is
+    not suited for splice(2) (``_extraops.h``), or the kernel or libfuse cannot pass the bytes on.
 
     Raises:
-        RuntimeError: The extension is not loaded, or the read was already answered or taken.  Or
-            no read is being handled: `DataRequests.read`, called by the extension, is not running.
+        RuntimeError: The extension is not loaded, or no read waits for its answer: outside of
+            `DataRequests.read`, or after an answer.
     """
     return _loaded().reply_from_file(fd, offset)  # type: ignore[no-any-return]
 
@@ -142,11 +131,7 @@ def defer_read() -> Request:
 
 
 def _loaded() -> ModuleType:
-    """Return the extension.
-
-    Raises:
-        RuntimeError: The extension is not loaded.
-    """
+    """Return the extension, or raise RuntimeError."""
     if _extension is None:
         msg = "the extension is not loaded"
         raise RuntimeError(msg)
@@ -160,8 +145,8 @@ def open_read_queue(answer_slowly: SlowAnswer, slow_seconds: float) -> int:
 
     Args:
         answer_slowly: Answers a read that the queue could not make.
-        slow_seconds: If passing reads to the kernel takes longer than this time, because the
-            kernel waits, no read is queued during the next second.
+        slow_seconds: If the kernel waits longer than this while it takes reads, no read is queued
+            during the next second.
 
     Returns:
         A descriptor that is readable when reads have ended, until `end_queued_reads` is called.
@@ -187,35 +172,28 @@ def permit_polling(
 ) -> None:
     """Let the extension poll for the next request after it has answered one (`_burst.c`).
 
-    Without the extension nothing is done.
-
     Args:
         each_seconds: Maximum time to poll for one request.
-        all_seconds: Time from now after which the extension polls no more until this function is
-            called again.
-        has_finished: Returns whether a call on a host file has finished.  If the result is True,
-            the extension polls no more until this function is called again.
+        all_seconds: Time from now after which polling ends until the next call.
+        has_finished: Returns whether a call on a host file has finished, which also ends polling.
     """
     if _extension is not None:
         _extension.permit_polling(each_seconds, all_seconds, has_finished)
 
 
 def _zero() -> int:
-    """Return 0: without the extension only pyfuse3 takes requests, and only the scheduler polls."""
+    """Return 0, where the extension is missing."""
     return 0
 
 
 def _do_nothing() -> None:
-    """Do nothing: without the extension there are no queued reads, and only the scheduler polls."""
+    """Do nothing, where the extension is missing."""
 
 
 take_burst_count: Final[Callable[[], int]] = (
     _zero if _extension is None else _extension.take_burst_count
 )
-"""Returns how many requests the extension itself has read from the kernel since the last call.
-
-After pyfuse3 has read a request, the extension reads a few more if the kernel has more
-(`_burst.c`)."""
+"""Returns how many requests the extension itself has read from the kernel since the last call."""
 
 forbid_polling: Final[Callable[[], None]] = (
     _do_nothing if _extension is None else _extension.forbid_polling
@@ -225,9 +203,7 @@ forbid_polling: Final[Callable[[], None]] = (
 take_polled_seconds: Final[Callable[[], float]] = (
     _zero if _extension is None else _extension.take_polled_seconds
 )
-"""Returns how many seconds the extension has polled for the request that has not come yet.
-
-A second call returns 0, until the extension has polled in vain again."""
+"""Returns how many seconds the extension has polled in vain; 0 at a second call."""
 
 queued_reads: Final[Callable[[], int]] = _zero if _extension is None else _extension.queued_reads
 """Returns how many reads are in the queue of the kernel (`_queuedread.c`)."""
@@ -241,8 +217,7 @@ end_queued_reads: Final[Callable[[], None]] = (
 def end() -> None:
     """Detach from the session; requests that were not answered get no answer any more.
 
-    The caller must call this before it closes the session, because closing it frees the requests.
-    Without the extension nothing is done.
+    The caller must call this before it closes the session, which frees the requests.
     """
     if _extension is not None:
         _extension.set_handler(None)

@@ -1,26 +1,22 @@
 """Committing an overlay: the overlay's data is written into its base.
 
-Because of the order of the steps, the overlay reads the same after an interruption at any
-moment:
+The overlay reads the same after an interruption at any moment, because of the order of the steps:
 
-1. The base grows if the overlay is larger.  The added range of the base reads as zeros.  Before
-   the base grew, the overlay read as zeros past the end of the base wherever it stored nothing.  So
-   the overlay still reads the same.
-2. The overlay's data is written into the base.  The base changes only in ranges that the overlay
-   stores itself, and the overlay does not read these ranges from the base.  So the overlay reads
-   the same, whether none, some or all of the data is written.
-3. The base is made durable.  From now on the base reads the same as the overlay wherever the
+1.  The base grows if the overlay is larger.  The added range reads as zeros.  So did the overlay,
+   past the end of the base, wherever it stored nothing.
+2.  The overlay's data is written into the base.  Only ranges change that the overlay stores itself,
+   and the overlay does not read these ranges from the base.
+3.  The base is made durable.  From now on the base reads the same as the overlay wherever the
    overlay stores anything.
-4. After step 3 the overlay's entries become unallocated, unless the overlay is kept.  Each entry
-   that becomes unallocated uncovers a cluster of the base that reads the same.  So the entries
-   may change in any order, and an interruption may leave some of them unchanged.  The overlay's
-   tables and their space are released last.
+4.  The overlay's entries become unallocated, unless the overlay is kept.  Each entry uncovers a
+   cluster of the base that reads the same, so their order does not matter.  The overlay's tables
+   and their space are released last.
 
-If the base lies further down the chain, steps 1 to 3 treat the overlay and the images between the
-overlay and the base as one overlay.  Step 4 is then left out.
+If the base lies further down the chain, steps 1 to 3 treat the overlay and the images above the
+base as one overlay.  Step 4 is then left out.
 
-The base itself reads differently as soon as the first byte has been written to it.  The change is
-the purpose of a commit, but corrupts all other overlays over the same base.
+The base itself reads differently as soon as the first byte has been written to it.  This corrupts
+all other overlays over the same base.
 """
 
 from __future__ import annotations
@@ -62,11 +58,10 @@ class CommitResult:
         size_after: Size of the base's disk after the commit.
         bytes_before: Length of the overlay's file before the commit.
         bytes_after: Length of the overlay's file after the commit.
-        free_clusters: Number of free clusters that the commit has left in the file of a QED
-            base, for example because the options limit the compaction.  0 if the number is
+        free_clusters: Number of free clusters left in the file of a QED base; 0 if the number is
             unknown, and for a raw base.
-        between: Number of images between the overlay and the base.  After the commit each image
-            between them reads as a mixture of its old content and the overlay's content.
+        between: Number of images between the overlay and the base.  After the commit each of them
+            reads as a mixture of its old content and the overlay's content.
     """
 
     base: str
@@ -93,8 +88,8 @@ async def commit(
     Args:
         path: The overlay.
         base: A file of the chain below the overlay, into which the data of all images over it is
-            written.  The overlay then always keeps its data; if it were emptied, old data of an
-            image between the overlay and the file could show.  None for the overlay's own base.
+            written.  The overlay then keeps its data, because old data of an image in between could
+            show otherwise.  None for the overlay's own base.
         keep: Do not empty the overlay.
         options: How to open the overlay and the bases; ``writable`` and ``force_share`` are
             ignored.  None for the defaults.
@@ -102,11 +97,9 @@ async def commit(
 
     Raises:
         UsageError: The overlay or the base is a URL, or the base is an image that QEMU serves.
-        BackingError: The overlay has no base, its chain has no file ``base``, or a base
-            cannot be used.
+        BackingError: The overlay has no base ``base``, or a base cannot be used.
         CorruptImageError: A table entry of one of the images is bad, or a check found damage.
-        ImageInUseError: Another program has one of the images open, or another file has taken
-            the name of the overlay or of the base.
+        ImageInUseError: Another program uses an image, or a file has lost its name.
         QedError: A file cannot be opened, or a system call failed.
 
     After an error the overlay reads the same as before, but the base may have changed.
@@ -121,8 +114,8 @@ async def commit(
             if not result.between:
                 await _accept_commit(path, base_file)
             return replace(result, bytes_before=source.file_bytes, bytes_after=source.file_bytes)
-    # The overlay is opened without its base, because a base that is opened with the overlay stays
-    # locked for reading.  The commit could then not open the base for writing.
+    # Opened without its base, which would otherwise stay locked for reading.  Then the commit could
+    # not open the base for writing.
     overlay_options = replace(options, writable=not keep)
     async with open_disk(
         path, overlay_options, inspector=inspect_image, with_bases=False
@@ -156,16 +149,7 @@ async def _commit(
 ) -> CommitResult:
     """Write a source's data into a base; call ``empty`` when the written data is durable.
 
-    Args:
-        source: The data.
-        base_file: The base, which is opened here for writing.
-        options: How to open the base.
-        progress: Called with the guest offset that the copy has reached, and the size of the
-            disk.
-        empty: Empties the overlay; None to keep the overlay's data.
-
-    Returns:
-        The result, in which the lengths of the overlay's file are 0.
+    The lengths of the overlay's file are 0 in the result.
     """
     async with open_base(base_file, options) as base:
         old_size = base.size
@@ -186,12 +170,8 @@ async def _commit(
 async def _accept_commit(path: str, base_file: BaseFile) -> None:
     """Store, in the overlay's record of its base, the version of the base after the commit.
 
-    With the old version in the record, the next open of the overlay would warn that the base has
-    changed.  Does nothing if no version of the base is recorded (`rememberedbase`).  The caller
-    holds the lock of the overlay, if images are locked at all.
-
-    Raises:
-        QedError: The overlay or the attributes of the base cannot be read.
+    With the old version, the next open of the overlay would warn that the base has changed.  The
+    caller holds the lock of the overlay, if images are locked at all.
     """
     with open_image_file(path, None) as file:
         name = await read_backing_name(file, await read_header(file))
@@ -199,11 +179,7 @@ async def _accept_commit(path: str, base_file: BaseFile) -> None:
 
 
 def _half_of(progress: Progress | None, *, second: bool = False) -> Progress | None:
-    """Return a callback that reports its work as the first or the second half of the whole work.
-
-    The first half is the copy, the second half is emptying the overlay.  Returns None if
-    ``progress`` is None.
-    """
+    """Return a callback that reports its work as the first or the second half of the work."""
     if progress is None:
         return None
     return lambda done, whole: progress(done + (whole if second else 0), 2 * whole)

@@ -1,10 +1,9 @@
 """Rebasing an overlay: giving it another backing file without changing its content.
 
-Where the overlay stores nothing itself, it reads as its base.  So the content of the old base is
-first copied into the overlay, wherever the overlay stores nothing and the new base differs.
-During the copy the overlay still names the old base.  After the copy the overlay reads the same
-over either base.  When the copy is durable, the name of the base in the overlay changes in one
-step.  An unsafe rebase changes only the name and the format, so the content may change.
+The content of the old base is copied into the overlay, wherever the overlay stores nothing and the
+new base differs.  Then the overlay reads the same over either base.  When the copy is durable, the
+name of the base in the overlay changes in one step.  An unsafe rebase changes only the name and the
+format, so the content may change.
 """
 
 from __future__ import annotations
@@ -71,15 +70,14 @@ async def rebase(
         path: The image.
         backing: Name of the new backing file, see `backing_path`; None or empty to remove the
             backing file.
-        backing_format: Format of the new backing file.  None accepts QED and the formats that only
-            QEMU reads.  If ``unsafe`` is set and ``backing`` names a file, the format is required.
-        unsafe: Change only the name and the format.  No data is compared or copied.  Of the
-            backing files only the headers are read, to detect a loop and a wrong format; the files
-            need not exist.
-        options: How to open the image; ``writable`` is always set.  The new backing file may
-            lie in any directory, because the user names it.  None for the defaults.
-        progress: Called with the guest offset that the copy has reached, and the size of the
-            disk; not called with ``unsafe``.
+        backing_format: Format of the new backing file, required with ``unsafe``.  None accepts QED
+            and the formats that only QEMU reads.
+        unsafe: Change only the name and the format; no data is compared or copied.  The backing
+            files need not exist, but a loop or a wrong format is refused.
+        options: How to open the image, always for writing; None for the defaults.  The new backing
+            file may lie in any directory, because the user names it.
+        progress: Called with the guest offset that the copy has reached, and the size of the disk;
+            not called with ``unsafe``.
 
     Raises:
         UsageError: The image is a URL, the name cannot be stored, or the format is missing.
@@ -110,8 +108,7 @@ async def rebase(
         open_writable(path, options) as disk,
         _new_chain(disk, backing, backing_format, options) as chain,
     ):
-        # The versions are read before the copy.  If a base changed during the copy, versions read
-        # after the copy would hide the change.
+        # Read before the copy: later versions would hide a change during the copy.
         bases = [layer.file for layer in chain.layers[1:]]
         versions = versions_of(bases) if bases else None
         copy = RebaseCopy(disk, chain)
@@ -132,18 +129,7 @@ async def _new_chain(
     backing_format: BackingFormat | None,
     options: OpenOptions,
 ) -> AsyncIterator[Chain]:
-    """Yield the chain of the image over its new base; the first layer is the open image itself.
-
-    Args:
-        disk: The image.
-        backing: Name of the new base; None for a chain without a base.
-        backing_format: Format of the new base; None accepts any but raw.
-        options: How to open the new base and its bases.
-
-    Raises:
-        BackingError: The new base cannot be used, or its chain leads back to the image.
-        UsageError: The new base is raw, and no format is given.
-    """
+    """Yield the chain of the image over its new base; the first layer is the open image itself."""
     top = disk.chain.layers[0]
     if backing is None:
         yield Chain([top])
@@ -155,17 +141,14 @@ async def _new_chain(
     header = replace(disk.header, features=features, backing_filename_size=len(backing))
     base = backing_path(disk.path, backing, options.backing.working_directory)
     # A format in a policy applies to every base of a chain.  The format in the caller's policy is
-    # that of the present bases, so it is replaced.  There are three cases for the new base:
-    # - For raw, the header above states the format.
-    # - For QED, and without a format, the first bytes of the base decide.
-    # - A format that only QEMU reads is stated in the new policy.  A base of such a format is the
-    #   last one of its chain, so the policy applies to no other base.
+    # that of the present bases, so it is replaced.  For raw, the header above states the format.
+    # For QED, and without a format, the first bytes decide.  A format that only QEMU reads is
+    # stated in the new policy; a base of such a format is the last of its chain.
     stated = None if backing_format in (None, "raw", "qed") else backing_format
     policy = replace(options.backing, trusted=base, format=stated)
     with open_image_file(disk.path, None) as image:
-        # `image` lets `open_bases` detect a loop before it locks the image a second time, as a
-        # base.  The second lock would conflict with the lock of the open disk, and the message
-        # would be "in use" instead of a message about the loop.
+        # With `image`, `open_bases` reports a loop.  Otherwise it would lock the image a second
+        # time, as a base, and the message would be "in use".
         bases = await open_bases(
             disk.path,
             image,
@@ -199,11 +182,7 @@ def _refuse_other_format(
     """Refuse a new base whose first bytes do not have the stated format that only QEMU reads.
 
     The image cannot record this format, so a base without such first bytes, as a fixed VHD, would
-    later be read as raw.  A base that is missing or cannot be read is not refused here.
-
-    Raises:
-        BackingError: ``backing_format`` is a format that only QEMU reads, and the base can be read
-            and does not have it.
+    later be read as raw.  A base that cannot be read is not refused here.
     """
     base = backing_path(path, backing, options.backing.working_directory)
     foreign_base_driver(base, backing_format, f"{printable(path)}: backing file ")

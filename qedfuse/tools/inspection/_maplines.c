@@ -1,12 +1,9 @@
-/* Formats the extents that a slice (a range of entries) of an L2 table describes, as
- * qemu-img map does.
+/* Formats the extents that a slice (a range of entries) of an L2 table describes, as qemu-img map
+ * does.
  *
- * The last extent of a slice may continue in the next slice.  This pending extent is kept in
- * `pending`, and gets its line when a later call finds its end.
- *
- * This module only handles valid entries.  If an entry of the slice may be invalid, `lines`
- * returns None and leaves the pending extent unchanged.  The caller must then map the rest of the
- * disk without this module, beginning at the start of the pending extent.
+ * The last extent of a slice may continue in the next slice.  So it is kept in `pending`, and gets
+ * its line when a later call finds its end.  If an entry may be invalid, `lines` returns None and
+ * leaves `pending` unchanged; the caller maps the disk from there on without this module.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -18,10 +15,9 @@
 #define MAX_DIGITS 20       /* maximum length of a number: 20 decimal, or 0x and 16 hexadecimal */
 #define MAX_JSON_CHARS 192  /* maximum length of a line of JSON */
 
-/* A range of the disk, in bytes, of which all clusters are unallocated, or zero clusters, or data
- * at contiguous offsets of the file.  `value` is the table entry of the first cluster: 0 if
- * unallocated, 1 for a zero cluster, the file offset for data.  A length of 0 means that no
- * extent has begun. */
+/* A range of the disk, in bytes, whose clusters are of one kind and, for data, contiguous in the
+ * file.  `value` is its first table entry: 0 if unallocated, 1 for zeros, else the file offset.  A
+ * length of 0 means that no extent has begun. */
 struct extent {
     uint64_t start, length, value;
 };
@@ -72,10 +68,8 @@ static char *column(char *at, uint64_t number)
     return end;
 }
 
-/* Append the line of an extent; return the end of the output.
- *
- * A line of JSON begins with a comma and a newline, and does not end with a newline.  A line of the
- * text table ends with a newline.  In the text table, only extents of data have a line. */
+/* Append the line of an extent; return the end of the output.  A line of JSON begins with a comma
+ * and a newline.  A line of the text table ends with a newline; only extents of data have one. */
 static char *write_extent(char *at, const struct extent *extent, const struct style *style)
 {
     if (style->json) {
@@ -104,9 +98,7 @@ static char *write_extent(char *at, const struct extent *extent, const struct st
     return at + style->name_length;
 }
 
-/* Return whether an extent of data overlaps one of the L2 tables in the file.
- *
- * `tables` are the file offsets of the L2 tables, ascending. */
+/* Return whether an extent of data overlaps one of the L2 tables, whose file offsets ascend. */
 static int overlaps_table(const struct extent *data, const uint64_t *tables, size_t count,
                           uint64_t table_bytes)
 {
