@@ -17,15 +17,11 @@ if TYPE_CHECKING:
 
 
 class GuestReads:
-    """Reads an opened image with its chain.
-
-    Tasks may call all methods concurrently.
-    """
+    """Reads an opened image with its chain; tasks may call all methods concurrently."""
 
     def __init__(self, components: Components) -> None:
         """Read the disk that consists of ``components``."""
-        # The components that requests use are attributes of the disk as well, so that requests
-        # need one attribute lookup less.
+        # Attributes of the disk as well, so that requests need one attribute lookup less.
         self._components = components
         self._file = components.file
         self._layer = components.layer
@@ -46,10 +42,7 @@ class GuestReads:
 
     @property
     def damaged(self) -> bool:
-        """Whether damage of the image itself was found since the disk was opened.
-
-        Damage is a bad table entry or a cluster with two owners.  Damage of a base does not count.
-        """
+        """Whether damage of the image itself, not of a base, was found since the opening."""
         return self._layer.damaged
 
     async def extents(self, start: int, length: int) -> list[Extent]:
@@ -66,9 +59,9 @@ class GuestReads:
     def try_read(self, start: int, length: int) -> memoryview | None:
         """Read a range without waiting; return None if that would block or fails.
 
-        Returns None also if the range is empty, ends past the end of the disk, is too long for
-        the fast path, or needs entries of two slices of a table.  After None the caller must use
-        `read`.  The next call of this method or of `try_write` may overwrite the returned view.
+        Returns None also if the range ends past the end of the disk, or is not one for the fast
+        path.  Then the caller must use `read`.  The next call of this method or of `try_write` may
+        overwrite the returned view.
         """
         return self._fast_path.try_read(start, length)
 
@@ -78,21 +71,15 @@ class GuestReads:
 
     @property
     def should_try_read(self) -> bool:
-        """Whether `try_read` looks for the data of the image's file in the host's page cache.
-
-        False after several reads in a row whose data was not in the page cache, until threads or
-        io_uring have found the data of some reads there (`ReadPolicy`).  Always False if the
-        host's file system does not support a read from the page cache only.  Always True if the
-        image's file has no `ReadPolicy`, for example because the file is on a server.
-        """
+        """Whether `try_read` looks for the data in the host's page cache (`ReadPolicy`)."""
         policy = self._file.read_policy
         return policy is None or policy.is_inline
 
     def try_locate(self, start: int, length: int) -> tuple[int, int, HostFile] | None:
         """Return where a range is stored, without waiting: a descriptor, a file offset, the file.
 
-        Returns None if the range is not known to be one run in one local file; see
-        `FastPath.locate`.  The result is valid until the caller awaits something.
+        Returns None if the range is not known to be one run in one local file.  The result is valid
+        until the caller awaits something.
         """
         location = self._fast_path.locate(start, length)
         if location is None or (fd := location[0].fileno()) < 0:
@@ -113,14 +100,8 @@ class GuestReads:
     ) -> bool:
         """Start a read that `try_read` could not make; return whether a read was started.
 
-        Returns False if the range is not known to be one run in one file (`FastPath.locate`), or if
-        `HostFile.try_start_read` returns False.
-
-        Args:
-            start: Guest offset in bytes.
-            length: Bytes to read.
-            take_answer: See `HostFile.try_start_read`.
-            ended: See `HostFile.try_start_read`.
+        Returns False if the range is not known to be one run in one file, or if
+        `HostFile.try_start_read`, which gets ``take_answer`` and ``ended``, returns False.
 
         Raises:
             OSError: No thread exists, and none could be created.  ``ended`` is not called.
@@ -181,8 +162,7 @@ class GuestReads:
     async def next_hole(self, start: int) -> int:
         """Return the guest offset of the first hole at or past ``start``.
 
-        The end of the disk counts as a hole, so there always is one.  If ``start`` is past the
-        end, the result is the size of the disk.
+        The end of the disk counts as a hole.  Past the end, the result is the size of the disk.
 
         Raises:
             HostError: The host cannot read a file.

@@ -38,12 +38,10 @@ class Lifecycle:
         """Start the disk; close the disk cleanly at the end of the ``async with`` block.
 
         Raises:
-            CorruptImageError: The image is open for writing, and two of its L2 tables overlap, so
-                a change of one would damage the other.
-            UsageError: A free list is requested (`OpenOptions.free_list`), but other data lies
-                where the list's descriptor must be.
-            HostError: The host refused an access to the file at the start or at the close, or
-                something written before the close could not be made durable (D7).
+                CorruptImageError: The image is open for writing, and two of its L2 tables overlap.
+                UsageError: A free list is requested, but other data lies where its descriptor must
+                    be.
+                HostError: The host refused an access, or data could not be made durable (D7).
 
         After any error the files are closed.
         """
@@ -57,22 +55,15 @@ class Lifecycle:
                 finally:
                     nursery.cancel_scope.cancel()
         finally:
-            # The block and the background tasks have ended, so no other task uses the disk, and
-            # `close` may compact.  If the block has raised an exception, the compaction is
-            # skipped.
+            # No other task uses the disk any more, so `close` may compact; after an error it does
+            # not.
             await self.close(compact=succeeded)
 
     async def start(self, nursery: trio.Nursery) -> None:
-        """Read the L1 table; if the file is writable, also read the free list.
-
-        Also starts the background tasks of a writable disk; a read-only disk has none.
+        """Read the L1 table; if the file is writable, read the free list and start the tasks.
 
         Raises:
-            CorruptImageError: The image is open for writing, and two of its L2 tables overlap, so
-                a change of one would damage the other.
-            UsageError: A free list is requested (`OpenOptions.free_list`), but other data lies
-                where the list's descriptor must be.
-            HostError: A system call failed.
+            QedError: See `serving`.
         """
         components = self._components
         await components.layer.scan_l1()
@@ -80,8 +71,7 @@ class Lifecycle:
             components.scan.begin()
             await components.persistent_free_list.open()
             if components.header_store.value.need_check:
-                # `NeedCheck.run` will clear NEED_CHECK, which modifies the image, without a call of
-                # `prepare_write`.  So prepare the image now.
+                # `NeedCheck.run` will modify the image without a call of `prepare_write`.
                 await components.first_write_guard.prepare_write()
             nursery.start_soon(components.flusher.run)
             nursery.start_soon(components.needcheck.run)
@@ -91,17 +81,15 @@ class Lifecycle:
     async def close(self, *, compact: bool = True) -> None:
         """Make everything durable, clear NEED_CHECK, close the files and release the locks.
 
-        A second call does nothing.  Only the compaction can be cancelled; the rest of the close
-        is shielded.  NEED_CHECK stays set if the image is damaged.
+        A second call does nothing.  Only the compaction can be cancelled.  NEED_CHECK stays set if
+        the image is damaged.
 
         Args:
-            compact: Whether to compact first if the options ask for a compaction; if False, the
-                image is not compacted, whatever the options say.
+            compact: Whether to compact first if the options ask for a compaction.
 
         Raises:
-            HostError: A system call failed, or something written before could not be made
-                durable (D7).  The files are closed nevertheless.  If the error comes before
-                NEED_CHECK is cleared, the bit stays as it was.
+            HostError: A system call failed, or data could not be made durable (D7).  The files are
+                closed nevertheless.
         """
         if self._closed:
             return
@@ -113,24 +101,18 @@ class Lifecycle:
             if compact and writable and components.writeback.failure is None:
                 await self.autocompaction.run()
         except Exception:
-            # Compaction logs all expected errors, so this exception is a bug.  The tables in
-            # memory may be wrong.  Hence the files are closed without writing the tables.
+            # Compaction logs all expected errors, so this is a bug, and the tables in memory may be
+            # wrong.  Hence the files are closed without writing the tables.
             components.chain.close()
             raise
         except BaseException:
-            # The compaction was cancelled or interrupted, which leaves a sound image.  So the
-            # rest of the close is done as usual.
+            # A cancelled compaction leaves a sound image, so the close goes on as usual.
             await self._finish(writable=writable)
             raise
         await self._finish(writable=writable)
 
     async def _finish(self, *, writable: bool) -> None:
-        """Make everything durable, if ``writable``, and close the files in any case.
-
-        Raises:
-            HostError: A system call failed, or something written before could not be made
-                durable (D7).
-        """
+        """Make everything durable, if ``writable``, and close the files in any case."""
         components = self._components
         with trio.CancelScope(shield=True):
             try:
@@ -148,15 +130,8 @@ class Lifecycle:
     async def _give_space_back(self) -> None:
         """Cut off and punch out all free clusters that are known.
 
-        Before the scan has ended, no cluster leaves the quarantine (`Reclaim.run`), and not all
-        free clusters are known.  This method runs the scan, or waits for its end, in two cases:
-        clusters are in quarantine, or a free list is wanted and cannot be written without the scan.
-        In other cases, for example if the disk was not changed, the close does not wait for the
-        scan.  But if the scan has ended already, the free clusters that it found are cut off and
-        punched, even if the disk was not changed.
-
-        Raises:
-            HostError: A system call failed.
+        Before the scan has ended, no cluster leaves the quarantine (`Reclaim.run`).  So this method
+        waits for the scan if clusters are in quarantine, or if the free list needs the scan.
         """
         components = self._components
         await components.flusher.flush()

@@ -25,18 +25,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 READ_SECONDS: Final = 600.0
-"""Maximum time for which a read waits for qemu-nbd.  For a read of `DirectReads` the time begins
-again with each part of the answer.  The time is long, because qemu-nbd itself can wait for the
-host's disk."""
+"""Maximum time for which a read waits for qemu-nbd, which itself can wait for the host's disk."""
 
 
 class ForeignFile(ReadOnlyFile):
     """A disk that qemu-nbd serves; the file has the bytes that the guest sees.
 
-    After qemu-nbd has ended, every read that needs it fails, and the first of these reads logs one
-    line.  qemu-nbd is not started again: its locks ended with it, so another program may have
-    changed a file of the chain since then.  Reads that need no QEMU go on, under the locks of this
-    process (`LocalReads`).
+    After qemu-nbd has ended, every read that needs it fails.  qemu-nbd is not started again: its
+    locks ended with it, so another program may have changed a file of the chain since then.
 
     Attributes:
         path: The path of the image.
@@ -137,10 +133,7 @@ class ForeignFile(ReadOnlyFile):
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read in a thread that then answers a request; return whether it was started.
-
-        See `ReadableFile.try_start_read`.
-        """
+        """Start a read in a thread that answers a request; see `ReadableFile.try_start_read`."""
         is_started = self._local.try_start(offset, view, take_answer, ended)
         if is_started is None:
             return self._direct.try_start(offset, view, take_answer, ended)
@@ -175,8 +168,8 @@ class ForeignFile(ReadOnlyFile):
     def stop_fetching(self) -> None:
         """Kill qemu-nbd, so that all reads that need it fail: those that wait, and later ones."""
         self._is_stopped = True
-        # Kill the program first: a thread may wait for it in the handshake of a new connection.
-        # The calls below do not know this connection yet, so they cannot end that wait.
+        # Kill the program first: a thread may wait for it in the handshake of a new connection,
+        # which the calls below do not know yet.
         self._server.kill()
         self._direct.close()
         self._disk.stop_fetching()
@@ -198,11 +191,7 @@ class ForeignFile(ReadOnlyFile):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """If qemu-nbd has ended, replace a HostError of the block by a ForeignError that says why.
-
-        Only the first new error is logged.  After `stop_fetching` or
-        `close`, errors are not replaced.
-        """
+        """If qemu-nbd has ended, replace a HostError of the block by a ForeignError."""
         try:
             yield
         except HostError as error:

@@ -1,7 +1,8 @@
 """A map of a disk: each range lies in a file, reads as zeros, or can be read only by QEMU.
 
-The map is made from the beginning of the disk to its end, and can be read while it is made.  It has
-a fixed maximum size, so it may end before the disk does.
+The map is made from the beginning of the disk on, and can be read meanwhile.  It has a fixed
+maximum
+size, so it may end before the disk does.
 """
 
 from __future__ import annotations
@@ -23,13 +24,12 @@ MAX_FILES: Final = 254
 MAX_RUN_OFFSET: Final = 1 << 55
 """Maximum disk offset at which a run ends."""
 MAX_RUNS: Final = 1 << 20
-"""Maximum number of runs of a map; each run that the map has takes 16 bytes of memory."""
+"""Maximum number of runs of a map; each run takes 16 bytes of memory."""
 
 _COUNT, _END = 0, 1
 """Indices in `RunMap.cells` of the number of runs, and of the disk offset at which they end."""
 _FIRST_START: Final = 2
-"""Index in `RunMap.cells` of the first element of the array of starts; the array of targets follows
-the array of starts."""
+"""Index in `RunMap.cells` of the array of starts, which the array of targets follows."""
 _FILE_BIAS: Final = 2
 _FILE_BITS: Final = 8
 _UNKNOWN_TARGET: Final = 0
@@ -56,14 +56,12 @@ class RunMap:
     """Runs in the order of the disk: each run ends where the next one begins.
 
     A run has a start, which is a disk offset, and a target.  The target is 0 if only QEMU can read
-    the run, and 1 for zeros.  Otherwise it is ``256 * offset + number + 2``, where ``offset`` is
-    the file offset of the run's first byte, and ``number`` is the number of the file.  The mount's
-    extension decodes these targets as well (``_readfiles.c``).
+    the run, and 1 for zeros.  Otherwise it is ``256 * offset + number + 2``, of the file offset of
+    the run and the number of the file.  ``_readfiles.c`` decodes these targets as well.
 
-    One thread adds runs while others search.  A concurrent search finds a new run as a whole or not
-    at all: a run is written first, then the count, then the end, and `parts` reads them in the
-    reverse order.  The mount's extension holds the GIL during a search, so the cells do not change
-    during it.
+    One thread adds runs while others search.  A run is written first, then the count, then the end,
+    and `parts` reads them in the reverse order.  So a search finds a new run as a whole or not at
+    all.  The mount's extension holds the GIL during a search.
 
     Attributes:
         cells: The count, the end, all starts and all targets; see
@@ -91,8 +89,7 @@ class RunMap:
     def add(self, length: int, file: int, offset: int = 0) -> bool:
         """Add a range that follows the last run; return False if the map is full.
 
-        A range whose target continues that of the last run makes this run longer, even in a full
-        map.  Any other range becomes a new run, for which the map must have space.
+        A range that continues the last run makes this run longer, even in a full map.
 
         Args:
             length: Length of the range in bytes.
@@ -126,8 +123,8 @@ class RunMap:
     def parts(self, start: int, length: int) -> Iterator[Part]:
         """Yield the parts of a range of the disk, in order; `UNKNOWN` where the map has no run."""
         cells = self.cells
-        # `add` changes the end after the count, so the end is read before the count.  In the other
-        # order, a run that is added between the two reads would seem to belong to the run before.
+        # The end is read before the count, because `add` changes it after the count.  Otherwise a
+        # run that is added between the two reads would seem to belong to the run before.
         map_end, count, end = cells[_END], cells[_COUNT], start + length
         index = bisect_right(cells, start, _FIRST_START, _FIRST_START + count) - _FIRST_START - 1
         while start < min(end, map_end):
@@ -149,12 +146,7 @@ def without_zeros(
 ) -> Iterator[tuple[Part, memoryview]]:
     """Fill a view with zeros where the disk has zeros; yield the other parts.
 
-    Each part is yielded with the part of the view into which its bytes must be read.
-
-    Args:
-        parts: The parts of the range of the disk that the view is for.
-        offset: The disk offset at which this range begins.
-        view: The view.
+    Each part is yielded with its part of the view, which begins at disk offset ``offset``.
     """
     for part in parts:
         into = view[part.start - offset :][: part.length]

@@ -2,16 +2,12 @@
 
 When a read with ``RWF_NOWAIT`` finds nothing in the page cache, the kernel starts to fetch the
 pages, and the read fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after about 100
-microseconds.  A round trip to a worker thread takes as long.  So the read is retried in each pass
-of the event loop, while the other tasks go on.  If retries have failed lately, or if a worker
-thread is running, the read is not retried.  A read that is not retried, or whose retries do not
-succeed in time, goes to a worker thread.
+microseconds, as long as a round trip to a worker thread takes.  So the read is retried in each pass
+of the event loop.  It goes to a worker thread if its retries do not succeed in time, if retries
+have failed lately, or if a worker thread is running.
 
-Only the task of the oldest read retries.  While the data of this read is missing, the later reads
-are not tried, and their tasks sleep.
-
-All this is done only if the worker threads are those of trio.  A round trip to a native thread
-costs less, so a read goes to a native thread without a retry.
+Only the task of the oldest read retries, and the tasks of later reads sleep.  Native threads cost
+less than those of trio, so they get their reads without a retry.
 """
 
 from __future__ import annotations
@@ -40,10 +36,10 @@ class _Read:
     Attributes:
         attempt: Tries the read; returns whether the read has ended, with data or an error.
         deadline: When to give up, in seconds of the clock that `_RetryQueue.retry` gets.
-        task: The task of this read while the task sleeps, otherwise None.  The task sleeps
-            until ``has_ended`` is set, or until this read is the first of the queue.
+        task: The task of this read while it sleeps, until ``has_ended`` is set or this read is the
+            first of the queue; otherwise None.
         has_ended: True if the read has ended, with data or an error; False if the retries were
-            given up; None while the read is being retried.
+            given up; None before.
     """
 
     __slots__ = ("attempt", "deadline", "has_ended", "task")
@@ -64,9 +60,8 @@ class _Read:
 class _RetryQueue:
     """The reads that are being retried in one event loop, of any file, the oldest first.
 
-    The task of the first read retries.  When the first read is done or given up, the task of
-    the next read takes over.  Each event loop has a queue of its own (`_retry_queue`), because a
-    task can wake only tasks of its own event loop.
+    When the first read is done or given up, the task of the next one takes over.  Each event loop
+    has its own queue (`_retry_queue`), because a task can wake only tasks of its event loop.
 
     Attributes:
         load: The load of the event loop.
@@ -82,9 +77,8 @@ class _RetryQueue:
     ) -> bool:
         """Retry ``attempt`` until it returns True; return False if the retries are given up.
 
-        The retries are given up when ``deadline`` has passed by ``clock``.  They are also
-        given up when a worker thread runs, because an event loop that never sleeps starves the
-        thread of the GIL (`LoopLoad.has_running_threads`).
+        Gives up when ``deadline`` has passed by ``clock``, or when a worker thread runs, because an
+        event loop that never sleeps starves the thread of the GIL.
         """
         read = _Read(attempt, deadline)
         self._reads.append(read)
@@ -92,8 +86,7 @@ class _RetryQueue:
         try:
             if self._reads[0] is not read:
                 read.task = trio.lowlevel.current_task()
-                # This wait cannot be cancelled.  That is acceptable, because all earlier
-                # reads, and so the wait, end after about `MAX_RETRY_SECONDS`.
+                # This wait cannot be cancelled, but ends after about `MAX_RETRY_SECONDS`.
                 await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
             while read.has_ended is None:
                 await trio.lowlevel.cancel_shielded_checkpoint()
@@ -107,10 +100,7 @@ class _RetryQueue:
         return read.has_ended
 
     def _attempt_oldest(self, clock: Callable[[], float]) -> None:
-        """Try the reads in their order, up to the first that is neither done nor given up.
-
-        The reads that are done or given up leave the queue, and their tasks are woken.
-        """
+        """Try the reads in order, up to the first that goes on; remove and wake the others."""
         reads = self._reads
         while reads:
             has_ended = reads[0].attempt()
@@ -151,12 +141,10 @@ class NowaitRetry:
     ) -> None:
         """Retry ``attempt`` until it returns True; if that takes too long, read in a thread.
 
-        Nothing is retried if retries have lately failed, or if a worker thread runs.
-
         Args:
             attempt: Tries the read; returns whether the read has ended.  Must not raise.
-            read_in_thread: Reads in a worker thread.  Called if nothing is retried, or if the
-                retries are given up; an error of this call is raised.
+            read_in_thread: Reads in a worker thread, if the read is not retried or the retries
+                fail.
         """
         since = self._clock()
         queue = _retry_queue()

@@ -1,8 +1,7 @@
 """GUID partition tables (UEFI specification, chapter 5).
 
-A table is stored twice: the header of the primary table is in sector 1, and the header of the
-backup table is in the last sector of the disk.  Each header has a checksum of the header and a
-checksum of the entries.  As in sfdisk, the backup table is used if the primary table is damaged.
+A table is stored twice, with checksums: the header of the primary table is in sector 1, and that of
+the backup table in the last sector.  As in sfdisk, the backup is used if the primary is damaged.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ SECTOR_SIZES: Final = (512, 4096)
 _HEADER_BYTES: Final = 92
 _ENTRY_BYTES: Final = 128
 _MAX_TABLE_BYTES: Final = 1 << 20
-"""Maximum length in bytes of all entries together.  A table with more is refused.  The
-specification demands space for at least 16 KiB."""
+"""Maximum length in bytes of all entries; the specification demands space for 16 KiB."""
 
 _HEADER: Final[Any] = Struct(
     "signature" / Const(b"EFI PART"),
@@ -74,9 +72,8 @@ class _Table(NamedTuple):
 async def read_gpt(read: ReadDisk, size: int) -> PartitionTable | None:
     """Return the GUID partition table of a disk of ``size`` bytes; None if there is no usable one.
 
-    As in Linux, a GPT counts only if the first sector is a boot record with a protective entry.  If
-    this entry is missing, a program that knows only DOS tables may have replaced the GPT by a DOS
-    table without erasing the GPT.
+    As in Linux, a GPT counts only if the first sector is a boot record with a protective entry.
+    Otherwise a program may have replaced the GPT by a DOS table without erasing the GPT.
 
     Raises:
         QedError: The disk cannot be read.
@@ -109,11 +106,7 @@ async def read_gpt(read: ReadDisk, size: int) -> PartitionTable | None:
 async def _read_table(
     read: ReadDisk, sector: int, sector_bytes: int, last_sector: int
 ) -> _Table | None:
-    """Return the table whose header is in ``sector``.
-
-    Returns None if the table is missing, damaged or longer than `_MAX_TABLE_BYTES`, or has entries
-    of another length than `_ENTRY_BYTES`.
-    """
+    """Return the table whose header is in ``sector``; None if there is no usable one."""
     if not 1 <= sector <= last_sector:
         return None
     raw = await read(sector * sector_bytes, sector_bytes)
@@ -123,7 +116,7 @@ async def _read_table(
         return None
     if not _HEADER_BYTES <= header.header_bytes <= sector_bytes:
         return None
-    # The checksum of the header is computed with zeros in the field that holds the checksum.
+    # The field that holds the checksum counts as zeros.
     checked = raw[:16] + bytes(4) + raw[20 : header.header_bytes]
     length = header.entry_count * header.entry_bytes
     sectors = -(-length // sector_bytes)
@@ -165,10 +158,7 @@ def _partitions(
 
 
 def _explain_range(first: int, last: int, last_sector: int) -> str:
-    """Return why a partition cannot have the sectors ``first`` to ``last``, or an empty string.
-
-    ``last_sector`` is the last sector of the disk.
-    """
+    """Return why a partition cannot have the sectors ``first`` to ``last``, or an empty string."""
     if last < first:
         return f"ends at sector {last}, before its first sector {first}"
     if not first:

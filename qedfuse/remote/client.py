@@ -1,8 +1,6 @@
 """The interface of clients of object stores and web servers: ask for a version, read a range.
 
-Each call blocks the calling thread.  A client does not repeat a request that failed:
-`qedfuse.remote.object` repeats the failed call.  `settled_version` repeats a successful query if
-its answer does not identify a version yet.
+Each call blocks the calling thread.  A client does not repeat a request that failed.
 """
 
 from __future__ import annotations
@@ -21,9 +19,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 _STRONG_SECONDS: Final = 2.0
-"""For how many seconds an object must have been unchanged before its Last-Modified time identifies
-the version.  After this time, any further change gets a later Last-Modified time (RFC 9110,
-8.8.2.2)."""
+"""Age from which on a Last-Modified time identifies a version (RFC 9110, 8.8.2.2)."""
 _MAX_FURTHER_QUERIES: Final = 5
 """Maximum number of further queries for a version whose validator does not identify it yet."""
 
@@ -52,8 +48,7 @@ class Version:
     def is_same(self, other: Version) -> bool:
         """Return whether the content is the same, as far as size and validator show.
 
-        If there is an entity tag, the time is ignored: servers that share an object may report
-        different times.
+        If there is an entity tag, the time is ignored: servers may report different times.
         """
         return (self.size, self.validator) == (other.size, other.validator)
 
@@ -67,10 +62,9 @@ class ClientOptions:
         attempt_seconds: Maximum time of one attempt, connecting included.
         allow_http: Whether plain ``http://`` is allowed for machines other than this one.
         redirect_prefixes: Prefixes to which a web server may redirect, besides its own host.
-        credentials: Name and value of each variable in the credentials file.  The variables take
-            precedence over those of the environment.
-        credentials_file: The file from which ``credentials`` were read.  The file is read again
-            when a server refuses the credentials.  None for no file.
+        credentials: The variables in the credentials file, which override the environment.
+        credentials_file: The file of ``credentials``, which is read again when a server refuses
+            them; None for no file.
     """
 
     connect_seconds: float = 5.0
@@ -95,10 +89,7 @@ class ClientOptions:
 
 
 class AttemptError(Exception):
-    """An attempt failed, and another one may succeed.
-
-    The message is the reason, without the name of the object.
-    """
+    """An attempt failed, and another one may succeed; the message is only the reason."""
 
 
 class UnreachableError(AttemptError):
@@ -118,10 +109,7 @@ class ChangedError(Exception):
 
 
 class UnusableError(Exception):
-    """The server or the configuration makes it impossible to read the object; retries do not help.
-
-    The message is the reason: what was found and what was expected.
-    """
+    """The server or the configuration makes the object unreadable; retries do not help."""
 
 
 class Client(Protocol):
@@ -132,10 +120,7 @@ class Client(Protocol):
 
     @property
     def store_id(self) -> str:
-        """The endpoint or account of the store, without secrets; empty if the URL names the server.
-
-        Other URLs do not identify the store: ``s3://bucket`` can be a bucket of any endpoint.
-        """
+        """The endpoint or account of the store, without secrets; empty if the URL names it."""
 
     def head(self) -> Version:
         """Ask the server for the object's present version; return the version."""
@@ -150,8 +135,7 @@ class Client(Protocol):
         """Fetch adjacent parts of a version of the object with one request; yield each part.
 
         Each part is yielded as soon as it has arrived.  The time limit of an attempt applies to
-        each part separately, or to all parts together if the library of the client has only a
-        limit for a whole request.
+        each part separately, if the library of the client permits that.
 
         Args:
             offset: The offset of the first part in the object.
@@ -160,8 +144,8 @@ class Client(Protocol):
             allocate: Returns a buffer of a given length for a part, if the client needs one.
 
         Raises:
-            ChangedError: The server has another version.  Also raised if the server ignores the
-                condition in the request (such as If-Match), and sends bytes of the other version.
+                ChangedError: The server has another version, or sends bytes of one in spite of the
+                    condition in the request (such as If-Match).
         """
 
     def renew(self) -> None:
@@ -171,12 +155,9 @@ class Client(Protocol):
 def settled_version(query: Callable[[], tuple[Version, float | None]]) -> Version:
     """Return the present version of an object; wait until its validator identifies the version.
 
-    A version with an entity tag, or without a validator, is returned after the first query.
-
-    The time of the last change has a resolution of one second.  So if an object without a strong
-    entity tag has just changed, it could change again within the same second, and the time would
-    stay the same.  The version of such an object is queried again until the object has been
-    unchanged for two seconds.
+    The time of the last change has a resolution of one second, so an object that has just changed
+    could change again without a new time.  If there is no entity tag, the object is queried again
+    until it has been unchanged for two seconds.
 
     Args:
         query: Asks the server; returns the version, and for how many seconds the object has been

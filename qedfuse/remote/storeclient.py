@@ -1,7 +1,7 @@
 """A client for object stores (S3, Google Cloud Storage, Azure) that uses obstore.
 
-obstore hangs in a child process that is forked after the first use of obstore.  So a client must be
-made after the mount has become a daemon.
+obstore hangs in a child process that is forked after its first use.  So a client must be made after
+the mount has become a daemon.
 """
 
 from __future__ import annotations
@@ -57,17 +57,12 @@ class StoreClient:
         return settled_version(self._query)
 
     def _query(self) -> tuple[Version, None]:
-        """Return the present version and None.
-
-        None stands for the time since the object changed, which is unknown, because obstore does
-        not give the server's time.
-        """
+        """Return the present version, and None for its unknown age."""
         options: GetOptions = {"head": True}
         try:
             return self._version(self._get(options)), None
         except (MissingError, RefusedError, UnusableError):
-            # The response to a HEAD has no body.  A GET is sent, because the body of its response
-            # names what is missing or refused.
+            # The response to a HEAD has no body; that to a GET names what is missing or refused.
             return self._version(self._get({"range": (0, 1)})), None
 
     def get(
@@ -132,17 +127,12 @@ class StoreClient:
             try:
                 return obstore.get(self._store.handle, self._address.key, options=options)
             except AlreadyExistsError as error:
-                # The exception of obstore for status 409, which Swift gives for an object whose
-                # parts it cannot read at the moment.
+                # Status 409, which Swift gives for an object whose parts it cannot read now.
                 raise AttemptError(str(translated(error))) from error
 
 
 def _cut(blocks: Iterator[memoryview], lengths: Sequence[int]) -> Iterator[Buffer]:
-    """Cut the content of some blocks into parts of the given lengths; yield each part.
-
-    Raises:
-        AttemptError: The blocks are shorter or longer than the parts.
-    """
+    """Cut the content of blocks into parts, which must have the same length in all."""
     rest = memoryview(b"")
     found = 0
     for number, length in enumerate(lengths):

@@ -91,8 +91,7 @@ def add_s3_identity(
         # The credential expires right away, so obstore calls this function for each request.
         return {**last, "expires_at": datetime.now(UTC)}
 
-    # A function gives the credentials, because obstore would combine credentials that are given as
-    # settings with variables of the environment.
+    # A function, because obstore would combine credentials in settings with the environment.
     settings["credential_provider"] = provide
     return True
 
@@ -134,14 +133,7 @@ def _check_set(variables: Variables, given: str, needed: str) -> None:
 
 
 def _s3_credential(variables: Variables) -> S3Credential | None:
-    """Return the key in the variables, or else in the credentials file of Amazon's tools.
-
-    Returns None if there is no key.  The file is not read if the variables have a key, or choose
-    anonymous requests or a web identity.
-
-    Raises:
-        UnusableError: Only the ID of a key or only its secret is set, or the file cannot be used.
-    """
+    """Return the key in the variables, or else in Amazon's file; None if there is no key."""
     key, secret, token = variables.values_of_group(KEY_VARIABLES)
     if bool(key) != bool(secret):
         key_name, secret_name, _ = KEY_VARIABLES
@@ -169,8 +161,7 @@ def add_identity(
     """Make requests anonymous if nothing gives credentials; return False if requests are anonymous.
 
     Raises:
-        UnusableError: The credentials file sets some variables of ``names``, and the environment
-            sets others.
+            UnusableError: The credentials are partly in the file and partly in the environment.
     """
     if any(variables.own.get(name) for name in names):
         # obstore would choose between the credentials in the file and those in the environment.
@@ -191,10 +182,7 @@ def add_identity(
 
 
 def _expand_home(path: str) -> Path:
-    """Return a path with the home directory in place of ``~``.
-
-    If the user has no home directory, the path is returned unchanged.
-    """
+    """Return a path with the home directory, if there is one, in place of ``~``."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises without a home
 
 
@@ -215,14 +203,9 @@ def _has_metadata_service(scheme: str, variables: Variables) -> bool:
 
 
 def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
-    """Return key, secret and token from the credentials file of Amazon's tools.
+    """Return key, secret and token from the credentials file of Amazon's tools, or empty texts.
 
-    They are those of the profile that AWS_PROFILE names, by default of ``default``.  Returns empty
-    texts if there is no complete key.
-
-    Raises:
-        UnusableError: The file cannot be read, and a variable names the file or the profile; or the
-            content of the file is not valid, or the file has no profile of the name in AWS_PROFILE.
+    A missing file or profile is an error only if a variable names it.
     """
     named = variables.first(("AWS_SHARED_CREDENTIALS_FILE",))
     profile = variables.first(("AWS_PROFILE",))

@@ -18,8 +18,7 @@ _MIN_PART_BYTES: Final = 8 << 20
 _LONG_PART_BYTES: Final = 64 << 20
 """Maximum length of a part, unless the content has more than `_MAX_PARTS` parts of this length."""
 _MAX_PARTS_EVERYWHERE: Final = 1_000
-"""Maximum number of parts that every store accepts.  Swift has this limit; most stores accept
-`_MAX_PARTS`."""
+"""Maximum number of parts that every store accepts; most stores accept `_MAX_PARTS`."""
 _MAX_PARTS: Final = 10_000
 _DRAIN_SECONDS: Final = 3.0
 """How long a failed upload waits for the parts that are being sent, before it is aborted."""
@@ -60,8 +59,8 @@ class ContentParts:
             content: The content.
             size: Length of the content in bytes.
             shown: The URL of the object, for errors.
-            before_end: Called in another thread when all parts were read; its errors are raised by
-                `read`.
+                before_end: Called in another thread when all parts were read; `read` raises its
+                    errors.
             progress: Called after each part with the number of bytes read, and ``size``.
             stopped: Another thread sets the event to end `read`.
         """
@@ -99,9 +98,8 @@ class ContentParts:
     def read(self) -> Iterator[bytearray]:
         """Yield the content in parts, as `_read_parts` does; wait before passing on an exception.
 
-        After an exception, obstore stops sending, and removes the parts that the store has.
-        Without the wait, a part that was being sent could arrive after the removal, and stay in
-        the store.
+        After an exception, obstore removes the parts that the store has.  Without the wait, a part
+        that was being sent could arrive after the removal, and stay in the store.
         """
         try:
             yield from self._read_parts()
@@ -117,14 +115,7 @@ class ContentParts:
     def _read_parts(self) -> Iterator[bytearray]:
         """Yield the content in parts; record the checksum of each part.
 
-        When this function ends, the store makes the object.  So ``before_end`` is called here,
-        after the last part.
-
-        Raises:
-            RemoteError: The content is shorter than before.
-            QedError: The content cannot be read or has changed, no thread can be started, or
-                ``before_end`` has raised the error.
-            StoppedError: The upload was stopped.
+        When this function ends, the store makes the object.  So ``before_end`` is called here.
         """
         for start in range(0, self._size, self.part_bytes):
             if self._stopped.is_set():
@@ -147,10 +138,6 @@ def _in_thread(call: Callable[[], object], name: str) -> None:
     """Call a function in a new thread, and wait for it; ``name`` is the object's name in errors.
 
     The thread from which obstore takes the parts cannot itself call functions of obstore.
-
-    Raises:
-        HostError: The host cannot start a thread.
-        BaseException: ``call`` has raised it.
     """
     failures: list[BaseException] = []
 

@@ -33,10 +33,7 @@ def terminal_columns() -> int:
 
 
 def picture(layout: Layout, columns: int, *, colored: bool) -> str:
-    """Return a picture for a terminal, in lines of ``columns`` cells.
-
-    Without colours, characters distinguish the cells.
-    """
+    """Return a picture for a terminal; without colours, characters distinguish the cells."""
     parts = []
     for title, cells in _parts(layout):
         parts.append(f"{title}\n")
@@ -48,11 +45,7 @@ def picture(layout: Layout, columns: int, *, colored: bool) -> str:
 
 
 def uses_colors(*, is_terminal: bool) -> bool:
-    """Return whether to use colours.
-
-    They are used on a terminal.  A user turns them off by a variable of the environment: NO_COLOR
-    with any text, or TERM with the value ``dumb``.
-    """
+    """Return whether to use colours: on a terminal, unless NO_COLOR or TERM=dumb is set."""
     return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -143,10 +136,7 @@ def _svg_legend(layout: Layout) -> Iterator[tuple[str, Color]]:
 
 
 def _grid(cells: Sequence[Cell], y: int) -> str:
-    """Return one part of the picture as an SVG group, whose upper edge is ``y`` pixels down.
-
-    The group has one path for each colour.  The path's strokes are horizontal and one cell high.
-    """
+    """Return one part of the picture as an SVG group: one path for each colour."""
     lines: dict[str, list[str]] = {}
     for row in range(0, len(cells), SVG_COLUMNS):
         x = 0

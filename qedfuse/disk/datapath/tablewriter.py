@@ -1,10 +1,7 @@
 """Changing tables: creating missing L2 tables, and letting L2 entries point to new clusters.
 
-Host space for the write-back of a slice (part of a table) is reserved before an entry of the slice
-changes.
-Entries change only in memory; `MetadataWriteback` writes the changes to the file.
-
-D4 is a rule in docs/durability.md.
+Host space for the write-back of a slice (part of a table) is reserved before an entry changes in
+memory.  D4 is a rule in docs/durability.md.
 """
 
 from __future__ import annotations
@@ -39,10 +36,7 @@ class TableWriter:
         flusher: Flusher,
         dirty_budget: int,
     ) -> None:
-        """Change the tables of ``layer``.
-
-        `limit_dirty` flushes if the dirty slices have more than ``dirty_budget`` bytes (D4).
-        """
+        """Change the tables of ``layer``; `limit_dirty` keeps ``dirty_budget`` (bytes)."""
         self._layer = layer
         self._space = space
         self._writeback = writeback
@@ -57,9 +51,8 @@ class TableWriter:
     async def limit_dirty(self) -> None:
         """Flush if the dirty slices exceed the budget; do nothing if they fit (D4).
 
-        A request awaits this method before it allocates or deallocates clusters.  So the memory
-        for dirty slices stays bounded, and if the tables cannot be written back, the request fails
-        instead of making more slices dirty.
+        A request awaits this before it allocates or deallocates clusters.  So the memory for dirty
+        slices stays bounded, and the request fails if the tables cannot be written back.
 
         Raises:
             HostError: The tables cannot be written back.
@@ -142,8 +135,7 @@ class TableWriter:
         index = geometry.l2_index(start)
         end = index + (run.length >> geometry.cluster_bits)
         offset = run.offset
-        # The caller frees the run if a slice cannot be loaded.  So all slices are loaded before the
-        # first entry refers to the run.
+        # The caller frees the run if a slice cannot be loaded, so load all before any change.
         step = tables.slice_entries
         slices = []
         with Pins() as pins:

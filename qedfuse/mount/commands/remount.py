@@ -1,12 +1,13 @@
 """``mount -o remount``: changing mount flags that the kernel enforces, and no other option.
 
-On a read-only mount the kernel itself refuses writes, and does not ask the server.  So a writable
-mount can become read-only, and later writable again.  A mount whose server has opened the images
-read-only cannot become writable.  For writing, the server needs other locks, a check of each image,
-and the kernel's write-back cache, and all three are decided when the mount begins.
+On a read-only mount the kernel itself refuses writes.  So a writable mount can become read-only,
+and
+later writable again.  A mount whose images are open read-only cannot become writable: the locks,
+the
+check of each image and the kernel's write-back cache are decided when the mount begins.
 
 With ``direct_io`` the kernel leaves the flag ``sync`` to the server, which knows only the value
-with which the mount began.  So with ``direct_io`` a remount cannot change this flag.
+with which the mount began.  So a remount cannot change it.
 """
 
 from __future__ import annotations
@@ -55,8 +56,7 @@ _NEGATIONS: Final = {
 _ALWAYS_SET: Final = ("nosuid", "nodev")
 """Mount flags that every mount of qedfuse has, and that no option clears."""
 _KERNEL_FUSE_OPTIONS: Final = ("user_id", "group_id", "blksize")
-"""Options that are ignored.  The kernel shows these options in the mount table, and mount(8) copies
-them from there, even if the user has not written them."""
+"""Options that are ignored, because mount(8) copies them from the mount table."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -66,13 +66,12 @@ def remount(
 ) -> None:
     """Set the mount flags of a mount to those in ``lists``; clear the flags that ``lists`` lacks.
 
-    The flags ``nosuid`` and ``nodev`` stay set, and ``relatime`` is set unless ``noatime`` is.
+    ``nosuid`` and ``nodev`` stay set, and ``relatime`` is set unless ``noatime`` is.
 
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.
         lists: The arguments of all ``-o``, in order; a later option overrides an earlier one.
-        fake: Whether to check the options only, and to change nothing.  What only mount(2) can find
-            out is not checked: whether the caller is root, and whether a disk is open for writing.
+            fake: Whether to check the options only, and to change nothing.
         sloppy: Whether to ignore unknown options (``-s`` of mount(8)).
 
     Raises:
@@ -90,16 +89,14 @@ def remount(
         msg = f"{shown}: cannot remount: found no record of the process that serves the mount"
         raise MountpointError(msg)
     flags, others = _split_flags(absolute_options(lists))
-    # If the user mounted with ``-s``, the record also contains the unknown options, which are
-    # dropped here.
+    # The record of a mount with ``-s`` has the unknown options too, which are dropped here.
     old = parse_options(found.record.options, sloppy=True)
     _refuse_changes(shown, old, flags, others, sloppy=sloppy)
     if fake:
         return
     if "noatime" not in flags:
-        # If no flag about times of access is passed, the kernel keeps those that the mount has.  So
-        # a ``noatime`` or ``nodiratime`` that is missing in ``lists`` would not be cleared.
-        # ``relatime`` is the kernel's default for a new mount.
+        # Without any flag about times of access, the kernel keeps those of the mount, so a missing
+        # ``noatime`` or ``nodiratime`` would not be cleared.  ``relatime`` is the default.
         flags.add("relatime")
     bits = ctypes.c_ulong(_MS_REMOUNT | sum(_FLAGS[flag] for flag in flags))
     if _libc.mount(b"none", os.fsencode(mountpoint), None, bits, None) != 0:
@@ -107,12 +104,7 @@ def remount(
 
 
 def _split_flags(lists: Iterable[str]) -> tuple[set[str], list[str]]:
-    """Split options into mount flags and others; drop ``remount`` and `_KERNEL_FUSE_OPTIONS`.
-
-    Returns:
-        First the mount flags that the options set and those of `_ALWAYS_SET`; then the other
-        options.  A later option overrides an earlier one.
-    """
+    """Split options into mount flags, those of `_ALWAYS_SET` included, and others to check."""
     flags: set[str] = set(_ALWAYS_SET)
     others: list[str] = []
     for option in (option for text in lists for option in split_options(text)):
@@ -128,19 +120,9 @@ def _split_flags(lists: Iterable[str]) -> tuple[set[str], list[str]]:
 def _refuse_changes(
     shown: str, old: MountOptions, flags: set[str], others: list[str], *, sloppy: bool
 ) -> None:
-    """Raise an error if the options would change anything but the mount flags of the mount.
+    """Raise UsageError if the options would change anything that a remount cannot change.
 
-    Args:
-        shown: The mountpoint, for messages.
-        old: The options with which the mount began.
-        flags: The new mount flags.
-        others: The options that are not mount flags.
-        sloppy: Whether to ignore unknown options.
-
-    Raises:
-        UsageError: An option is unknown or invalid, or would change anything but mount flags.  Or
-            the mount would become writable, but its images are open read-only.  Or ``sync`` would
-            change, but the mount has ``direct_io``.
+    ``old`` are the options with which the mount began; ``flags`` and ``others`` are the new ones.
     """
     if old.read_only and "ro" not in flags:
         msg = (
@@ -157,8 +139,7 @@ def _refuse_changes(
         raise UsageError(msg)
     for option in others:
         if option == "allow_other" and old.allow_root:
-            # The mount table shows allow_root as allow_other, and mount(8) copies options from the
-            # mount table.  So this option changes nothing.
+            # The mount table shows allow_root as allow_other, and mount(8) copies it from there.
             continue
         if not is_in_effect(option, old, sloppy=sloppy):
             msg = (

@@ -30,11 +30,7 @@ _MAX_SECONDS: Final = 5.0
 
 
 class NoStatisticsError(QedError):
-    """A mount has no statistics to show.
-
-    The process that serves the mount does not answer, has ended, cannot be found, or has sent
-    something that is not a document of statistics of this version.
-    """
+    """A mount has no statistics to show, or they are not of this version."""
 
 
 class _Answer(NamedTuple):
@@ -52,9 +48,9 @@ class _Answer(NamedTuple):
 
 
 def find_mountpoints() -> list[str]:
-    """Return the mountpoints of qedfuse whose statistics this user may read, oldest mount first.
+    """Return the mountpoints whose statistics this user may read, oldest mount first.
 
-    Root may read the statistics of the mounts of all users.
+    Root may read those of all users.
 
     Raises:
         HostError: /proc is not mounted.
@@ -75,16 +71,15 @@ def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
 
     Args:
         path: The mountpoint, or a symbolic link to it.
-        seconds: Maximum time to wait.  The lookup of the path may wait for a file system on the way
-            to the mountpoint, and the server may wait for the file system of an image.
+            seconds: Maximum time to wait, for the path and for the server.
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.
         PrivilegeError: The mount belongs to another user, and the caller is not root.
-        NoStatisticsError: The server does not answer in time, has ended, cannot be found, or has
-            sent something that is not a document of this version.
-        HostError: A directory or a record cannot be read, /proc is not mounted, or the child
-            process fails (`call_in_child`).
+            NoStatisticsError: The server cannot be found, does not answer in time, or sends no
+                document of this version.
+            HostError: A directory or a record cannot be read, /proc is not mounted, or the child
+                process fails.
     """
     try:
         answer = call_in_child(partial(_ask, path), seconds)
@@ -116,20 +111,14 @@ def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
 
 
 def _ask(path: str) -> _Answer:
-    """Find the server of a mount, and return its answer; the call may block forever.
-
-    Raises:
-        MountpointError: The path leads to no mount of qedfuse.
-        PrivilegeError: The mount belongs to another user, and the caller is not root.
-        HostError: A directory or a record cannot be read, or /proc is not mounted.
-    """
+    """Find the server of a mount, and return its answer; the call may block forever."""
     mountpoint = resolve_mounted(path)
     entry = find_own_mount(mountpoint, "read its statistics")
     return _ask_server(mountpoint, entry)
 
 
 def _ask_server(mountpoint: str, entry: MountEntry) -> _Answer:
-    """Return the answer of the server of the mount ``entry``; the errors are those of `_ask`."""
+    """Return the answer of the server of the mount ``entry``."""
     found = find_record(entry.device, entry.owner)
     directory = None if found is None else open_record_directory(found.path, entry.owner)
     if found is None or directory is None:

@@ -40,23 +40,14 @@ class _RawOption(str):
 
 
 def libfuse_options(options: MountOptions, source: str) -> set[str]:
-    """Return the options for libfuse.
-
-    The options are the source and the type that the mount table shows, and the flags that the
-    kernel enforces.
-
-    Args:
-        options: The options of the mount.
-        source: The source for the mount table.
-    """
+    """Return the options for libfuse: for the mount table, and flags for the kernel."""
     result = {
-        # The source is not escaped with `printable`, because mount(8) looks for the source itself
-        # in the mount table.  Special characters do no harm there, because the kernel escapes them.
+        # Not escaped with `printable`: mount(8) looks for the source itself in the mount table, and
+        # the kernel escapes special characters.
         _RawOption(f"fsname={escape_value(source)}"),
         "subtype=qedfuse",
         "default_permissions",
-        # These two flags are set in every mount, because no disk is a set-user-ID program or a
-        # device.
+        # Set in every mount, because no disk is a set-user-ID program or a device.
         "nosuid",
         "nodev",
         *options.kernel_flags,
@@ -72,8 +63,8 @@ def libfuse_options(options: MountOptions, source: str) -> set[str]:
 def attach(operations: Operations, mountpoint: str, options: MountOptions, source: str) -> int:
     """Mount, and return the descriptor of the connection to the kernel.
 
-    pyfuse3 owns the descriptor, and closes it.  If an error is raised, nothing stays mounted.  If
-    libfuse prints something although it succeeds, the text is shown on stderr.
+    pyfuse3 owns the descriptor.  If an error is raised, nothing stays mounted.  If libfuse
+    succeeds, what it prints is shown on stderr.
 
     Args:
         operations: The handlers of requests.
@@ -85,8 +76,7 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
         PrivilegeError: The user may not mount.
         MountpointError: libfuse or the kernel refuses the mountpoint.
         FuseError: Mounting failed for another reason, or the connection cannot be found.
-        HostError: /proc is not mounted, or the host has no free descriptor or refused to list
-            /proc/self/fd.
+            HostError: /proc is not mounted, or the host refused a system call.
     """
     try:
         return _attach(operations, mountpoint, options, source)
@@ -95,12 +85,7 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
 
 
 def _attach(operations: Operations, mountpoint: str, options: MountOptions, source: str) -> int:
-    """Do what `attach` does.
-
-    Raises:
-        QedError: As `attach`.
-        OSError: The host has no free descriptor, or refused to list /proc/self/fd.
-    """
+    """Do what `attach` does; a refused system call raises OSError here."""
     before = _fuse_descriptors()
     failure = None
     with ExitStack() as undo:
@@ -126,12 +111,7 @@ def _attach(operations: Operations, mountpoint: str, options: MountOptions, sour
 
 
 def _fuse_descriptors() -> set[int]:
-    """Return the descriptors of this process that are open on the FUSE device.
-
-    Raises:
-        HostError: /proc is not mounted.
-        OSError: /proc/self/fd cannot be listed for another reason.
-    """
+    """Return the descriptors of this process that are open on the FUSE device."""
     on_device = set()
     for descriptor in open_descriptors():
         with suppress(OSError):  # a thread may have closed the descriptor in the meantime
@@ -143,13 +123,7 @@ def _fuse_descriptors() -> set[int]:
 def _explain(mountpoint: str, printed: str) -> QedError:
     """Return the error for a failed mount, in the class that the message of libfuse suggests.
 
-    The class depends on words of the message, because libfuse and fusermount3 report the
-    reason in no other way.
-
-    Args:
-        mountpoint: The mountpoint.
-        printed: The message of libfuse or fusermount3; the message of pyfuse3 if
-            these two printed nothing.
+    libfuse and fusermount3 report the reason in no other way.
     """
     error_class: type[QedError] = FuseError
     words = printed.replace(mountpoint, "")  # because a path may contain the words below
@@ -171,8 +145,8 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
     """Capture what C code and child processes print to descriptor 2 in the block.
 
     Yields:
-        A function for use in the block, which returns the lines captured so far as one line;
-        empty if nothing was printed.  Output after the first `_MAX_MESSAGE_BYTES` is left out.
+            A function that returns the lines captured so far as one line, cut to
+            `_MAX_MESSAGE_BYTES`.
     """
     sys.stderr.flush()
     original = os.dup(_STDERR)

@@ -1,11 +1,9 @@
 """Making the kernel write back and drop its cached pages of a range of a disk.
 
-The kernel drops the pages of a range when it gets the notification FUSE_NOTIFY_INVAL_INODE
-(struct fuse_notify_inval_inode_out).  Before the kernel drops a dirty page, it writes the page
-back by ``launder_folio`` of the file system's address space operations (fuse_launder_folio in
-fs/fuse/file.c).  Therefore this module calls writing back and dropping pages "laundering".  The
-launderer, a helper process, sends the notification, for the reasons given in
-`qedfuse.mount.fuse.launderer`.
+The kernel drops the pages of a range when it gets the notification FUSE_NOTIFY_INVAL_INODE.  Before
+it drops a dirty page, it writes the page back by ``launder_folio`` (fuse_launder_folio in
+fs/fuse/file.c), hence the name "laundering".  A helper process, the launderer, sends the
+notification, for the reasons in `qedfuse.mount.fuse.launderer`.
 """
 
 from __future__ import annotations
@@ -27,8 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# linux/fuse.h, a stable interface: struct fuse_out_header and
-# struct fuse_notify_inval_inode_out.
+# linux/fuse.h: struct fuse_out_header and struct fuse_notify_inval_inode_out.
 _INVALIDATE: Final = struct.Struct("=IiQQqq")
 _NOTIFY_INVAL_INODE: Final = 2
 _TO_LAST_PAGE: Final = 0
@@ -37,17 +34,16 @@ _TO_LAST_PAGE: Final = 0
 _MAX_DROP_SECONDS: Final = 1.0
 """Maximum time that `Laundering.try_drop_pages` waits for the kernel to drop the pages."""
 _MAX_WRITE_CHECKS: Final = 1000
-"""Maximum number of checks whether the kernel's writes to a disk have ended; with the time
-between two checks, this limits the wait to about a second."""
+"""Maximum number of checks whether the kernel's writes have ended: for about a second."""
 _WRITE_CHECK_SECONDS: Final = 0.001
-"""Time between two checks whether the kernel's writes to a disk have ended."""
+"""Time between two of these checks."""
 
 
 class Laundering:
     """Makes the kernel write back and drop cached pages, through the launderer.
 
-    Nothing is laundered before `connect`, after `stop`, without a launderer, or after a failure of
-    the launderer.  In these cases `launder` and `try_drop_pages` return False.
+    `launder` and `try_drop_pages` return False before `connect`, after `stop`, without a launderer,
+    and after its failure.
     """
 
     def __init__(self, launderer: Launderer | None) -> None:
@@ -74,13 +70,13 @@ class Laundering:
         Args:
             exported: The disk.
             start: Guest offset of the range.
-            end: Guest offset of the end of the range, more than ``start``; None for the end of
-                the last page that the kernel has cached, which can lie past the end of the disk.
+                end: Guest offset of the end of the range, more than ``start``; None for the end of
+                    the last page that the kernel has cached, which can lie past the end of the
+                    disk.
 
-        Returns:
-            True if all data that the kernel had cached for the range has reached the disk.
-            False if the kernel may still have data for the range that the disk lacks.  The
-            caller must then not report any part of the range as a hole.
+            Returns:
+                True if all data that the kernel had cached for the range has reached the disk.
+                After False the caller must not report any part of the range as a hole.
         """
         length = _TO_LAST_PAGE if end is None else end - start
         async with self._lock:
@@ -91,14 +87,11 @@ class Laundering:
     async def try_drop_pages(self, exported: ExportedDisk) -> bool:
         """Make the kernel drop all its cached pages of a disk; give up after a second.
 
-        The time is limited because the caller may be about to reply to a truncation.  Before
-        this reply the kernel cannot drop a dirty page, so without a limit the caller and the
-        kernel would wait for each other forever.
+        The time is limited because the caller may be about to reply to a truncation.  Before this
+        reply the kernel cannot drop a dirty page, so both would wait for each other forever.
 
         Returns:
-            True if the kernel has dropped all pages.  False if the kernel refuses, if nothing
-            can be laundered (see the class), or if the time is over.  If the time is over, the
-            kernel may still drop the pages later.
+            True if the kernel has dropped all pages.  After False it may still drop them later.
         """
         with trio.move_on_after(_MAX_DROP_SECONDS):
             async with self._lock:
@@ -111,21 +104,13 @@ class Laundering:
     ) -> int:
         """Let the launderer write one notification to the kernel, and wait for the answer.
 
-        The caller must hold the lock.  If the launderer fails, the failure is logged, and the
-        launderer is stopped.
-
-        Args:
-            exported: The disk.
-            start: Guest offset of the range.
-            length: Bytes of the range, or `_TO_LAST_PAGE`.
-            keep_launderer: Whether the launderer goes on if this task is cancelled while the
-                launderer waits for the kernel.  If True, the next call of this function reads
-                and ignores the late answer.  If False, the launderer is stopped.  False is right
-                for `launder`, whose callers are cancelled only when the mount ends.
+        The caller must hold the lock.  If the launderer fails, or the task is cancelled, the
+        launderer is stopped.  With ``keep_launderer`` it goes on after a cancellation, and the next
+        call ignores the late answer.
 
         Returns:
             The errno of the launderer's write(2) to the kernel; 0 if the write(2) succeeded;
-            ENOTCONN if nothing can be laundered (see the class) or the launderer has failed.
+            ENOTCONN if nothing can be laundered or the launderer has failed.
         """
         message = _INVALIDATE.pack(
             *(_INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, exported.inode, start, length)
@@ -138,8 +123,7 @@ class Laundering:
                 socket.send_fds(self._launderer.socket, [b"c"], [self._fuse_connection])
                 self._socket = trio.socket.from_stdlib_socket(self._launderer.socket)
             while self._unread_answers:
-                # The launderer has answered, or will answer, a notification whose task was
-                # cancelled.  This answer is read and ignored.
+                # The late answer to a notification whose task was cancelled.
                 answer = await self._socket.recv(ANSWER.size)
                 self._unread_answers -= 1
             await self._socket.send(message)
@@ -165,29 +149,23 @@ class Laundering:
         return int(ANSWER.unpack(answer)[0])
 
     async def _wait_for_writes(self, exported: ExportedDisk) -> bool:
-        """Wait until the server has carried out the kernel's writes; give up after about a second.
+        """Wait until the server has carried out the kernel's writes; return False after a second.
 
-        Kernels older than Linux 6.16 need this wait: in them laundering does not wait for pages
-        whose writeback is already in progress.
-
-        Returns:
-            True if no write to the disk is left.  False if, after `_MAX_WRITE_CHECKS` checks, a
-            write is still in progress or the kernel has requests that the server has not read.
+        Before Linux 6.16 laundering does not wait for pages whose writeback is already in progress.
         """
         for _ in range(_MAX_WRITE_CHECKS):
-            # If the kernel offers no request, and the server has no write in progress, all write
-            # requests that were sent have ended.  Writes on the fast path end before the server
-            # lets another task run, so only writes on the slow path are counted.
+            # If the kernel offers no request, and the server has no write in progress, all writes
+            # have ended.  On the fast path writes end before another task runs.
             if not exported.slow_writes and not self._request_poll.poll(0):
                 return True
             await trio.sleep(_WRITE_CHECK_SECONDS)
         return False
 
     def stop(self) -> None:
-        """Make the launderer end, by closing the socket; nothing can be laundered afterwards.
+        """Make the launderer end; nothing can be laundered afterwards.
 
-        The caller must call this before it closes the connection to the kernel.  A second call
-        does nothing.
+        The caller must call this before it closes the connection to the kernel.  A second call does
+        nothing.
         """
         self._stopped = True
         if self._socket is not None:

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 _MAX_BYTES_PER_WRITE: Final = 1 << 18
 """Maximum number of bytes in one pwritev(2).
 
-The limit avoids slow allocations.  The host's kernel allocates page cache for a whole call, and
-prefers large contiguous blocks of memory.  If the host is itself a virtual machine, it may have
-returned such blocks to the hypervisor, and getting them back is slow.
+The kernel allocates page cache for a whole call, in large blocks.  In a virtual machine that has
+returned such blocks to the hypervisor, getting them back is slow.
 """
 
 
@@ -39,14 +38,12 @@ class Write(NamedTuple):
 class ParallelTarget(ABC):
     """A new file.
 
-    File offsets are assigned to the chunks in the order of the disk.  The writes can be performed
-    in any order.
+    File offsets are assigned in the order of the disk, and the writes performed in any order.
 
     Attributes:
-        block_size: Bytes in a block; each block of a chunk is stored as data, as zeros, or not
-            at all.
-        max_chunk_bytes: Maximum length of a chunk in bytes; no chunk crosses a multiple of this
-            length.  If a block is longer, the length does not apply: each chunk is one block.
+        block_size: Bytes in a block, which is stored as data, as zeros, or not at all.
+        max_chunk_bytes: Maximum length of a chunk, which crosses no multiple of this length.  A
+            longer block is one chunk.
         descriptor: The open file; negative if nothing is written, as in a measurement.
         name: Name of the file in messages.
     """
@@ -60,16 +57,15 @@ class ParallelTarget(ABC):
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
         """Assign file offsets to the next chunk, and return the writes that store the chunk.
 
-        The caller must call this method for one chunk at a time, in the order of the disk, and may
-        call it in worker threads.  A range in no chunk, and a block in neither mask, are not
-        stored.  They read as the base, or as zeros if there is no base.
+        The caller must call this method for one chunk at a time, in the order of the disk, also in
+        worker threads.  What is in no chunk or in neither mask is not stored: it reads as the base,
+        or as zeros.
 
         Args:
             start: Guest offset of the chunk.
             view: Content of the chunk.
             data: Mask of the blocks to store as data.
-            zeros: Mask of the blocks to store as zeros, because the base has other content
-                there.
+                zeros: Mask of the blocks to store as zeros over other content of the base.
 
         Raises:
             UsageError: The disk is larger than the target can be.
@@ -79,8 +75,7 @@ class ParallelTarget(ABC):
     def finish(self, size: int) -> None:
         """Give the file its metadata and length for a disk of ``size`` bytes; may block.
 
-        The caller must have performed all writes.  Nothing is made durable here.  A caller that
-        wants a durable file calls `qedfuse.hostio.newfile.NewFile.commit` afterwards.
+        The caller must have performed all writes.  Nothing is made durable.
 
         Raises:
             QedError: The file cannot be completed.
@@ -91,9 +86,9 @@ class SequentialTarget(ABC):
     """An existing file, an open image or a pipe, which is written chunk after chunk.
 
     Attributes:
-        block_size: Bytes in a block; each block of a chunk is stored as data or as zeros.
-        max_chunk_bytes: Maximum length of a chunk in bytes; no chunk crosses a multiple of this
-            length.  If a block is longer, the length does not apply: each chunk is one block.
+        block_size: Bytes in a block, which is stored as data or as zeros.
+        max_chunk_bytes: Maximum length of a chunk, which crosses no multiple of this length.  A
+            longer block is one chunk.
     """
 
     block_size: int
@@ -103,8 +98,7 @@ class SequentialTarget(ABC):
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
         """Write zeros from the end of the previous chunk up to ``start``, then write this chunk.
 
-        The zeros before the first chunk begin at guest offset 0.  The caller must write the
-        chunks in the order of the disk.
+        The first zeros begin at guest offset 0.  The chunks must come in the order of the disk.
 
         Args:
             start: Guest offset of the chunk.
@@ -120,8 +114,7 @@ class SequentialTarget(ABC):
     async def finish(self, size: int) -> None:
         """Write zeros from the end of the last chunk up to ``size``, the end of the disk.
 
-        An image is made durable.  A file or device is made durable unless the target was created
-        with ``durable=False``.
+        An image is made durable, and so is a file or device unless created with ``durable=False``.
 
         Raises:
             BrokenPipeError: The target is a pipe whose reading end is closed.
@@ -162,11 +155,7 @@ def perform_writes(descriptor: int, writes: list[Write], name: str) -> None:
 
 
 def _vectors(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
-    """Yield the bytes of all buffers as vectors for pwritev(2).
-
-    Each vector has `_MAX_BYTES_PER_WRITE` bytes, except that the last vector may have fewer.  A
-    buffer that does not fit into a vector is split.
-    """
+    """Yield the bytes as vectors of `_MAX_BYTES_PER_WRITE`; the last may be shorter."""
     vector: list[memoryview] = []
     available = _MAX_BYTES_PER_WRITE
     for buffer in buffers:
