@@ -1,7 +1,8 @@
 """The classification of table entries: an entry is valid, or has the code of an error.
 
-All entries of a slice (at most 64 KiB of a table) are classified together, as an array, because a
-full image of 1 TiB has 16.8 million entries.
+All entries of a slice (at most 64 KiB of a table) are classified together, as an array: a full
+image
+of 1 TiB has 16.8 million entries.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ _EXPECTED_IN_CONFLICTS: Final = {
     Code.DUPLICATE_CLUSTER: "a cluster that no other entry refers to",
     Code.FREE_LIST_CONTRADICTED: "a cluster that is not in the free list",
 }
-"""The end of the message "found ..., expected ..." for each conflict of an entry with another
-entry or with the free list.  The entry is valid by itself."""
+"""What was expected, for each conflict of a valid entry with another one or the free list."""
 
 
 class EntryClassifier:
@@ -39,10 +39,10 @@ class EntryClassifier:
 
     Attributes:
         header: The header of the image.
-        file_size: Length in bytes that the file has, or that a repair will give it.  It is an
-            error if an entry refers to bytes past this length.
-        tables: File offsets of the L2 tables that data must not overlap, ascending;
-            `NO_TABLES` if such overlaps are not checked.
+        file_size: Length in bytes that the file has, or that a repair will give it.  Entries must
+            not refer to bytes past it.
+        tables: File offsets of the L2 tables that data must not overlap, ascending; `NO_TABLES` for
+            no check.
     """
 
     def __init__(self, header: Header, file_size: int, tables: Values = NO_TABLES) -> None:
@@ -74,10 +74,7 @@ class EntryClassifier:
             yield _L2_CODES[violation], mask
 
     def table_containing(self, values: Values) -> NDArray[np.intp]:
-        """Return for each file offset the index in `tables` of the table that contains the offset.
-
-        The index is -1 if no table contains the offset.
-        """
+        """Return for each file offset the index in `tables` of the table around it, or -1."""
         return self._l2_rules.table_containing(values)
 
     def expected(self, code: Code) -> str:

@@ -29,18 +29,16 @@ class BackingPolicy:
         mode: ``confined`` allows bases inside the directory of the image that names them, or
             inside ``directories``; ``any`` allows all files; ``none`` allows no base.
         directories: Further directories that a base may lie in.
-        format: The format of every base, with the name that QEMU has for it; None to decide for
-            each base by the header of the image that names it and by the magic of the base.
-        foreign: ``qemu`` allows images to name bases in formats other than QED and raw, which
-            QEMU then serves.  ``off`` forbids such a base, unless the user has named the base or
-            given its format.
-        trusted: A path or URL that is allowed as the first base because the user has named it;
-            None if the user has named no base.  Ignored if the mode is ``none``.
-        base_changed: Whether to accept a base of another version than the one that the image
-            remembers, and to remember the new version if the image is opened for writing.
-        working_directory: The directory to which the path in a backing file name of the form
-            ``file:PATH`` is relative; empty for the working directory of the process at the
-            time of opening.
+        format: The format of every base, as QEMU calls it; None to decide for each base by the
+            header of its overlay and by its magic.
+        foreign: ``qemu`` allows images to name bases in formats that only QEMU reads.  ``off``
+            forbids such a base, unless the user has named the base or given its format.
+        trusted: A path or URL that the user has named as the first base; None for none.  Ignored if
+            the mode is ``none``.
+        base_changed: Whether to accept another version of the base than the remembered one, and to
+            remember it if the image is opened for writing.
+        working_directory: The directory for the path in a name of the form ``file:PATH``; empty for
+            the working directory of the process.
     """
 
     mode: Literal["confined", "any", "none"] = "confined"
@@ -57,38 +55,29 @@ class OpenOptions:
     """Options for opening an image.
 
     Attributes:
-        writable: Whether to open for writing.  The lock on the image then excludes all other
-            openers that lock it, except those with ``force_share``.
-        force_share: Whether to open even while another process has the image open for
-            writing; reads may then return torn or stale data.  Refused together with
-            ``writable``.
+        writable: Whether to open for writing, which excludes all other openers that lock the image.
+        force_share: Whether to open even while another process has the image open for writing;
+            reads may then return torn or stale data.  Excludes ``writable``.
         lock: Whether to take locks, which QEMU respects as well.
         backing: Which backing files may be used.
         remote: How URLs are read, and which URLs an image may name as its backing file.
-        cache_bytes: Maximum memory in bytes for tables, shared by all images of the chain.
-            Parts of tables stay in memory even above the maximum while they are in use, or while
-            their changes are not in the file yet.
-        commit_seconds: Seconds from a change until a background flush begins, which makes
-            the change durable.
-        needcheck_seconds: Seconds without a change of the tables after which NEED_CHECK is
-            cleared.
-        discard: Whether discards deallocate clusters; if not, they write zeros over allocated
-            clusters, which stay allocated.
+        cache_bytes: Maximum memory in bytes for tables of the whole chain.  What is in use, or has
+            changes that are not in the file yet, stays even above the maximum.
+        commit_seconds: Seconds from a change until a background flush begins.
+        needcheck_seconds: Seconds without a change of the tables after which NEED_CHECK is cleared.
+        discard: Whether discards deallocate clusters; if not, they write zeros.
         detect_zeroes: How a write of zeros over a whole cluster is stored: as data (``off``); as
-            data if the cluster is allocated already, otherwise without data (``on``); or always
-            without data, so that an allocated cluster is deallocated (``unmap``).
-        free_list: Whether a list of the free clusters is stored in the image when it is
-            closed: whenever possible (``on``), never (``off``), or whenever possible if the image
-            had one when it was opened (``keep``).
-        compact: Whether the highest clusters move into free ones when the image is closed:
-            as far as ``compact_bytes`` and ``compact_seconds`` allow (``auto``), until the file is
-            as short as possible (``full``), or not at all (``off``).  ``auto`` moves nothing if
-            the tables did not change, if the image keeps a list of its free clusters, or if
-            ``discard`` is False.
+            data only if the cluster is allocated already (``on``); or always without data
+            (``unmap``).
+        free_list: Whether a list of the free clusters is stored in the image when it is closed:
+            whenever possible (``on``), never (``off``), or if the image had one (``keep``).
+        compact: Whether the highest clusters move into free ones when the image is closed: within
+            ``compact_bytes`` and ``compact_seconds`` (``auto``), until the file is as short as
+            possible (``full``), or not at all (``off``).  ``auto`` moves nothing if the tables did
+            not change, if the image keeps a free list, or if ``discard`` is False.
         compact_bytes: Maximum number of bytes that ``auto`` moves.
-        compact_seconds: Approximate maximum time that ``auto`` takes, in seconds.  Clusters that
-            were moved within this time stay moved.
-    """
+        compact_seconds: Approximate maximum time that ``auto`` takes, in seconds.
+        """
 
     writable: bool = False
     force_share: bool = False
@@ -114,8 +103,5 @@ class OpenOptions:
 
     @property
     def read_lock(self) -> LockMode | None:
-        """The mode in which a reader locks the image, whatever ``writable`` is.
-
-        None if no lock is taken.
-        """
+        """The mode in which a reader locks the image; None if no lock is taken."""
         return LockMode.to_read(share=self.force_share) if self.lock else None

@@ -29,12 +29,11 @@ class ForeignOpening:
     def __init__(self, image: PosixFile, driver: str, limits: Limits) -> None:
         """Open the files that an image names, and start qemu-nbd.
 
-        The calling thread must not end before the file that `finish` returns is closed; see
-        `QemuNbd`.
+        The calling thread must not end before the file that `finish` returns is closed (`QemuNbd`).
 
         Args:
-            image: The file of the image.  If the constructor fails, it closes this file.
-                Otherwise `abandon` or `ForeignFile.close` closes it.
+            image: The file of the image, which a failed constructor, `abandon` or
+                `ForeignFile.close` closes.
             driver: The format of the image as QEMU calls it.
             limits: Which files the images of the chain may name.
 
@@ -65,16 +64,15 @@ class ForeignOpening:
     def finish(self) -> ForeignFile:
         """Wait until qemu-nbd serves the image; return its disk, which the caller must close.
 
-        The call blocks.  If another thread calls `abandon` during the call, the call fails.  If the
-        call fails for another reason, the caller must call `abandon`.
+        The call blocks, and fails if another thread calls `abandon` meanwhile.  After any other
+        failure the caller must call `abandon`.
 
         Raises:
             ForeignError: qemu-nbd refuses the image, has ended, or does not answer; an image was
                 changed during the opening; or the opening was abandoned.
             ImageError: The header of a QED image of the chain is not valid any more.
             ImageInUseError: Another program holds a lock that excludes reading.
-            HostError: A system call failed, or qemu-nbd failed while the connection for reads
-                was made.
+            HostError: A system call failed, or the connection for reads.
         """
         try:
             self._server.wait_ready()
@@ -111,11 +109,7 @@ class ForeignOpening:
     def _name_holder(self) -> None:
         """Lock the files of the chain, to get an error that names the file and the process.
 
-        QEMU's own message names neither.  Returns if all files can be locked now, or if `abandon`
-        has closed them.
-
-        Raises:
-            ImageInUseError: Another program holds a lock that excludes reading.
+        QEMU's own message names neither.
         """
         if not self._open_files.enter():
             return
@@ -132,12 +126,7 @@ class ForeignOpening:
         self._image.close()
 
     def _connect(self) -> socket.socket:
-        """Return a new connection to qemu-nbd.
-
-        Raises:
-            ForeignError: qemu-nbd has ended, so no later attempt can succeed.
-            OSError: A system call failed.
-        """
+        """Return a new connection to qemu-nbd; raise ForeignError if qemu-nbd has ended."""
         if self._server.has_ended():
             msg = f"{self._image.name}: qemu-nbd: {self._server.end_reason()}"
             raise ForeignError(msg)

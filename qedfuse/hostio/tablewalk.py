@@ -1,7 +1,7 @@
 """Reading a table slice by slice, without the holes of a sparse file.
 
-A table can be 1 GiB of holes.  So a walk through a table asks the host where the next data
-begins, and visits only the slices that hold data.  Other tasks run between two slices.
+A table can be 1 GiB of holes, so a walk visits only the slices that hold data.  Other tasks run
+between two slices.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ def read_table(
         length: How many bytes of the table to read, from its beginning.
 
     Yields:
-        (index in the table of the first entry, entries) of each slice that holds data.  A slice
-        that ``length`` or the end of the file cuts short has fewer entries; an incomplete last
-        entry is left out.
+            (index in the table of the first entry, entries) of each slice that holds data.  The
+            last slice may have fewer entries; an incomplete last entry is left out.
 
     Raises:
         HostError: A system call failed.
@@ -56,8 +55,7 @@ def read_table(
 class DataSlices:
     """The slices of a table that hold data: an asynchronous iterator over file offsets.
 
-    This is a class and not an asynchronous generator, because trio warns about a generator
-    that is left unfinished when the loop over it raises.
+    A class, because trio warns about an asynchronous generator that is left unfinished.
     """
 
     def __init__(
@@ -75,9 +73,10 @@ class DataSlices:
             file: The image.
             table_offset: File offset of the table.
             length: How many bytes of the table to walk through, from its beginning.
-            slice_bytes: Length of a slice in bytes; the first slice begins where the table does.
-            skip: How many bytes at the beginning of the table to leave out; a multiple of
-                ``slice_bytes``.
+                slice_bytes: Length of a slice in bytes; the first slice begins where the table
+                    does.
+                skip: Bytes at the beginning of the table to leave out; a multiple of
+                    ``slice_bytes``.
         """
         self._file = file
         self._table_offset = table_offset

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.remotefile import RemoteFile
 
 MAX_RUN_UNITS: Final = 4
-"""Maximum number of adjacent units in a run that a caller of `fill` makes.  Four units of 256 KiB
-are 1 MiB."""
+"""Maximum number of adjacent units in a run that a caller of `fill` makes: 1 MiB."""
 _EVICTION_PAUSE_SECONDS: Final = 0.2
 """Pause between two attempts to store a run while entries of the cache are being removed."""
 
@@ -35,18 +34,15 @@ async def fill(
 ) -> None:
     """Fetch the units of ``runs`` that the cache does not have, in the order of ``runs``.
 
-    If the call is cancelled or fails, running requests continue, and their units are stored in the
-    cache.
+    After a failure or a cancellation, running requests continue and store their units.
 
     Args:
         file: The file.
         runs: The first and the last unit of each run.
         max_requests: Maximum number of runs that are queued or being fetched at a time.
-        verify: Whether to verify the checksum of each unit that the cache already has, and fetch
-            the unit again if it is damaged.  If false, readers verify these units when they need
-            them.
-        wait_turn: Called and awaited before each run, for example to wait while readers need the
-            server.  The call must be a checkpoint of trio.
+            verify: Whether to verify the checksum of each unit that the cache already has, and to
+                fetch the unit again if it is damaged.
+            wait_turn: Called and awaited before each run.  The call must be a checkpoint of trio.
         report: Called with the length in bytes of a run when the run is in the cache.
 
     Raises:
@@ -71,25 +67,15 @@ async def fill(
 async def mark_usable_offline(file: RemoteFile, needed: bytes) -> bool:
     """Record that the cache has all that readers of a file need; return whether it was recorded.
 
-    If there is a cache and nothing was recorded, the reason is logged.  A thread writes the record,
-    because calls on the cache's file system may block.  If the task is cancelled, it does not wait
-    for the thread.
-
-    Args:
-        file: The file.
-        needed: A byte for each unit: 1 if readers need the unit, and 0 if they do not.
+    A failure is logged.  A cancelled task does not wait for the thread that writes the record.
+    ``needed`` has a byte for each unit: 1 if readers need the unit, and 0 if they do not.
     """
     record = file.fetcher.mark_usable_offline
     return await run_in_thread(record, needed, abandon_on_cancel=True)
 
 
 async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) -> int:
-    """Wait until a run is in the cache; return its length in bytes.
-
-    Raises:
-        CacheError: The cache cannot store a unit of the run.
-        RemoteError: The server does not give a unit, or the file was closed.
-    """
+    """Wait until a run is in the cache; return its length in bytes."""
     fetcher = file.fetcher
     while True:
         for flight in flights:
@@ -116,8 +102,5 @@ def _length(file: RemoteFile, first: int, last: int) -> int:
 
 
 async def _in_thread(call: Callable[[int, int], bool], first: int, last: int) -> bool:
-    """Call a function in a thread with the first and the last unit of a run; return its result.
-
-    If the task is cancelled, it does not wait for the thread.
-    """
+    """Call a function in a thread for a run; a cancelled task does not wait for the thread."""
     return await run_in_thread(call, first, last, abandon_on_cancel=True)

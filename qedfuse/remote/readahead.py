@@ -7,13 +7,12 @@ from typing import Final
 
 _MIN_WINDOW_UNITS: Final = 1
 _MAX_SHORT_WINDOW_UNITS: Final = 32
-"""Maximum window (`_Stream.window`) of a reader, until the reader has read more units than this in
-sequence.  The units have 8 MiB together."""
+"""Maximum window (`_Stream.window`) of a reader until it has read more than this in sequence."""
 _MAX_STREAMS: Final = 8
 """Maximum number of sequential readers that are distinguished."""
 _MAX_GAP_UNITS: Final = 4
-"""Maximum distance between two reads that count as sequential.  Such reads need not be adjacent,
-because the kernel sends several reads concurrently, which arrive in any order."""
+"""Maximum distance between two sequential reads.  They need not be adjacent, because the kernel
+sends several reads concurrently, which arrive in any order."""
 
 
 @dataclass(slots=True)
@@ -46,9 +45,9 @@ class ReadAhead:
     """Recognises sequential readers by the units that they read.
 
     A read is sequential if it begins near the unit where an earlier read has ended.  But most reads
-    of a unit are not recorded once the unit is *ready*: the mount's extension answers them from the
-    page cache.  So a read is also sequential if it needs the marker, which is one of the units that
-    were fetched ahead, or if it begins directly after the last of these units.
+    of a *ready* unit are not recorded, because the mount's extension answers them.  So a read is
+    also sequential if it needs the marker, one of the units that were fetched ahead, or begins
+    directly after these units.
     """
 
     def __init__(self) -> None:
@@ -59,9 +58,8 @@ class ReadAhead:
         """Record a read of the units ``first`` to ``last``; return the window of its reader.
 
         The window is the number of units to fetch after ``last``: 0 for the first read of a reader,
-        and 1 for the second.  The window doubles with each further read that ends in a later unit,
-        up to ``max_units``.  Until the reader has read more than 8 MiB, the window stays at most
-        8 MiB long.
+        and 1 for the second.  It doubles with each read that ends in a later unit, up to
+        ``max_units``, and to 8 MiB until the reader has read more.
         """
         found = [stream for stream in self._streams if stream.is_continued_by(first, last)]
         if found:
@@ -83,12 +81,9 @@ class ReadAhead:
     def set_marker(self, first: int, last: int) -> int:
         """Record that the units ``first`` to ``last`` are fetched ahead of the latest reader.
 
-        The latest reader is that of the last recorded read.
-
-        Returns the marker: a unit between ``first`` and ``last``, usually half a window before
-        ``last``.  The caller must not let the marker become ready until a reader needs it.  As long
-        as the marker is not ready, the extension cannot answer a read of it, so the read is
-        recorded.
+        Returns the marker: a unit between ``first`` and ``last``.  The caller must not let the
+        marker become ready until a reader needs it.  Then the extension cannot answer this read, so
+        the read is recorded.
         """
         stream = self._streams[-1]
         stream.marker = max(first, last - stream.window // 2)

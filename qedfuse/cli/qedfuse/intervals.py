@@ -18,8 +18,7 @@ class Interval:
 
     Attributes:
         seconds: Length of the interval.
-        disk: The part of the later document about the disk, with differences in place of its
-            counters, and the hit rates of the interval.
+        disk: The later document's part about the disk, with counters and hit rates of the interval.
     """
 
     def __init__(self, seconds: float, disk: Mapping[str, Any]) -> None:

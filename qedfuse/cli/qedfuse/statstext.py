@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 def mount_text(document: Mapping[str, Any]) -> str:
     """Return the lines of text that show the statistics in a mount's document."""
-    # Documents are not trusted, so any field can have any text.  Texts are escaped here, and
-    # nowhere else.
+    # Documents are not trusted.  Their texts are escaped here, and nowhere else.
     document = {key: _escaped(value) for key, value in document.items()}
     resident = document["resident_bytes"]
     memory = NONE if resident is None else byte_count(resident)

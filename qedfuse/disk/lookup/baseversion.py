@@ -23,10 +23,8 @@ class FileVersion(NamedTuple):
 
     Attributes:
         size: Length in bytes.
-        validator: A text that differs between versions of equal size.  For a file on a server it is
-            the validator that the server gives; empty if the server gives none.  For a local file
-            it has the time of modification in nanoseconds and the inode number, both in hexadecimal
-            digits.
+        validator: A text that differs between versions of equal size.  A server's validator, or
+            empty; for a local file the time of modification and the inode number, hexadecimal.
     """
 
     size: int
@@ -42,8 +40,7 @@ class BaseVersions(NamedTuple):
 
     Attributes:
         local: The version of the first base if it is a local file; None if it is not.
-        remote: The versions of the bases on servers; the keys are the checksums of the bases' URLs
-            (`url_checksum`).
+        remote: The versions of the bases on servers, by the checksums of their URLs.
     """
 
     local: FileVersion | None
@@ -61,12 +58,9 @@ class BaseVersions(NamedTuple):
     def decode(cls, record: bytes, name: str) -> BaseVersions | None:
         """Return the versions in a record of an image that stores ``name`` as the name of its base.
 
-        Returns None if the record is damaged, or was made when the image stored another name.  In
-        a record the line of a file on a server begins with ``u``, and the line of a local file with
-        a hexadecimal digit.
-
-        The record is untrusted, because it may come with an image from another machine.  Its
-        checksum finds accidental damage only.
+        Returns None if the record is damaged, or was made when the image stored another name.  The
+        record is untrusted, because it may come with an image from another machine.  Its checksum
+        finds accidental damage only.
         """
         checksum, _, body = record.partition(b"\n")
         if checksum != b"%08x" % _checksum(name, body):
@@ -110,13 +104,10 @@ def version_of_status(status: os.stat_result) -> FileVersion:
 
 
 def _parsed_size(text: str) -> int:
-    """Return a size from its hexadecimal digits in a record.
+    """Return a size from its hexadecimal digits; raise ValueError if no file can have it.
 
-    A size that no file can have is refused here.  Otherwise a message with the size would fail,
-    because Python refuses to convert an integer of thousands of digits to text.
-
-    Raises:
-        ValueError: The text is not a number, or no file can have this size.
+    Python refuses to convert an integer of thousands of digits to text, so no message could show
+    it.
     """
     size = int(text, 16)
     if not 0 <= size <= _MAX_SIZE:

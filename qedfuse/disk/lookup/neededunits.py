@@ -1,8 +1,7 @@
 """The units of a remote file that readers of its disk can need: those of tables and those of data.
 
-A unit is a part of the file, `UNIT_BYTES` long (`qedfuse.remote.unitfile`).  Readers of a QED image
-can need the header, the tables and the allocated clusters, and never read a cluster to which no
-entry refers.  Readers of a raw file can need all bytes.
+A unit is a part of the file (`qedfuse.remote.unitfile`).  Readers of a QED image can need the
+header, the tables and the allocated clusters.  Readers of a raw file can need all bytes.
 """
 
 from __future__ import annotations
@@ -30,10 +29,7 @@ class NeededUnits:
     """
 
     def __init__(self, layer: Layer) -> None:
-        """Start with no needed unit of the file of ``layer``.
-
-        The caller must ensure that no program changes the file while this object is used.
-        """
+        """Start with no needed unit; no program may change the file of ``layer`` meanwhile."""
         self._layer = layer
         self._size = layer.file.size()
         self._needed = bytearray(units_of(self._size))
@@ -53,9 +49,8 @@ class NeededUnits:
     def runs(self, max_units: int) -> Iterator[tuple[int, int]]:
         """Yield the first and last unit of each run of adjacent needed units, ascending.
 
-        The file is divided into blocks of ``max_units`` units, and no run crosses the end of a
-        block.  So a caching proxy that stores the file in blocks of this size fetches each block
-        only once.
+        No run crosses the end of a block of ``max_units`` units.  So a caching proxy that stores
+        the file in such blocks fetches each block only once.
         """
         first = self._needed.find(1)
         while first >= 0:
@@ -80,8 +75,8 @@ class NeededUnits:
     async def add_data(self) -> None:
         """Add the units of the allocated clusters of an image, or all units of a raw file.
 
-        The tables are read without the table cache, so that its content stays useful for the
-        readers of the disk.  Invalid entries are left out, because no data can be read with them.
+        The tables are read without the table cache, whose content stays useful for readers.
+        Invalid entries are left out.
 
         Raises:
             HostError: A table cannot be read.
@@ -103,7 +98,7 @@ class NeededUnits:
         first = offsets // np.uint64(UNIT_BYTES)
         needed = np.frombuffer(self._needed, np.uint8)
         for unit in range(units_of(cluster)):
-            # The file may end within its last cluster, so leave out units past the end of the file.
+            # Leave out units past the end of the file, which may end within its last cluster.
             here = first + np.uint64(unit)
             needed[here[here < len(needed)]] = 1
 

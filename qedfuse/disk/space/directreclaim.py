@@ -6,12 +6,6 @@ a flush.  A request that needs clusters earlier waits for a write-back of the ta
 
 - before the file grows, if enough clusters are in quarantine to be worth the write-back;
 - before the file would exceed its bound, if any clusters are in quarantine.
-
-In both cases the request first waits for the end of punching that is under way, and in the second
-case also for the end of the scan.
-
-A write-back cycle seals the clusters that are in quarantine when the cycle begins.  `Quarantine`
-describes when sealed clusters may become free.
 """
 
 from __future__ import annotations
@@ -29,9 +23,8 @@ if TYPE_CHECKING:
 _WORTH_DIVISOR: Final = 16
 _MIN_WORTH_BYTES: Final = 1 << 20
 _MAX_WORTH_BYTES: Final = 1 << 26
-"""A write-back before the file grows is worthwhile if more bytes are in quarantine than the
-length of the file divided by ``_WORTH_DIVISOR``.  ``_MIN_WORTH_BYTES`` and ``_MAX_WORTH_BYTES``
-limit that quotient."""
+"""A write-back before the file grows is worthwhile if more bytes are in quarantine than the length
+of the file divided by ``_WORTH_DIVISOR``, within the two limits."""
 
 
 class DirectReclaim:
@@ -64,9 +57,8 @@ class DirectReclaim:
     def should_reclaim(self) -> bool:
         """Return whether `reclaim_before_growth` is worth waiting for.
 
-        Returns True while free clusters are being punched, because the allocator gets the
-        punched clusters back soon.  Returns True also if the scan is complete and enough
-        clusters are in quarantine.
+        It is while free clusters are being punched, because the allocator gets them back soon, and
+        if enough clusters are in quarantine after the scan.
         """
         if self._reclaim.punching_clusters:
             return True
@@ -76,13 +68,9 @@ class DirectReclaim:
     async def reclaim_before_growth(self) -> None:
         """Free clusters so that the file need not grow, if `should_reclaim` returns True.
 
-        Waits for the end of punching that is under way.  If enough clusters are in quarantine
-        after the wait, also waits for a write-back cycle, and frees the clusters that may be used
-        again.  If the unsealed clusters alone are enough, a new cycle begins for them.  If not, the
-        wait is only for the end of a running cycle, if any.
-
-        Punches nothing, because the freed clusters will be used immediately.  Does not wait for
-        requests that still use a cluster in quarantine, so perhaps no cluster is free afterwards.
+        Waits for the end of punching.  If enough clusters are in quarantine then, also waits for a
+        write-back cycle, and frees the clusters that may be used again, perhaps none.  Punches
+        nothing, because the freed clusters will be used immediately.
 
         Raises:
             HostError: The tables could not be written back.
@@ -95,23 +83,22 @@ class DirectReclaim:
         if self._quarantine.unsealed_count << self._bits > self._worth_bytes:
             await self._writeback.barrier()
         else:
-            # The unsealed clusters alone are not worth a cycle, so only sealed ones are freed.
-            # No further cycle is begun for sealed clusters, because the tables that dropped them
-            # belong to the running cycle or to an earlier one.  Even if no cycle is running,
-            # `Reclaim.run` may free some, because requests that used them may have ended since
-            # its last call.
+            # The unsealed clusters alone are not worth a cycle, so only sealed ones are freed.  The
+            # tables that dropped those belong to the running cycle or to an earlier one, so no
+            # further cycle is begun.  Even if no cycle is running, `Reclaim.run` may free some:
+            # requests that used them may have ended.
             await self._writeback.wait_running()
         await self._reclaim.run(max_runs=0)
 
     async def wait_for_free_clusters(self) -> bool:
         """Wait until the scan, the punching or the quarantine may have made clusters free.
 
-        The caller must have left its epoch (`Epochs`).  This method may wait until all requests of
-        the epoch have ended, so the caller would wait for itself.
+        The caller must have left its epoch (`Epochs`), because this method may wait for its
+        requests.
 
         Returns:
-            True if clusters may have become free.  Then the caller should try again, even though
-            other tasks may have taken these clusters.  False if waiting longer frees nothing.
+            True if clusters may have become free, so that the caller should try again.  False if
+            waiting longer frees nothing.
 
         Raises:
             HostError: The tables could not be written back.
@@ -129,6 +116,6 @@ class DirectReclaim:
         await self._flusher.flush()
         await self._quarantine.wait_drained()
         await self._reclaim.run()
-        # Count the freed clusters instead of looking for free ones.  Even if other tasks have
-        # taken all of them meanwhile, the caller should try again.
+        # Count the freed clusters.  Even if other tasks have taken them, the caller should try
+        # again.
         return self._reclaim.freed_clusters != before

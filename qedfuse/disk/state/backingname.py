@@ -5,16 +5,14 @@ sector whole or not at all, so the name changes when the sector with the header 
 Everything that the header points to in other sectors must be durable before that write.
 
 A short name lies directly behind the header, in the same sector, so one write changes the
-header and the name.  If the old name began at the same offset and was longer, its remaining
-bytes stay in the file.  They are unused, because the length in the header does not cover them.
+header and the name.
 
 A long name crosses sectors.  First the name is written where neither the old name nor the
-header lies, and is made durable while the header still points to the old name.  Then the
-header is written, which points to the new name.  There are three adjacent slots for names,
-and each can hold the longest name.  An old name can touch at most two slots, so one slot is
-always unused.  The slots end before the sector with the descriptor of a free list: the last sector
-of the first 4 KiB of the file.  No cluster is smaller than 4 KiB, so the first cluster has space
-for the header, the slots and the descriptor.
+header lies, and is made durable.  Then the header is written, which points to the new name.  There
+are three adjacent slots for names, and each can hold the longest name.  An old name can touch at
+most two slots, so one slot is always unused.  The slots end before the sector with the descriptor
+of
+a free list: the last sector of the first 4 KiB of the file.
 """
 
 from __future__ import annotations
@@ -55,14 +53,12 @@ async def change_backing_name(
     the header forbids probing the format of the base; the argument is ignored if the name is empty.
 
     Raises:
-        HostError: A system call failed.  In most cases the image still names the old base.  But if
-            the host refused the new header or its datasync, the file may have the new header, so
-            the old header is written again.  If this second write fails as well, or the power
-            fails before the next datasync, the image may name the new base.
+            HostError: A system call failed.  If the header may have changed, the old header is
+                written again.  The image may name the new base only if this fails as well, or if
+                the power fails before the next datasync.
         ReadOnlyError: The disk has become read-only during the call.
     """
-    # The caller has written the content that the image needs with its new base.  This content
-    # must be durable before the header names the new base.
+    # What the image needs with its new base must be durable before the header names it.
     await flusher.flush()
     old = header_store.value
     offset, trailer = (HEADER_BYTES, name) if name else (0, b"")
@@ -78,8 +74,7 @@ async def change_backing_name(
         return replace(
             header,
             features=header.features & ~_NAME_FEATURES | wanted_features,
-            # A name must lie in the clusters that the header counts as its own, and some
-            # programs make images whose header counts none.
+            # The name must lie in the clusters of the header, of which some programs count none.
             header_size=max(1, header.header_size),
             backing_filename_offset=offset,
             backing_filename_size=len(name),

@@ -1,28 +1,25 @@
 /*
- * Carries out writes without the Python code of the fast path (disk/datapath/fastpath.py).  A write is
- * carried out here only if the top image has allocated its range as one run, if the slice (part) of the
- * table that locates the run is in memory, if nothing must be done before the write, and if the write is
- * short (InlinePolicy in hostio/inlinepolicy.py).  Such a write changes no table.  Two Python
- * functions are called for each write: one looks up a slice in the table cache, and the other
- * records the write.  If the write has more than ALWAYS_SHORT_WRITE_BYTES, a third function decides
- * whether it is short.
- *
- * The objects of InPlaceWrites (disk/datapath/readtables.py) decide whether a write is carried out here,
- * by the conditions of GuestChanges.try_write and InlinePolicy.can_write_inline.  The range is found and
- * the conditions are checked in one step, with the GIL held.  The GIL is released during the write itself,
- * as os.pwrite() does, so other threads may run meanwhile; but only the thread of the event loop changes
- * tables.
- *
- * Every other write, and every write that fails here or ends early, goes to the Python function for writes
- * (_dataops.c), which writes the whole range again.
+  * Carries out writes without the Python code of the fast path (disk/datapath/fastpath.py).  The
+  * range
+  * of such a write is allocated in the top image as one run, and the slice (part) of the table that
+  * locates the run is in memory.  The write is short (InlinePolicy), and nothing must be done
+  * before
+  * it.  It changes no table.
+  *
+  * The conditions are those of GuestChanges.try_write and InlinePolicy.can_write_inline.  The range
+  * is
+  * found and the conditions are checked in one step, with the GIL held.  The GIL is released during
+  * the write itself; only the thread of the event loop changes tables.
+  *
+  * Every other write, and one that fails here or ends early, goes to the Python function for writes
+  * (_dataops.c), which writes the whole range again.
  */
 
 #include "_extraops.h"
 
 #include <unistd.h>
 
-/* ALWAYS_SHORT_WRITE_BYTES in hostio/inlinepolicy.py: a write that is not longer always counts as
- * short. */
+/* A write of at most this length always counts as short (hostio/inlinepolicy.py). */
 #define ALWAYS_SHORT_WRITE_BYTES (1 << 18)
 
 struct in_place_writes {
@@ -70,8 +67,7 @@ struct in_place_writes *make_writes(PyObject *source)
     return writes;
 }
 
-/* Returns whether an attribute is the object `expected`; also returns 0, with an exception, if
- * there is no attribute. */
+/* Returns whether an attribute is the object `expected`; 0 with an exception if it is missing. */
 static int attribute_is(PyObject *object, PyObject *name, PyObject *expected)
 {
     PyObject *value = PyObject_GetAttr(object, name);
@@ -80,7 +76,7 @@ static int attribute_is(PyObject *object, PyObject *name, PyObject *expected)
     return value == expected;
 }
 
-/* Returns whether a write counts as short; also returns 0, with an exception, if that is not known. */
+/* Returns whether a write counts as short; 0 with an exception if that is not known. */
 static int is_short(const struct in_place_writes *writes, size_t size)
 {
     PyObject *result;
@@ -92,8 +88,8 @@ static int is_short(const struct in_place_writes *writes, size_t size)
     return result == Py_True;
 }
 
-/* Returns whether a write of a range that is allocated may be made now, without waiting.  If not, an
- * exception may be set. */
+/* Returns whether a write to an allocated range may be made now; if not, perhaps with an
+ * exception. */
 static int can_write(const struct in_place_writes *writes, size_t size)
 {
     PyObject *contention;
@@ -108,7 +104,7 @@ static int can_write(const struct in_place_writes *writes, size_t size)
     return is_free;
 }
 
-/* Records a write.  Reports an exception, because the write was made, and must not be made again. */
+/* Records a write.  Reports an exception, because the write must not be made again. */
 static void record(const struct in_place_writes *writes, size_t size, int64_t nanoseconds)
 {
     PyObject *result = PyObject_CallFunction(writes->record, "nd", (Py_ssize_t)size,

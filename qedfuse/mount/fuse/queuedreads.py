@@ -1,12 +1,11 @@
 """Reads in a queue of the kernel (io_uring), from the side of the event loop.
 
 A short read whose data is not in the host's page cache waits in this queue, if the tables for its
-range are in memory (``_queuedread.c``).  There are two ways to notice that reads have ended:
-`Scheduler` looks for ended reads while it polls, and a task of this module waits for a descriptor.
+range are in memory (``_queuedread.c``).  `Scheduler` looks for ended reads while it polls, and a
+task of this module waits for a descriptor.
 
-There is no queue if the kernel is older than Linux 6.1 or does not permit io_uring, if the C
-extension is missing, or if the user chooses threads (`HOST_CALLS_VARIABLE`).  Then threads make
-these reads.
+Threads make these reads if the kernel is older than Linux 6.1 or does not permit io_uring, if the C
+extension is missing, or if the user chooses threads (`HOST_CALLS_VARIABLE`).
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SLOW_SECONDS: Final = 8e-3
-"""If passing reads to the kernel takes longer than this time, the kernel has waited for the host's
-disk, and so has the event loop.  Then threads make the reads of the next second."""
+"""If passing reads to the kernel takes longer, the event loop has waited for the host's disk.  Then
+threads make the reads of the next second."""
 
 
 @asynccontextmanager
@@ -38,9 +37,8 @@ async def queued_reads(answer_slowly: SlowAnswer) -> AsyncIterator[None]:
     """Let reads wait in a queue of the kernel during the block, if there can be a queue.
 
     The end of the block waits until the kernel has made all queued reads, because the reads use the
-    descriptors of the disks.  A cancellation does not end this wait.  The caller must ensure that
-    no request arrives during this wait.  ``answer_slowly`` answers a read that the queue could not
-    make.
+    descriptors of the disks.  A cancellation does not end this wait, and no request may arrive
+    during it.  ``answer_slowly`` answers a read that the queue could not make.
     """
     fd = _open(answer_slowly)
     if fd is None:
@@ -57,10 +55,7 @@ async def queued_reads(answer_slowly: SlowAnswer) -> AsyncIterator[None]:
 
 
 def _open(answer_slowly: SlowAnswer) -> int | None:
-    """Make the queue; return a descriptor that is readable when reads have ended.
-
-    Returns None if no queue is wanted or possible.
-    """
+    """Make the queue; return its descriptor, or None if no queue is wanted or possible."""
     if os.environ.get(HOST_CALLS_VARIABLE) in (THREADS, NATIVE):
         return None
     try:
@@ -86,8 +81,8 @@ class _EndedReads:
             while True:
                 await trio.lowlevel.wait_readable(self._fd)
                 # The descriptor must be emptied, or it would stay readable.  `end_queued_reads`
-                # empties the descriptor only if a read is in the queue.  But the kernel may write
-                # to the descriptor for a read that `Scheduler` has already answered.
+                # does this only if a read is in the queue, but `Scheduler` may have answered the
+                # read already.
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._fd)
                 extraops.end_queued_reads()

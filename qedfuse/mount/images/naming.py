@@ -30,8 +30,7 @@ class Source:
     Attributes:
         path: The absolute path of the image, or its normalised URL.
         name: The file name of the disk in the mount.
-        is_named: True if the user named the image itself; False if the user named the directory
-            of the image.
+        is_named: Whether the user named the image itself, and not its directory.
     """
 
     path: str
@@ -57,9 +56,8 @@ def shown_source(path: str) -> str:
 def disk_file_name(path: str) -> bytes:
     """Return the file name of a disk: ``vm.raw`` for ``vm.qed``, ``x.img.raw`` for ``x.img``.
 
-    The suffix ``.qed`` is replaced, because the disk is raw.  Any other suffix is kept, because
-    two images may differ only in their suffix.  The name of a URL is the last component of its
-    path.  An export of an NBD server can have an empty path; its disk is named ``export.raw``.
+    Other suffixes are kept, because two images may differ only in their suffix.  The name of a URL
+    is the last component of its path; an NBD export without a path is named ``export.raw``.
     """
     if is_url(path):
         path = os.fsdecode(unquote_to_bytes(parse_address(path).path)).rstrip("/") or _EXPORT
@@ -105,12 +103,7 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
 
 
 def _images_in(directory: str) -> list[str]:
-    """Return the paths of the QED images in a directory, recognised by their magic, sorted by name.
-
-    Raises:
-        HostError: The directory cannot be read.
-        NotQedError: The directory contains no QED image.
-    """
+    """Return the paths of the QED images in a directory, sorted by name."""
     try:
         names = sorted(os.listdir(directory))  # noqa: PTH208  names, not paths
     except OSError as error:
@@ -123,13 +116,9 @@ def _images_in(directory: str) -> list[str]:
 
 
 def _is_image(path: str) -> bool:
-    """Return whether a path is a regular file with the magic of a QED image.
-
-    False if the file cannot be read.
-    """
+    """Return whether a path is a readable regular file with the magic of a QED image."""
     try:
-        # The type is checked before the open, because opening a FIFO or a device could wait or
-        # have side effects.
+        # Checked before the open: opening a FIFO or a device could wait or have side effects.
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
             return False
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)

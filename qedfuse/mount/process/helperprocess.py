@@ -1,9 +1,8 @@
 """A helper process of the server: forked before the mount exists, and connected by a socket.
 
-A helper is a fork that goes on with the server's code and never executes a program.  So it needs no
-files of the interpreter, which the mount may cover when the helper is needed.  The helper sleeps
-until the server sends a message.  It ends after the server has closed its end of the socket, or has
-ended.
+A helper never executes a program, so it needs no files of the interpreter, which the mount may
+cover.  It sleeps until the server sends a message, and ends after the server has closed its end of
+the socket, or has ended.
 """
 
 from __future__ import annotations
@@ -44,14 +43,13 @@ class HelperProcess:
     def __init__(self, serve: Callable[[socket.socket], None], kept: Collection[int] = ()) -> None:
         """Fork the helper; only the server returns from this call.
 
-        The caller must not have a second thread.  The helper would lack this thread, and a lock
-        that the thread held would stay locked in the helper forever.
+        The caller must not have a second thread, because a lock that the thread held would stay
+        locked in the helper forever.
 
         Args:
-            serve: Called in the helper with the helper's end of the socket pair.  When ``serve``
-                returns, the helper ends.
-            kept: Descriptors that stay open in the helper, besides the standard streams and its end
-                of the socket pair.  The helper closes all other descriptors.
+            serve: Called in the helper with its end of the socket pair; then the helper ends.
+            kept: Descriptors that stay open in the helper, besides the standard streams and its
+                socket.
 
         Raises:
             OSError: The host refuses a socket pair or a process.
@@ -81,10 +79,7 @@ class HelperProcess:
         self.wait()
 
     def stop(self) -> None:
-        """Make the helper end when it has done its work, by closing the server's end of the pair.
-
-        A second call does nothing.
-        """
+        """Make the helper end, by closing the server's end; a second call does nothing."""
         self.socket.close()
 
     def wait(self) -> bool:
@@ -102,22 +97,13 @@ class HelperProcess:
 def _be_child(
     commands: socket.socket, serve: Callable[[socket.socket], None], kept: Collection[int]
 ) -> NoReturn:
-    """Run as the helper in the forked process, and exit; the call never returns.
-
-    Args:
-        commands: The helper's end of the socket pair.
-        serve: The argument of `HelperProcess`.
-        kept: The argument of `HelperProcess`.
-    """
+    """Run as the helper in the forked process, and exit; the call never returns."""
     try:
-        # Signals from the terminal are meant for the server, which ends the helper when it has
-        # ended the mount.  So the helper leaves the server's session and ignores the signals that
-        # end a mount.
+        # Signals from the terminal are meant for the server, which ends the helper after the mount.
         os.setsid()
         for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signal_number, signal.SIG_IGN)
-        # When the server ends, its locks, pipes, terminal and directory must become free.  So
-        # the helper keeps none of them open.
+        # When the server ends, its locks, pipes, terminal and directory must become free.
         os.chdir("/")
         discard_standard_streams()
         close_descriptors(open_descriptors() - {*STANDARD, *kept, commands.fileno()})

@@ -29,8 +29,7 @@ _NAMES: Final = {
 _PR_SET_DUMPABLE: Final = 4
 
 SIGNAL: Final = signal.SIGRTMAX - 5
-"""The signal that makes a thread give up its rights.  `_iothreads.c` has the same number, because
-its threads must not block this signal."""
+"""The signal that makes a thread give up its rights; `_iothreads.c` has the same number."""
 
 _INTERFACE: Final = 1
 """The interface number of the extension."""
@@ -79,8 +78,8 @@ def may_have_capabilities() -> bool:
 def removing_needs_override(directory: int) -> bool:
     """Return whether removing a file from an open directory can need CAP_DAC_OVERRIDE.
 
-    False if this user owns the directory and may change it.  True for every directory of another
-    user, because an access control list can forbid what the permission bits allow.
+    In a directory of another user, an access control list can forbid what the permission bits
+    allow.
     """
     try:
         status = os.fstat(directory)

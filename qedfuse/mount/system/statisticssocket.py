@@ -1,9 +1,8 @@
 """The socket beside the record of a mount, from which a program reads the mount's statistics.
 
-A server sends one JSON document on each connection, and closes the connection.  The socket lies in
-the directory of the mount record (`qedfuse.mount.system.recorddirectory`).  The name of the socket
-is the name of the record, followed by `STATISTICS_SUFFIX`.  The mode of the socket admits only the
-user of the server and root.
+A server sends one JSON document on each connection, and closes the connection.  The socket lies
+beside the mount record, and has the name of the record followed by `STATISTICS_SUFFIX`.  Its mode
+admits only the user of the server and root.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _BACKLOG: Final = 16
 _CREDENTIALS: Final = struct.Struct("iII")
 """``struct ucred`` of unix(7): pid, uid, gid."""
 _MAX_DOCUMENT_BYTES: Final = 1 << 28
-"""Maximum length of a document that is read.  The part for one disk has some KiB."""
+"""Maximum length of a document that is read."""
 _RECEIVE_BYTES: Final = 1 << 16
 
 
@@ -86,11 +85,11 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes:
     Args:
         directory: A descriptor of the socket's directory.
         name: The name of the socket.
-        users: The server must run as one of these users.  A server of another user is refused,
-            because that user may have put a link in place of the socket.
+            users: The users as which the server may run.  Another user may have put a link in place
+                of the socket.
 
-    Returns:
-        The document; only its beginning if the server ends while it sends the document.
+        Returns:
+            The document, or only its beginning if the server ends meanwhile.
 
     Raises:
         UnusableServerError: The server runs as another user, or the document is too long.
@@ -115,8 +114,7 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes:
 def peer_user(connection: socket.socket | trio.socket.SocketType) -> int:
     """Return the uid of the peer of a connection.
 
-    The uid of a client is its uid at the time of connect(2).  The uid of a server is its uid at the
-    time of listen(2).
+    The uid is that at the time of connect(2) for a client, and of listen(2) for a server.
 
     Raises:
         OSError: The socket was closed, or a system call failed.

@@ -33,8 +33,7 @@ def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
 
     Args:
         path: The file or block device.
-        expected: The end of the message about a foreign format: what was expected, in the words
-            of the user's options.  The default is for sources that are read.
+            expected: The end of the message about a foreign format, by default for sources.
 
     Raises:
         UsageError: The file is an image of a foreign format, or is encrypted by LUKS.
@@ -54,8 +53,7 @@ def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
 def foreign_driver_of(path: str) -> str | None:
     """Return QEMU's name for the foreign format of a file; None if the format is raw or QED.
 
-    A file that is encrypted by LUKS counts as raw.  The result is also None if ``path`` is a URL,
-    or if ``path`` does not lead to a regular file that can be read.
+    Also returns None for a URL, for a file that cannot be read, and for one encrypted by LUKS.
     """
     start = None if is_url(path) else first_bytes(path)
     found = None if start is None else foreign_format(start)
@@ -63,10 +61,7 @@ def foreign_driver_of(path: str) -> str | None:
 
 
 def first_bytes(path: str) -> bytes | None:
-    """Return the first `SIGNATURE_BYTES` of a local file, or all bytes of a shorter file.
-
-    The result is None if ``path`` does not lead to a regular file that can be read.
-    """
+    """Return the first `SIGNATURE_BYTES` of a local file, or fewer; None if it cannot be read."""
     try:
         fd = open_regular(path, os.O_RDONLY)
     except QedError:
@@ -90,14 +85,13 @@ async def probe_any(
         expected: The end of the message about a foreign format, as for `probe_format`.
 
     Raises:
-        UsageError: As `probe_format`.  Or the URL is not valid, or ``remote`` does not permit it.
+            UsageError: As `probe_format`.  Or the URL is not valid or not permitted.
         HostError: The file cannot be opened or read.
         ImageError: The file is neither a regular file nor a block device.
     """
     if not is_url(path):
         return probe_format(path, expected)
-    # Imported late, because this module must not load trio: commands that never open a URL would
-    # start more slowly.
+    # Imported late, because it loads trio, which commands without a URL do not need.
     from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  late, see above
 
     async with open_image(path, None, remote) as file:
@@ -110,13 +104,12 @@ def format_of(
     """Return the format of a file, device or stream, detected from the first bytes.
 
     Args:
-        content: The first bytes: at least `SIGNATURE_BYTES`, or all bytes if there are fewer.
-        name: Name of the file in the message.
-        expected: The end of the message, as for `probe_format`.
+            content: The first `SIGNATURE_BYTES`, or all bytes if there are fewer.
+            name: Name of the file in the message.
+            expected: The end of the message, as for `probe_format`.
 
-    Raises:
-        UsageError: The bytes are those of an image of a foreign format, or of a file that is
-            encrypted by LUKS.
+        Raises:
+            UsageError: The bytes are those of a foreign image, or of a file encrypted by LUKS.
     """
     signature = bytes(content[:SIGNATURE_BYTES])
     if is_qed(signature):
@@ -129,16 +122,13 @@ def format_of(
 
 
 def is_qed_image(signature: bytes | bytearray, image_format: FormatChoice, name: str) -> bool:
-    """Return whether a command must treat a file as QED.
+    """Return whether a command that only describes a file must treat it as QED.
 
-    Commands that only describe a file call this function.  Unlike in `format_of`, a file that is
-    encrypted by LUKS counts as raw.  If the user has chosen QED or raw, the bytes of the file are
-    not examined, so the result can be True for a file without the QED magic.
+    A file that is encrypted by LUKS counts as raw.  Only with ``auto`` the bytes decide.
 
     Args:
-        signature: The first `SIGNATURE_BYTES` bytes of the file, or all bytes of a shorter
-            file.
-        image_format: The choice of the user; with ``auto`` the first bytes decide.
+        signature: The first `SIGNATURE_BYTES` of the file, or all bytes of a shorter file.
+        image_format: The choice of the user.
         name: Name of the file in the message.
 
     Raises:

@@ -33,19 +33,19 @@ DEFAULT_SPARSE_SIZE: Final = 4096
 class ImageSpec:
     """The format and geometry of a copy.
 
-    For an existing target only ``format`` and ``sparse_size`` are used, and ``backing`` must be
-    None.  For a pipe ``format`` must be ``raw``, and ``backing`` must be None.  A pipe gets every
-    byte, so ``sparse_size`` decides only which zeros count as data in `ConvertResult.data_bytes`.
+    For an existing target only ``format`` and ``sparse_size`` are used.  For a pipe ``format`` must
+    be ``raw``, and ``sparse_size`` only affects `ConvertResult.data_bytes`.  For both, ``backing``
+    must be None.
 
     Attributes:
         format: ``raw``, ``qed``, or another format that qemu-img makes.
         cluster_size: Bytes in a cluster of a QED image.
         table_size: Clusters in a table of a QED image.
-        backing: Name of the backing file of a new QED image, see `backing_path`; None for no
-            backing file.  Only clusters that differ from the backing file are written.
+        backing: Name of the backing file of a new QED image, see `backing_path`; None for none.
+            Only clusters that differ from the backing file are written.
         backing_format: Format of the backing file; None accepts any but raw.
-        sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
-            writes all zeros as data.  In a QED image only whole clusters of zeros make a run.
+        sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0 writes
+            all zeros as data.  In a QED image only whole clusters of zeros make a run.
         foreign_options: Arguments for ``-o`` of qemu-img; ignored for ``raw`` and ``qed``.
     """
 
@@ -93,19 +93,16 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
     """Open the backing file of a new image as a source for the caller's ``with`` block.
 
     Args:
-        image: Path of the new image; the name of the backing file is relative to the directory
-            of this path.
+            image: Path of the new image, from which the name of the backing file is relative.
         spec: The name and the format of the backing file; the name must not be None.
         options: How to open the backing file.
 
     Raises:
-        BackingError: The backing file cannot be opened or locked, is not a regular file, or is
-            not of the format that ``spec`` names.  If ``spec`` names no format, a raw backing file
-            is refused.
-        ForeignError: QEMU reads the backing file, and is not installed or fails.
-        RemoteError: The server of the backing file, or of a base of the backing file, cannot be
-            reached, or does not serve the file.
-        CacheError: The directory of the cache cannot be used.
+            BackingError: The backing file cannot be opened or locked, is not a regular file, or is
+                not of the format of ``spec``, or is raw without a format in ``spec``.
+            ForeignError: QEMU reads the backing file, and is not installed or fails.
+            RemoteError: The server of the backing file, or of one of its bases, does not serve it.
+            CacheError: The directory of the cache cannot be used.
     """
     path = backing_path(image, spec.backing or "", options.backing.working_directory)
     about = f"{printable(image)}: backing file"

@@ -32,15 +32,14 @@ class MapEntry:
     Attributes:
         start: Guest offset of the range in bytes.
         length: Length of the range in bytes.
-        depth: Depth of the layer that stores the range; 0 is the image itself.  If no layer
-            stores the range, the depth of the last layer that was searched for the range.
-        present: Whether a layer stores the range, or has an invalid entry for it.  If not,
-            the range reads as zeros.
+        depth: Depth of the layer that stores the range, 0 for the image itself; if no layer does,
+            of the last layer that was searched.
+        present: Whether a layer stores the range, or has an invalid entry for it.  If not, the
+            range reads as zeros.
         zero: Whether the tables, or the holes of a raw file, show that the range is all zeros.
-            False for a range of data, even if all bytes of the data are zeros.
         data: Whether the file of a layer holds data for the range; False if ``bad`` is set.
-        offset: File offset in bytes where the data, or the hole of a raw file, begins in the
-            layer's file; None for all other ranges, and for a layer that QEMU serves.
+        offset: File offset of the data, or of the hole of a raw file; None for all other ranges,
+            and for a layer that QEMU serves.
         bad: Whether the table entry is invalid, so that the content is unknown.
     """
 
@@ -57,8 +56,7 @@ class MapEntry:
 def map_entries(batch: ChainRuns, unknown_depths: Collection[int] = ()) -> Iterator[MapEntry]:
     """Yield the runs of a batch as map entries, in order.
 
-    ``unknown_depths`` are the depths of layers whose runs have no known file offset, see
-    `ChainRunReader`.
+    ``unknown_depths`` are the depths of layers without known file offsets (`ChainRunReader`).
     """
     columns = (batch.starts, batch.lengths, batch.depths, batch.kinds, batch.offsets)
     for start, length, depth, kind, offset in zip(
@@ -89,9 +87,8 @@ async def open_map(
 
     Raises:
         NotQedError: ``image_format`` is ``qed`` and the file has no QED magic.
-        ForeignError: The file is of a format that QEMU reads, and QEMU fails or is missing.
-        QedError: The file or a base cannot be opened, locked or read, or has an invalid header,
-            or the policy for bases refuses a base.
+            ForeignError: QEMU reads the format of the file, and fails or is missing.
+            QedError: The file or a base cannot be opened, locked or read, is invalid or refused.
     """
     options = options or OpenOptions()
     async with open_image(path, options.read_lock, options.remote) as file:
@@ -107,7 +104,7 @@ async def open_map(
         header = await read_header(file)
         store = make_store(options.cache_bytes)
         layer = QedLayer(file, header, store)
-        # Lookups need the offsets of all L2 tables: an entry that points into a table is bad.
+        # An entry that points into an L2 table is bad, so lookups need the offsets of all tables.
         await layer.scan_l1()
         with closing_layers(await open_bases(path, file, header, options, store)) as bases:
             yield ChainRunReader([layer, *bases])
@@ -129,11 +126,9 @@ async def map_image(
         path: An image or a raw file, or its URL.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the image and its chain; None for the defaults.
-        start: Guest offset in bytes where the range begins.  The list is empty if the offset
-            is at or past the end of the disk.
-        length: Length of the range in bytes; None for all up to the end of the disk.  The
-            range is cut off at the end of the disk.  An entry that crosses an end of the range is
-            cut off there.
+            start: Guest offset in bytes where the range begins.
+            length: Length of the range in bytes, which is cut off at the end of the disk; None for
+                all.
 
     Raises:
         QedError: The chain cannot be opened, see `open_map`, or a file cannot be read.

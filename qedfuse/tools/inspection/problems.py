@@ -30,8 +30,7 @@ class Problem:
     Attributes:
         code: Identifier of the kind of problem, for scripts.
         message: One line for the user.
-        fatal: Whether every mount, even a read-only mount, refuses the image because of the
-            problem.
+        fatal: Whether every mount refuses the image because of it, even a read-only mount.
     """
 
     code: str
@@ -59,9 +58,7 @@ def _code(error: QedError) -> str:
 def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Problem]:
     """Yield the problems of an L1 table.
 
-    Only an L1 table that the host cannot read is fatal, because every mount reads this table.  An
-    image with the other problems can be mounted at least read-only.  Such a mount returns I/O
-    errors only for the ranges of the invalid entries.
+    Only an L1 table that the host cannot read is fatal, because every mount reads this table.
     """
     if summary.failure:
         msg = f"{name}: L1 table: cannot be read: {summary.failure}"
@@ -89,16 +86,13 @@ def backing_problems(
 ) -> Iterator[Problem]:
     """Yield the problems of a backing file name; yield nothing if ``backing`` is None.
 
-    A valid URL is not fatal, because the user can allow it.  All other problems are fatal, because
-    every mount refuses an image with one of them.
+    A valid URL is not fatal, because the user can allow it.
 
     Args:
         raw: The header.
-        backing: The backing file, or a text that says why the host could not read its name.
-            None if the image names no backing file, or if the header does not say where the
-            name is.
+        backing: The backing file, or why the host could not read its name; None if there is none.
         name: Name of the image in messages.
-        allowed: The prefixes of the URLs that the user has allowed; such a URL is no problem.
+        allowed: The prefixes of the URLs that the user has allowed.
     """
     if backing is None:
         return

@@ -1,7 +1,4 @@
-"""Walking through the extents of a disk in batches, optionally together with another disk.
-
-Each batch describes how the disk, and the other disk if there is one, store a range.
-"""
+"""Walking through the extents of a disk in batches, optionally together with another disk."""
 
 from __future__ import annotations
 
@@ -30,9 +27,8 @@ class ExtentBatch(NamedTuple):
         start: Guest offset in bytes where the range begins.
         end: Guest offset in bytes where the range ends.
         extents: The extents of the disk in the range, in order and without gaps.
-        base_extents: The extents of the other disk in the range, in order and without gaps.
-            They end earlier if the other disk ends within the range.  Empty if there is no
-            other disk, or if the other disk ends at or before ``start``.
+        base_extents: The extents of the other disk in the range, in order and without gaps.  They
+            end where that disk ends, so there may be none.
     """
 
     start: int
@@ -65,8 +61,7 @@ async def extent_batches(
         if base is not None and at < base.size:
             base_extents = await _read_batch(base, at, end, block_size)
             # The extents of the other disk may end before `end`, because the other disk ends, or
-            # because they fill a batch.  In the second case, this batch must end at the same
-            # offset as these extents.
+            # because they fill a batch.  In the second case, this batch must end there too.
             if base_extents[-1].end < base.size:
                 end = min(end, base_extents[-1].end)
         bad = [extent for extent in (*extents, *base_extents) if extent.kind is Kind.BAD]
@@ -83,10 +78,7 @@ async def extent_batches(
 
 
 async def _read_batch(source: Source, start: int, end: int, block_size: int) -> list[Extent]:
-    """Return the extents from ``start`` on, for one batch.
-
-    The extents end at ``end`` or at the end of the disk, or earlier if they fill a batch.
-    """
+    """Return the extents from ``start`` on, up to ``end`` or until they fill a batch."""
     found: list[Extent] = []
     at, end = start, min(end, source.size)
     while at < end:
