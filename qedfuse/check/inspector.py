@@ -17,25 +17,22 @@ _log = logging.getLogger(__name__)
 async def inspect_image(file: HostFile, header: Header) -> None:
     """Check an image, and refuse it if its tables have errors; change nothing.
 
-    The caller must pass only an image that has NEED_CHECK set, or whose length is not a multiple of
-    the cluster size.  If NEED_CHECK is set, the messages say that the image was not closed cleanly;
-    otherwise they give its length as the reason for the check.  Leaked clusters cost only space, so
-    they are only logged.  Errors of the free list are ignored.
+    The image must have NEED_CHECK set, or a length that is not a multiple of the cluster size; the
+    messages name this reason.  Leaked clusters are only logged, because they cost only space.
+    Errors of the free list are ignored.
 
     Raises:
         CorruptImageError: The tables have errors.
         HostError: The host cannot read the file.
-        NeedsCheckError: The image is too large, or has too many tables, to be checked in bounded
-            memory.
+            NeedsCheckError: The image is too large to be checked in bounded memory.
     """
-    # Imported late, because the checker takes long to load and most images need no check.
+    # Imported late, because the checker takes long to load, and most images need no check.
     from qedfuse.check.checker import check_image  # noqa: PLC0415
     from qedfuse.check.findings import FREE_LIST_CODES, Severity  # noqa: PLC0415
 
     reason = "was not closed cleanly" if header.need_check else "has a partial last cluster"
     report = await check_image(file, header)
-    # `table_errors` does not count errors of the free list, because the disk itself drops an
-    # invalid free list.
+    # Errors of the free list do not count, because the disk drops an invalid free list.
     if report.table_errors:
         first = next(
             item

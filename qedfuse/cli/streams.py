@@ -20,13 +20,11 @@ _NULL_FLAGS: Final = (os.O_WRONLY, os.O_RDONLY, os.O_RDWR)
 def open_streams() -> None:
     """Make sure that descriptors 0 to 2, ``sys.stdout`` and ``sys.stderr`` are open.
 
-    The caller must call this function before it opens any file.  If descriptor 1 is closed,
-    a later open(2) can return the number 1.  If the opened file were an image, each ``print``
-    would overwrite the image.  Therefore /dev/null takes the place of each closed descriptor.
-    In place of standard input /dev/null is opened only for writing, and in place of standard output
-    only for reading.  So reading standard input and writing to standard output still fail, and
-    lost data is noticed.  In place of standard error, /dev/null accepts the messages, and they are
-    lost; a failure is still reported by the exit code.
+    The caller must call this function before it opens any file.  If descriptor 1 is closed, a later
+    open(2) can return the number 1.  If the opened file were an image, each ``print`` would
+    overwrite the image.  Therefore /dev/null takes the place of each closed descriptor.  It is
+    opened so that reads of standard input and writes to standard output still fail.  Messages to
+    standard error are lost.
     """
     for descriptor in range(3):
         try:
@@ -44,8 +42,7 @@ def open_streams() -> None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # A file name can contain characters that the encoding of the stream lacks.  With this
-            # setting they are printed as escapes, and raise no UnicodeEncodeError.
+            # A file name can have characters that the encoding of the stream lacks.
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -53,12 +50,13 @@ def open_streams() -> None:
 def writing_stdout() -> Iterator[None]:
     """Turn the error of a write to ``sys.stdout``, except BrokenPipeError, into a HostError.
 
-    The block should do nothing but write, because every OSError in it counts as such an error.
+    Every OSError in the block counts as such an error.
 
     Raises:
-        BrokenPipeError: The reader of stdout has gone.  The caller must drop the unwritten text
-            (`discard_unwritten`).
-        HostError: stdout cannot be written to for another reason.  The unwritten text was dropped.
+            BrokenPipeError: The reader of stdout has gone; the caller must call
+                `discard_unwritten`.
+            HostError: stdout cannot be written to for another reason.  The unwritten text was
+                dropped.
     """
     try:
         yield
@@ -73,8 +71,7 @@ def writing_stdout() -> Iterator[None]:
 def discard_unwritten(stream: TextIO) -> None:
     """Send the text that ``stream`` could not write, and all later output, to /dev/null.
 
-    Without this call the interpreter would try to write the buffered text again when it exits, and
-    would print an error.
+    Otherwise the interpreter would try to write the text again when it exits, and print an error.
     """
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())

@@ -12,17 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _UNSUPPORTED: Final = {errno.EINVAL, errno.EOPNOTSUPP}
-"""Errors of lseek(2) with SEEK_DATA or SEEK_HOLE if the file system does not record holes, or if
-the file is a block device."""
+"""Errors of lseek(2) if the file system does not record holes, or for a block device."""
 
 
 def seek(fd: int, offset: int, whence: int) -> int | None:
     """Return the lowest offset, at or past ``offset``, of data or of a hole (lseek(2)).
 
-    Returns None if the offset is at or past the end of the file, or if data is searched for and
-    none follows.  The end of the file counts as a hole.  If the kernel refuses the call, because
-    the file is a block device or the file system does not record holes, the whole file
-    counts as data.  The call moves the file position of the descriptor.
+    Returns None if the offset is at or past the end of the file, or if no data follows.  The end of
+    the file counts as a hole.  A block device, and a file on a file system that does not record
+    holes, count as data.  The call moves the file position of the descriptor.
 
     Args:
         fd: The file.
@@ -49,7 +47,7 @@ def seek(fd: int, offset: int, whence: int) -> int | None:
 def data_slices(fd: int, table_offset: int, length: int) -> Iterator[int]:
     """Yield the file offsets of those slices of a table that hold data; skip the holes.
 
-    `qedfuse.hostio.tablewalk.DataSlices` does the same for asynchronous code.
+    For asynchronous code there is `qedfuse.hostio.tablewalk.DataSlices`.
 
     Args:
         fd: The image.

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _ENTRY: Final = struct.Struct("<II")
-"""An entry of the map: the checksum of a unit, and a mark, which is `_PRESENT` in a used entry."""
+"""An entry of the map: the checksum of a unit, and a mark."""
 _PRESENT: Final = 0x51454455
-"""Marks a used entry of the map, so that a hole of the map is not taken for checksums."""
+"""The mark of a used entry; a hole of the map lacks it."""
 
 _ENTRIES_PER_STEP: Final = 1 << 16
 """How many entries of the map are read in one step: 512 KiB."""
@@ -56,8 +56,7 @@ class ChecksumMap:
         Args:
             first: The first unit of the range.
             count: Number of units of the range.
-            needed: A byte for each unit of the range: 1 if the unit is needed, and 0 if it is not;
-                None if all units of the range are needed.
+            needed: A byte for each unit: 1 if it is needed, 0 if not; None for all units.
         """
         for begin in range(0, count, _ENTRIES_PER_STEP):
             step = min(_ENTRIES_PER_STEP, count - begin)

@@ -5,23 +5,19 @@ from __future__ import annotations
 from typing import Final
 
 _MAX_CONFIDENCE: Final = 16
-"""Maximum of the confidence counter (`AdaptivePoll`).  A wait that is too long for polling lowers
-the counter by 1; a very long wait resets the counter.  So polling is disabled after at most this
-number of such waits in a row."""
+"""Maximum of the confidence counter (`AdaptivePoll`), and so of the long waits that disable it."""
 _RESET_FACTOR: Final = 8
-"""Multiple of the maximum time to poll.  A wait longer than this multiple resets the counter to 0,
-because the earlier waits no longer predict the next wait."""
+"""A wait longer than this multiple of the maximum time to poll resets the counter to 0."""
 _WAKE_FACTOR: Final = 2
-"""Multiple of the maximum time to poll.  A wait in which the task slept counts as short if the wait
-took at most this multiple, because a task that sleeps notices the event late."""
+"""A wait in which the task slept counts as short up to this multiple of the maximum time to poll,
+because a task that sleeps notices the event late."""
 
 
 class AdaptivePoll:
     """Decides how long to poll for the next event, from the durations of earlier waits.
 
     A confidence counter rises with each wait that is so short that polling would have found the
-    event.  The counter falls with each longer wait.  Polling is enabled while the counter is
-    positive.
+    event, and falls with each longer wait.  Polling is enabled while the counter is positive.
     """
 
     def __init__(self, seconds: float, *, start_enabled: bool = False) -> None:
@@ -29,8 +25,7 @@ class AdaptivePoll:
 
         Args:
             seconds: Maximum time to poll for one event; 0 to never poll.
-            start_enabled: Whether to poll from the start.  If False, the first short wait enables
-                polling.
+            start_enabled: Whether to poll before the first short wait.
         """
         self._max_seconds = seconds
         self._confidence = _MAX_CONFIDENCE if start_enabled else 0
@@ -44,9 +39,8 @@ class AdaptivePoll:
         """Record how long one wait took.
 
         Args:
-            seconds: How long the wait took.  A caller that polls passes 0 if polling has found the
-                event.
-            slept: Whether the task slept, or let other tasks run, instead of polling.
+                seconds: How long the wait took; 0 if polling has found the event.
+                slept: Whether the task slept, or let other tasks run, instead of polling.
         """
         if seconds <= self._max_seconds * (_WAKE_FACTOR if slept else 1):
             self._confidence = min(_MAX_CONFIDENCE, self._confidence + 2)

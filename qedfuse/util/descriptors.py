@@ -28,8 +28,7 @@ def open_descriptors() -> set[int]:
         raise proc_missing() from error
     found = set()
     for number in map(int, names):
-        # One of the numbers is the descriptor with which listdir() has read the directory.  That
-        # descriptor is closed now, so fstat() fails, and the number is left out.
+        # The descriptor with which listdir() has read the directory is closed now.
         with suppress(OSError):
             os.fstat(number)
             found.add(number)
@@ -44,9 +43,7 @@ def close_descriptors(descriptors: Iterable[int]) -> None:
 
 
 def discard_standard_streams() -> None:
-    """Replace standard input, output and error by /dev/null.
-
-    So this process no longer keeps a terminal, or the end of a pipe, in use.
+    """Replace standard input, output and error by /dev/null, to release a terminal or pipe.
 
     Raises:
         OSError: /dev/null cannot be opened.

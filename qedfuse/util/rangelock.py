@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    """One task's range, in the queue from the call of `hold` until the range is released.
+    """One task's range, in the queue until the range is released.
 
     Attributes:
         start: The first number of the range.
@@ -32,9 +32,8 @@ class _Request:
 class RangeLock:
     """Exclusive ownership of half-open ranges ``[start, end)``, first come first served.
 
-    A request waits for every overlapping request that came earlier, even for one that is itself
-    waiting.  So no task starves.  A request that need not wait makes no checkpoint.  An empty
-    range overlaps no range.
+    A request waits for every overlapping request that came earlier, even for a waiting one, so no
+    task starves.  A request that need not wait makes no checkpoint.
     """
 
     def __init__(self) -> None:

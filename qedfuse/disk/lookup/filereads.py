@@ -1,7 +1,7 @@
 """For each file of a chain: how often requests have read from it, and how many bytes.
 
-The mount's extension (``_cachedread.c``) adds the reads that it answers itself to
-`FileReads.cells`.  Reads of tables are not counted.
+The mount's extension (``_cachedread.c``) adds its own reads to `FileReads.cells`.  Reads of tables
+are not counted.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ class FileReads:
     """Counts the reads of the files of one chain.
 
     Attributes:
-        cells: Two numbers for each file, the files in the order of their depths in the chain: how
-            many reads there were, and how many bytes they read.
+        cells: Two numbers for each file, in the order of their depths: of reads, and of bytes read.
     """
 
     def __init__(self, files: Iterable[ReadableFile]) -> None:
-        """Count the reads of ``files``, the files of the chain in the order of their depths."""
+        """Count the reads of ``files``, which are in the order of their depths."""
         self._first_cell = {id(file): 2 * depth for depth, file in enumerate(files)}
         self.cells = array("Q", bytes(16 * len(self._first_cell)))
 

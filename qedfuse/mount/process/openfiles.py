@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_OTHER_FILES: Final = 32
-"""Maximum number of open files that the server needs besides images and their backing files, such
-as the connection to the kernel, sockets and directories."""
+"""Maximum number of open files besides images and their backing files."""
 
 _REMEDY: Final = "(see: ulimit -Hn; for a service: LimitNOFILE=)"
 
@@ -32,14 +31,14 @@ def raise_open_file_limit() -> None:
 def explained_limit(images: int) -> Iterator[None]:
     """Check the limit on open files before the block, and explain an EMFILE in the block.
 
-    Only a `QedError` that was caused by EMFILE is explained; any other exception passes unchanged.
+    Any other exception of the block passes unchanged.
 
     Args:
         images: The number of images that the block opens, not counting their backing files.
 
     Raises:
-        HostError: The limit is too low for the images, or the block raised a `QedError` that
-            was caused by EMFILE.  The message has the limit, and how many open files are needed.
+            HostError: The limit is too low for the images, or a `QedError` of the block was caused
+                by EMFILE.  The message has the limit, and how many open files are needed.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     needed = images + MAX_OTHER_FILES

@@ -31,16 +31,14 @@ class SignalDispatcher:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Receive signals until cancelled; after that, the signals have no effect on the process.
 
-        If the process ignores SIGHUP when this method is called, as under nohup(1), SIGHUP stays
-        ignored.
+        If the process ignores SIGHUP, as under nohup(1), SIGHUP stays ignored.
         """
         numbers = list(SIGNALS)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             numbers.remove(signal.SIGHUP)
         early = _replace_handlers(numbers)
         with trio.open_signal_receiver(*numbers) as signals:
-            # Signals that arrived before the receiver was open are raised again, so that the
-            # receiver gets them.
+            # Raised again, so that the receiver gets what arrived before it was open.
             for number in early:
                 signal.raise_signal(number)
             task_status.started()
@@ -51,10 +49,9 @@ class SignalDispatcher:
 def _replace_handlers(numbers: list[signal.Signals]) -> list[int]:
     """Replace the handlers of signals by one that only appends the signal to the returned list.
 
-    At the end of a signal receiver, trio restores the handlers that were set before, and raises
-    again the signals that trio has not delivered.  With the default handlers, such a signal could
-    kill a process that has closed all images and only has to exit.  With the handler that is set
-    here, such a signal has no effect.
+    At the end of a signal receiver, trio restores the former handlers, and raises again the signals
+    that it has not delivered.  With the default handlers, such a signal could kill a process that
+    has closed all images and only has to exit.
     """
     received: list[int] = []
     for number in numbers:
@@ -65,9 +62,8 @@ def _replace_handlers(numbers: list[signal.Signals]) -> list[int]:
 def ignore_signals() -> None:
     """Ignore `SIGNALS` until the process exits.
 
-    A handler would not suffice.  When Python exits, it restores the default action of each signal
-    that has a handler, and a late signal could then change the exit code of the process.  But
-    Python leaves an ignored signal ignored.
+    When Python exits, it restores the default action of each signal that has a handler, so a late
+    signal could change the exit code.  It leaves an ignored signal ignored.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """The metrics of a mount over HTTP, for ``-o metrics=ADDRESS``: ``GET /metrics``.
 
-The module implements only what Prometheus and curl need of HTTP/1.0.  Each connection carries one
-request.  The headers of the request are read and ignored.
+The module implements only what Prometheus and curl need of HTTP/1.0: one request per connection,
+whose headers are ignored.
 """
 
 from __future__ import annotations
@@ -46,11 +46,7 @@ async def serve_metrics(listening: socket.socket, source: StatisticsSource) -> N
 
 
 async def _receive_request(stream: trio.SocketStream) -> bytes:
-    """Return a request with its headers; only its beginning if the request is cut off or too long.
-
-    A request is cut off if the client closes the connection early, and too long if its headers do
-    not end within `_MAX_REQUEST_BYTES`.
-    """
+    """Return a request with its headers; only its beginning if it is cut off or too long."""
     request = bytearray()
     # A line may also end without CR (RFC 9112, section 2.2), as in a request typed into netcat.
     while not _END_OF_HEADERS.search(request) and len(request) < _MAX_REQUEST_BYTES:

@@ -20,9 +20,8 @@ def open_writable(
 ) -> AbstractAsyncContextManager[Disk]:
     """Return a context manager that opens an image for writing.
 
-    Entering the context manager first checks the image if NEED_CHECK is set, or if the length of
-    the file is not a multiple of the cluster size.  The errors below are raised on entering and
-    leaving, not by this function.
+    Entering it checks the image first if NEED_CHECK is set, or if the length of the file is not a
+    multiple of the cluster size.  The errors are raised on entering and leaving.
 
     Args:
         path: The image.
@@ -31,9 +30,9 @@ def open_writable(
 
     Raises:
         CorruptImageError: The check found damage.
-        NeedsCheckError: The image is too large, or has too many tables, to be checked.
-        QedError: The options contradict each other, the image or a base cannot be opened, locked
-            or trusted, or at the close something could not be made durable.
+            NeedsCheckError: The image is too large to be checked.
+            QedError: The image or a base cannot be opened, locked or trusted, or at the close
+                something could not be made durable.
     """
     options = replace(options or OpenOptions(), writable=True)
     return open_disk(path, options, inspector=inspect_image, with_bases=with_bases)
