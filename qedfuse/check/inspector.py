@@ -24,7 +24,7 @@ async def inspect_image(file: HostFile, header: Header) -> None:
     Raises:
         CorruptImageError: The tables have errors.
         HostError: The host cannot read the file.
-            NeedsCheckError: The image is too large to be checked in bounded memory.
+        NeedsCheckError: The image is too large to be checked in bounded memory.
     """
     # Imported late, because the checker takes long to load, and most images need no check.
     from qedfuse.check.checker import check_image  # noqa: PLC0415

@@ -53,10 +53,8 @@ def writing_stdout() -> Iterator[None]:
     Every OSError in the block counts as such an error.
 
     Raises:
-            BrokenPipeError: The reader of stdout has gone; the caller must call
-                `discard_unwritten`.
-            HostError: stdout cannot be written to for another reason.  The unwritten text was
-                dropped.
+        BrokenPipeError: The reader of stdout has gone; the caller must call `discard_unwritten`.
+        HostError: stdout cannot be written to for another reason.  The unwritten text was dropped.
     """
     try:
         yield

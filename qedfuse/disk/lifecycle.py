@@ -38,10 +38,9 @@ class Lifecycle:
         """Start the disk; close the disk cleanly at the end of the ``async with`` block.
 
         Raises:
-                CorruptImageError: The image is open for writing, and two of its L2 tables overlap.
-                UsageError: A free list is requested, but other data lies where its descriptor must
-                    be.
-                HostError: The host refused an access, or data could not be made durable (D7).
+            CorruptImageError: The image is open for writing, and two of its L2 tables overlap.
+            UsageError: A free list is requested, but other data lies where its descriptor must be.
+            HostError: The host refused an access, or data could not be made durable (D7).
 
         After any error the files are closed.
         """

@@ -43,8 +43,8 @@ def read_table(
         length: How many bytes of the table to read, from its beginning.
 
     Yields:
-            (index in the table of the first entry, entries) of each slice that holds data.  The
-            last slice may have fewer entries; an incomplete last entry is left out.
+        (index in the table of the first entry, entries) of each slice that holds data.  The last
+        slice may have fewer entries; an incomplete last entry is left out.
 
     Raises:
         HostError: A system call failed.
@@ -73,10 +73,8 @@ class DataSlices:
             file: The image.
             table_offset: File offset of the table.
             length: How many bytes of the table to walk through, from its beginning.
-                slice_bytes: Length of a slice in bytes; the first slice begins where the table
-                    does.
-                skip: Bytes at the beginning of the table to leave out; a multiple of
-                    ``slice_bytes``.
+            slice_bytes: Length of a slice in bytes; the first slice begins where the table does.
+            skip: Bytes at the beginning of the table to leave out; a multiple of ``slice_bytes``.
         """
         self._file = file
         self._table_offset = table_offset

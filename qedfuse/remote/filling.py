@@ -40,9 +40,9 @@ async def fill(
         file: The file.
         runs: The first and the last unit of each run.
         max_requests: Maximum number of runs that are queued or being fetched at a time.
-            verify: Whether to verify the checksum of each unit that the cache already has, and to
-                fetch the unit again if it is damaged.
-            wait_turn: Called and awaited before each run.  The call must be a checkpoint of trio.
+        verify: Whether to verify the checksum of each unit that the cache already has, and to fetch
+            the unit again if it is damaged.
+        wait_turn: Called and awaited before each run.  The call must be a checkpoint of trio.
         report: Called with the length in bytes of a run when the run is in the cache.
 
     Raises:

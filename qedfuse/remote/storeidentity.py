@@ -161,7 +161,7 @@ def add_identity(
     """Make requests anonymous if nothing gives credentials; return False if requests are anonymous.
 
     Raises:
-            UnusableError: The credentials are partly in the file and partly in the environment.
+        UnusableError: The credentials are partly in the file and partly in the environment.
     """
     if any(variables.own.get(name) for name in names):
         # obstore would choose between the credentials in the file and those in the environment.

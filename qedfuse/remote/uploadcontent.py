@@ -59,8 +59,7 @@ class ContentParts:
             content: The content.
             size: Length of the content in bytes.
             shown: The URL of the object, for errors.
-                before_end: Called in another thread when all parts were read; `read` raises its
-                    errors.
+            before_end: Called in another thread when all parts were read; `read` raises its errors.
             progress: Called after each part with the number of bytes read, and ``size``.
             stopped: Another thread sets the event to end `read`.
         """

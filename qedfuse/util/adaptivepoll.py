@@ -39,8 +39,8 @@ class AdaptivePoll:
         """Record how long one wait took.
 
         Args:
-                seconds: How long the wait took; 0 if polling has found the event.
-                slept: Whether the task slept, or let other tasks run, instead of polling.
+            seconds: How long the wait took; 0 if polling has found the event.
+            slept: Whether the task slept, or let other tasks run, instead of polling.
         """
         if seconds <= self._max_seconds * (_WAKE_FACTOR if slept else 1):
             self._confidence = min(_MAX_CONFIDENCE, self._confidence + 2)

@@ -23,7 +23,7 @@ def start_thread(
     """Call a function in a new daemon thread; return the thread, which has been started.
 
     Raises:
-            OSError: The host cannot start a thread (EAGAIN).
+        OSError: The host cannot start a thread (EAGAIN).
     """
     thread = threading.Thread(target=function, args=args, name=name, daemon=True)
     start(thread)

@@ -38,7 +38,7 @@ def quantile(histogram: Sequence[int], bounds: Sequence[float], share: float) ->
 
     Args:
         histogram: How many durations are in each bucket.
-            bounds: The upper bound in seconds of each bucket but the last.
+        bounds: The upper bound in seconds of each bucket but the last.
         share: The quantile, more than 0 and at most 1.
 
     Returns:

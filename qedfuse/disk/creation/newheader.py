@@ -22,8 +22,8 @@ def backing_name(backing: str | None) -> bytes:
     """Return the bytes of a backing name as an image stores them; empty for None or "".
 
     Raises:
-            UsageError: The name is too long, contains a NUL byte, is ``file:`` without a path, or
-                begins with another protocol and is not a valid URL.
+        UsageError: The name is too long, contains a NUL byte, is ``file:`` without a path, or
+            begins with another protocol and is not a valid URL.
     """
     name = os.fsencode(backing or "")
     if backing and is_url(backing):
@@ -54,8 +54,7 @@ def new_header(
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file; None or empty for no backing file.
-            backing_is_raw: Whether the header forbids programs to probe the format of the backing
-                file.
+        backing_is_raw: Whether the header forbids programs to probe the format of the backing file.
 
     Raises:
         UsageError: A size is not allowed, or `backing_name` refuses the name.

@@ -149,7 +149,7 @@ class Allocator:
         """Choose the clusters of a new table.
 
         Returns:
-                The first of the clusters; None if no run up to the bound is long enough.
+            The first of the clusters; None if no run up to the bound is long enough.
         """
         found = self.free.take_slot()
         if found is not None:

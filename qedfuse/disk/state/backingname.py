@@ -53,9 +53,9 @@ async def change_backing_name(
     the header forbids probing the format of the base; the argument is ignored if the name is empty.
 
     Raises:
-            HostError: A system call failed.  If the header may have changed, the old header is
-                written again.  The image may name the new base only if this fails as well, or if
-                the power fails before the next datasync.
+        HostError: A system call failed.  If the header may have changed, the old header is written
+            again.  The image may name the new base only if this fails as well, or if the power
+            fails before the next datasync.
         ReadOnlyError: The disk has become read-only during the call.
     """
     # What the image needs with its new base must be durable before the header names it.

@@ -71,7 +71,7 @@ def remount(
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.
         lists: The arguments of all ``-o``, in order; a later option overrides an earlier one.
-            fake: Whether to check the options only, and to change nothing.
+        fake: Whether to check the options only, and to change nothing.
         sloppy: Whether to ignore unknown options (``-s`` of mount(8)).
 
     Raises:

@@ -71,15 +71,15 @@ def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
 
     Args:
         path: The mountpoint, or a symbolic link to it.
-            seconds: Maximum time to wait, for the path and for the server.
+        seconds: Maximum time to wait, for the path and for the server.
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.
         PrivilegeError: The mount belongs to another user, and the caller is not root.
-            NoStatisticsError: The server cannot be found, does not answer in time, or sends no
-                document of this version.
-            HostError: A directory or a record cannot be read, /proc is not mounted, or the child
-                process fails.
+        NoStatisticsError: The server cannot be found, does not answer in time, or sends no document
+            of this version.
+        HostError: A directory or a record cannot be read, /proc is not mounted, or the child
+            process fails.
     """
     try:
         answer = call_in_child(partial(_ask, path), seconds)

@@ -1,14 +1,14 @@
 /*
  * The two FUSE requests that pyfuse3 does not implement: fallocate(2) and lseek(2).
  *
-  * pyfuse3 passes libfuse a table of operations (struct fuse_lowlevel_ops) in which these two
-  * are NULL.  This module is loaded with RTLD_GLOBAL before pyfuse3, and defines a function with
-  * the name of libfuse's function that takes the table (symbol interposition).  This function
-  * copies the table, sets the two operations, replaces others (_dataops.c), and calls libfuse's own
-  * function with the copy.
-  *
-  * Each operation passes a `Request` object (_request.c) to the handler that Python has set.  The
-  * request may be answered before or after the handler returns.
+ * pyfuse3 passes libfuse a table of operations (struct fuse_lowlevel_ops) in which these two are
+ * NULL.  This module is loaded with RTLD_GLOBAL before pyfuse3, and defines a function with the
+ * name of libfuse's function that takes the table (symbol interposition).  This function copies the
+ * table, sets the two operations, replaces others (_dataops.c), and calls libfuse's own function
+ * with the copy.
+ *
+ * Each operation passes a `Request` object (_request.c) to the handler that Python has set.  The
+ * request may be answered before or after the handler returns.
  */
 
 #include "_extraops.h"
@@ -129,9 +129,9 @@ static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *si
         copy->fallocate = on_fallocate;
     if (copy->lseek == NULL)
         copy->lseek = on_lseek;
-        /* With write_buf, libfuse reads requests through a pipe (splice(2)).  That costs two more
-         * system
-         * calls for each request and saves no copy, because pyfuse3 copies the data in any case. */
+    /* With write_buf, libfuse reads requests through a pipe (splice(2)).  That costs two more
+     * system calls for each request and saves no copy, because pyfuse3 copies the data in any
+     * case. */
     if (copy->write != NULL)
         copy->write_buf = NULL;
     replace_data_operations(copy);

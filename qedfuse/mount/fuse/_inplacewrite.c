@@ -1,18 +1,15 @@
 /*
-  * Carries out writes without the Python code of the fast path (disk/datapath/fastpath.py).  The
-  * range
-  * of such a write is allocated in the top image as one run, and the slice (part) of the table that
-  * locates the run is in memory.  The write is short (InlinePolicy), and nothing must be done
-  * before
-  * it.  It changes no table.
-  *
-  * The conditions are those of GuestChanges.try_write and InlinePolicy.can_write_inline.  The range
-  * is
-  * found and the conditions are checked in one step, with the GIL held.  The GIL is released during
-  * the write itself; only the thread of the event loop changes tables.
-  *
-  * Every other write, and one that fails here or ends early, goes to the Python function for writes
-  * (_dataops.c), which writes the whole range again.
+ * Carries out writes without the Python code of the fast path (disk/datapath/fastpath.py).  The
+ * range of such a write is allocated in the top image as one run, and the slice (part) of the table
+ * that locates the run is in memory.  The write is short (InlinePolicy), and nothing must be done
+ * before it.  It changes no table.
+ *
+ * The conditions are those of GuestChanges.try_write and InlinePolicy.can_write_inline.  The range
+ * is found and the conditions are checked in one step, with the GIL held.  The GIL is released
+ * during the write itself; only the thread of the event loop changes tables.
+ *
+ * Every other write, and one that fails here or ends early, goes to the Python function for writes
+ * (_dataops.c), which writes the whole range again.
  */
 
 #include "_extraops.h"

@@ -2,24 +2,23 @@
  * Reads whose data is not in memory, made through io_uring (_ring.c) and answered by the event
  * loop, without a thread and without a task.
  *
-  * The reads of a burst (_burst.c) are submitted together at its end, so that the disk gets all of
-  * them with one notification.  end_queued_reads() answers those that have ended.  The event loop
-  * calls it between two requests and while it polls, and an eventfd wakes the loop when it sleeps.
-  *
-  * - Clusters.  A read is in an epoch (disk/space/epochs.py) from queue_read() until it has ended.
-  *   Nothing else runs between the lookup of its cluster and queue_read().  So until the read has
-  *   ended the cluster gets no other data, even if a request of the same burst frees it.
-  * - Order.  The kernel copies the data from the page cache at some time after queue_read().  A
-  *   write that was answered before queue_read() is in the page cache by then, so the read returns
-  *   what the write has written.
-  * - Failures.  After an error or too few bytes, a Python function begins the read anew, in a task
-  *   that may wait.
-  * - Files that do not answer.  At most MAX_READS_OF_FILE reads of one file are queued.  Files
-  *   whose reads the kernel would make in threads are left out (ReadPolicy.can_queue).  After a
-  *   submission that took long, because the kernel waited for a disk, no read is queued for a
-  * while.
-  *
-  * Everything happens in the thread of the event loop, with the GIL held.
+ * The reads of a burst (_burst.c) are submitted together at its end, so that the disk gets all of
+ * them with one notification.  end_queued_reads() answers those that have ended.  The event loop
+ * calls it between two requests and while it polls, and an eventfd wakes the loop when it sleeps.
+ *
+ * - Clusters.  A read is in an epoch (disk/space/epochs.py) from queue_read() until it has ended.
+ *   Nothing else runs between the lookup of its cluster and queue_read().  So until the read has
+ *   ended the cluster gets no other data, even if a request of the same burst frees it.
+ * - Order.  The kernel copies the data from the page cache at some time after queue_read().  A
+ *   write that was answered before queue_read() is in the page cache by then, so the read returns
+ *   what the write has written.
+ * - Failures.  After an error or too few bytes, a Python function begins the read anew, in a task
+ *   that may wait.
+ * - Files that do not answer.  At most MAX_READS_OF_FILE reads of one file are queued.  Files whose
+ *   reads the kernel would make in threads are left out (ReadPolicy.can_queue).  After a submission
+ *   that took long, because the kernel waited for a disk, no read is queued for a while.
+ *
+ * Everything happens in the thread of the event loop, with the GIL held.
  */
 
 #include "_extraops.h"
@@ -52,7 +51,7 @@ struct queued_read {
     size_t size;
     struct read_place place; /* this read holds a reference to its `view` */
     PyObject *epoch;
-        int was_tried; /* whether the data was not found in the page cache */
+    int was_tried; /* whether the data was not found in the page cache */
     char data[MAX_QUEUED_BYTES];
 };
 
@@ -213,20 +212,16 @@ static void submit(void)
     int failed = ring_submit();
     struct queued_read *read;
 
-        /* During a pause native threads make the reads, with more of the processor's time.  So none
-         * begins if only other programs, which used the processor, made the submission slow: then
-         * this
-         * thread has not waited.  If `slow_nanoseconds` is 0, each submission causes a pause. */
+    /* During a pause native threads make the reads, with more of the processor's time.  So none
+     * begins if only other programs, which used the processor, made the submission slow: then this
+     * thread has not waited.  If `slow_nanoseconds` is 0, each submission causes a pause. */
     until = monotonic_time();
     if (until - since > slow_nanoseconds && (waits() > waits_before || !slow_nanoseconds))
         paused_until = until + PAUSE_NANOSECONDS;
-        /* Only ring_run() completes reads for which the kernel had to wait (_ring.c).  So reads
-         * that have
-         * ended by now found their data in the page cache.  Their ends have made the eventfd
-         * readable, so
-         * it is emptied.  Another read that is ready may have made it readable too.  But that read
-         * has
-         * set the flag of ring_has_work() first, and the caller tests this flag next. */
+    /* Only ring_run() completes reads for which the kernel had to wait (_ring.c).  So reads that
+     * have ended by now found their data in the page cache.  Their ends have made the eventfd
+     * readable, so it is emptied.  Another read that is ready may have made it readable too.  But
+     * that read has set the flag of ring_has_work() first, and the caller tests this flag next. */
     if (end_reported(1))
         ring_unnotify();
     while (failed && (read = ring_take_back()) != NULL)
@@ -237,19 +232,16 @@ void end_queued_reads(void)
 {
     int idle;
 
-        if (!reads || is_ending) /* an answer can lead to another call of this function */
+    if (!reads || is_ending) /* an answer can lead to another call of this function */
         return;
     is_ending = 1;
     if (ring_unsubmitted())
         submit();
-        /* One ring_run() need not do all work (_ring.c), and the flag of ring_has_work() may be set
-         * without any work.  So the loop ends when the flag is clear, or after IDLE_RUNS calls in a
-         * row
-         * without effect.  By then all work that had come before these calls is done.  Later work
-         * sets
-         * the flag, and then makes the eventfd readable.  If ring_run() has emptied the eventfd,
-         * the loop
-         * counts from 0 again, and finds the flag of the later work. */
+    /* One ring_run() need not do all work (_ring.c), and the flag of ring_has_work() may be set
+     * without any work.  So the loop ends when the flag is clear, or after IDLE_RUNS calls in a row
+     * without effect.  By then all work that had come before these calls is done.  Later work sets
+     * the flag, and then makes the eventfd readable.  If ring_run() has emptied the eventfd, the
+     * loop counts from 0 again, and finds the flag of the later work. */
     for (idle = 0; idle < IDLE_RUNS && ring_has_work(); idle++) {
         int notified = ring_run();
         if (end_reported(0) || notified)

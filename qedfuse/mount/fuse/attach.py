@@ -76,7 +76,7 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
         PrivilegeError: The user may not mount.
         MountpointError: libfuse or the kernel refuses the mountpoint.
         FuseError: Mounting failed for another reason, or the connection cannot be found.
-            HostError: /proc is not mounted, or the host refused a system call.
+        HostError: /proc is not mounted, or the host refused a system call.
     """
     try:
         return _attach(operations, mountpoint, options, source)
@@ -145,8 +145,7 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
     """Capture what C code and child processes print to descriptor 2 in the block.
 
     Yields:
-            A function that returns the lines captured so far as one line, cut to
-            `_MAX_MESSAGE_BYTES`.
+        A function that returns the lines captured so far as one line, cut to `_MAX_MESSAGE_BYTES`.
     """
     sys.stderr.flush()
     original = os.dup(_STDERR)

@@ -70,13 +70,12 @@ class Laundering:
         Args:
             exported: The disk.
             start: Guest offset of the range.
-                end: Guest offset of the end of the range, more than ``start``; None for the end of
-                    the last page that the kernel has cached, which can lie past the end of the
-                    disk.
+            end: Guest offset of the end of the range, more than ``start``; None for the end of the
+                last page that the kernel has cached, which can lie past the end of the disk.
 
-            Returns:
-                True if all data that the kernel had cached for the range has reached the disk.
-                After False the caller must not report any part of the range as a hole.
+        Returns:
+            True if all data that the kernel had cached for the range has reached the disk.  After
+            False the caller must not report any part of the range as a hole.
         """
         length = _TO_LAST_PAGE if end is None else end - start
         async with self._lock:

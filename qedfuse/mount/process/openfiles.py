@@ -37,8 +37,8 @@ def explained_limit(images: int) -> Iterator[None]:
         images: The number of images that the block opens, not counting their backing files.
 
     Raises:
-            HostError: The limit is too low for the images, or a `QedError` of the block was caused
-                by EMFILE.  The message has the limit, and how many open files are needed.
+        HostError: The limit is too low for the images, or a `QedError` of the block was caused by
+            EMFILE.  The message has the limit, and how many open files are needed.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     needed = images + MAX_OTHER_FILES

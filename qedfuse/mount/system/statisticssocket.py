@@ -85,11 +85,11 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes:
     Args:
         directory: A descriptor of the socket's directory.
         name: The name of the socket.
-            users: The users as which the server may run.  Another user may have put a link in place
-                of the socket.
+        users: The users as which the server may run.  Another user may have put a link in place of
+            the socket.
 
-        Returns:
-            The document, or only its beginning if the server ends meanwhile.
+    Returns:
+        The document, or only its beginning if the server ends meanwhile.
 
     Raises:
         UnusableServerError: The server runs as another user, or the document is too long.

@@ -33,7 +33,7 @@ def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
 
     Args:
         path: The file or block device.
-            expected: The end of the message about a foreign format, by default for sources.
+        expected: The end of the message about a foreign format, by default for sources.
 
     Raises:
         UsageError: The file is an image of a foreign format, or is encrypted by LUKS.
@@ -85,7 +85,7 @@ async def probe_any(
         expected: The end of the message about a foreign format, as for `probe_format`.
 
     Raises:
-            UsageError: As `probe_format`.  Or the URL is not valid or not permitted.
+        UsageError: As `probe_format`.  Or the URL is not valid or not permitted.
         HostError: The file cannot be opened or read.
         ImageError: The file is neither a regular file nor a block device.
     """
@@ -104,12 +104,12 @@ def format_of(
     """Return the format of a file, device or stream, detected from the first bytes.
 
     Args:
-            content: The first `SIGNATURE_BYTES`, or all bytes if there are fewer.
-            name: Name of the file in the message.
-            expected: The end of the message, as for `probe_format`.
+        content: The first `SIGNATURE_BYTES`, or all bytes if there are fewer.
+        name: Name of the file in the message.
+        expected: The end of the message, as for `probe_format`.
 
-        Raises:
-            UsageError: The bytes are those of a foreign image, or of a file encrypted by LUKS.
+    Raises:
+        UsageError: The bytes are those of a foreign image, or of a file encrypted by LUKS.
     """
     signature = bytes(content[:SIGNATURE_BYTES])
     if is_qed(signature):

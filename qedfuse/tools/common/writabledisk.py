@@ -30,9 +30,9 @@ def open_writable(
 
     Raises:
         CorruptImageError: The check found damage.
-            NeedsCheckError: The image is too large to be checked.
-            QedError: The image or a base cannot be opened, locked or trusted, or at the close
-                something could not be made durable.
+        NeedsCheckError: The image is too large to be checked.
+        QedError: The image or a base cannot be opened, locked or trusted, or at the close something
+            could not be made durable.
     """
     options = replace(options or OpenOptions(), writable=True)
     return open_disk(path, options, inspector=inspect_image, with_bases=with_bases)

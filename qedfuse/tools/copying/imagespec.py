@@ -93,16 +93,16 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
     """Open the backing file of a new image as a source for the caller's ``with`` block.
 
     Args:
-            image: Path of the new image, from which the name of the backing file is relative.
+        image: Path of the new image, from which the name of the backing file is relative.
         spec: The name and the format of the backing file; the name must not be None.
         options: How to open the backing file.
 
     Raises:
-            BackingError: The backing file cannot be opened or locked, is not a regular file, or is
-                not of the format of ``spec``, or is raw without a format in ``spec``.
-            ForeignError: QEMU reads the backing file, and is not installed or fails.
-            RemoteError: The server of the backing file, or of one of its bases, does not serve it.
-            CacheError: The directory of the cache cannot be used.
+        BackingError: The backing file cannot be opened or locked, is not a regular file, or is not
+            of the format of ``spec``, or is raw without a format in ``spec``.
+        ForeignError: QEMU reads the backing file, and is not installed or fails.
+        RemoteError: The server of the backing file, or of one of its bases, does not serve it.
+        CacheError: The directory of the cache cannot be used.
     """
     path = backing_path(image, spec.backing or "", options.backing.working_directory)
     about = f"{printable(image)}: backing file"

@@ -87,8 +87,8 @@ async def open_map(
 
     Raises:
         NotQedError: ``image_format`` is ``qed`` and the file has no QED magic.
-            ForeignError: QEMU reads the format of the file, and fails or is missing.
-            QedError: The file or a base cannot be opened, locked or read, is invalid or refused.
+        ForeignError: QEMU reads the format of the file, and fails or is missing.
+        QedError: The file or a base cannot be opened, locked or read, is invalid or refused.
     """
     options = options or OpenOptions()
     async with open_image(path, options.read_lock, options.remote) as file:
@@ -126,9 +126,8 @@ async def map_image(
         path: An image or a raw file, or its URL.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the image and its chain; None for the defaults.
-            start: Guest offset in bytes where the range begins.
-            length: Length of the range in bytes, which is cut off at the end of the disk; None for
-                all.
+        start: Guest offset in bytes where the range begins.
+        length: Length of the range in bytes, which is cut off at the end of the disk; None for all.
 
     Raises:
         QedError: The chain cannot be opened, see `open_map`, or a file cannot be read.

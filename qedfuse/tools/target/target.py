@@ -65,7 +65,7 @@ class ParallelTarget(ABC):
             start: Guest offset of the chunk.
             view: Content of the chunk.
             data: Mask of the blocks to store as data.
-                zeros: Mask of the blocks to store as zeros over other content of the base.
+            zeros: Mask of the blocks to store as zeros over other content of the base.
 
         Raises:
             UsageError: The disk is larger than the target can be.
