@@ -2,13 +2,13 @@
 
 The overlay reads the same after an interruption at any moment, because of the order of the steps:
 
-1.  The base grows if the overlay is larger.  The added range reads as zeros.  So did the overlay,
+1. The base grows if the overlay is larger.  The added range reads as zeros.  So did the overlay,
    past the end of the base, wherever it stored nothing.
-2.  The overlay's data is written into the base.  Only ranges change that the overlay stores itself,
+2. The overlay's data is written into the base.  Only ranges change that the overlay stores itself,
    and the overlay does not read these ranges from the base.
-3.  The base is made durable.  From now on the base reads the same as the overlay wherever the
+3. The base is made durable.  From now on the base reads the same as the overlay wherever the
    overlay stores anything.
-4.  The overlay's entries become unallocated, unless the overlay is kept.  Each entry uncovers a
+4. The overlay's entries become unallocated, unless the overlay is kept.  Each entry uncovers a
    cluster of the base that reads the same, so their order does not matter.  The overlay's tables
    and their space are released last.
 
