@@ -1,8 +1,7 @@
 """The classification of table entries: an entry is valid, or has the code of an error.
 
 All entries of a slice (at most 64 KiB of a table) are classified together, as an array: a full
-image
-of 1 TiB has 16.8 million entries.
+image of 1 TiB has 16.8 million entries.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ FREE_LIST_CODES: Final = frozenset({Code.FREE_LIST_BAD, Code.FREE_LIST_CONTRADIC
 _INVALID_L2_CODES: Final = frozenset(
     {Code.L2_RESERVED_BITS, Code.L2_UNALIGNED, Code.L2_OUT_OF_FILE, Code.L2_OVER_METADATA}
 )
-"""Errors of an L2 entry that refers to no data cluster.  One with L2_CUT_SHORT refers to a part."""
+"""Errors of an L2 entry that refers to no data cluster; L2_CUT_SHORT refers to a part of one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,8 @@ class ForeignOpening:
         The calling thread must not end before the file that `finish` returns is closed (`QemuNbd`).
 
         Args:
-            image: The file of the image, which a failed constructor, `abandon` or
-                `ForeignFile.close` closes.
+            image: The file of the image, closed by a failed constructor, `abandon` or
+                `ForeignFile.close`.
             driver: The format of the image as QEMU calls it.
             limits: Which files the images of the chain may name.
 
@@ -72,7 +72,7 @@ class ForeignOpening:
                 changed during the opening; or the opening was abandoned.
             ImageError: The header of a QED image of the chain is not valid any more.
             ImageInUseError: Another program holds a lock that excludes reading.
-            HostError: A system call failed, or the connection for reads.
+            HostError: A system call or the connection for reads failed.
         """
         try:
             self._server.wait_ready()

@@ -1,8 +1,7 @@
 """A map of a disk: each range lies in a file, reads as zeros, or can be read only by QEMU.
 
 The map is made from the beginning of the disk on, and can be read meanwhile.  It has a fixed
-maximum
-size, so it may end before the disk does.
+maximum size, so it may end before the disk does.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class RunMap:
     """Runs in the order of the disk: each run ends where the next one begins.
 
     A run has a start, which is a disk offset, and a target.  The target is 0 if only QEMU can read
-    the run, and 1 for zeros.  Otherwise it is ``256 * offset + number + 2``, of the file offset of
-    the run and the number of the file.  ``_readfiles.c`` decodes these targets as well.
+    the run, and 1 for zeros.  Otherwise it is ``256 * offset + number + 2``, with the file offset
+    of the run and the number of the file.  ``_readfiles.c`` decodes these targets as well.
 
     One thread adds runs while others search.  A run is written first, then the count, then the end,
     and `parts` reads them in the reverse order.  So a search finds a new run as a whole or not at

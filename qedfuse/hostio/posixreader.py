@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostcalls import HostCalls
 
 _NOT_CACHED: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
-"""Errors of a read with RWF_NOWAIT: the data is not in the page cache, or the file system does
-not support the flag."""
+"""Errors of a read with RWF_NOWAIT: the data is not cached, or the flag is not supported."""
 _MAX_WAITING_CALLS: Final = 28
 """Maximum number of calls on one file that wait in threads.  With the 4 changes that `InodeLock`
 permits, a file on a disk that does not answer occupies at most 32 of the threads of all files."""

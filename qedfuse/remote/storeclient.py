@@ -132,7 +132,7 @@ class StoreClient:
 
 
 def _cut(blocks: Iterator[memoryview], lengths: Sequence[int]) -> Iterator[Buffer]:
-    """Cut the content of blocks into parts, which must have the same length in all."""
+    """Cut blocks into parts of the given lengths; refuse blocks of another total length."""
     rest = memoryview(b"")
     found = 0
     for number, length in enumerate(lengths):

@@ -37,7 +37,7 @@ class UnitStore:
 
     Attributes:
         ready: A byte for each unit, which is not 0 if the unit may be read from the page cache
-            (`CheckedUnits.ready`).  A unit becomes ready when it was stored, or compared with its
+            (`CheckedUnits.ready`).  A unit becomes ready when it is stored, or compared with its
             checksum.  It becomes not ready when a read misses a byte in the page cache, when it is
             written, and when the cache is discarded.  The fetcher also clears the units whose read
             must start the next fetch ahead (markers).  Always the same bytearray.

@@ -108,6 +108,7 @@ def parse_mount_helper_arguments(words: Sequence[str]) -> Arguments:
     """Parse the command line with which mount(8) runs ``mount.qedfuse``; see `parse_arguments`.
 
     ``-f`` means fake, and ``-s`` means sloppy.  ``-n``, ``-v``, ``-N`` and ``-t`` are ignored.
+
     Raises:
         UsageError: See `parse_arguments`.
     """

@@ -23,8 +23,8 @@ class FileVersion(NamedTuple):
 
     Attributes:
         size: Length in bytes.
-        validator: A text that differs between versions of equal size.  A server's validator, or
-            empty; for a local file the time of modification and the inode number, hexadecimal.
+        validator: A text that differs between versions of equal size.  From a server, or empty; for
+            a local file the time of modification and the inode number, hexadecimal.
     """
 
     size: int

@@ -170,7 +170,7 @@ class QedLayer:
         """Return a slice of L2 entries; ``number`` counts slices from the disk's beginning.
 
         Returns `TableCache.empty_slice` if the L2 table does not exist.  Returns None if the slice
-        is not in memory; and perhaps if the L1 entry is not in memory, or a bad entry is near it.
+        or its L1 entry is not in memory, and perhaps if a nearby L1 entry is bad.
         """
         key = self.slice_keys.get(number)
         if key is None:
@@ -232,7 +232,6 @@ class QedLayer:
             slice_ = self.tables.cached(table, index)
             if slice_ is None:
                 slice_ = await self.tables.load(table, index, L2)
-            # The next pass of the loop takes the next slice.
             in_slice = index % self.tables.slice_entries
             slice_start = geometry.floor(start) - in_slice * geometry.cluster_size
             slice_end = slice_start + len(slice_.entries) * geometry.cluster_size

@@ -57,8 +57,8 @@ class DirectReclaim:
     def should_reclaim(self) -> bool:
         """Return whether `reclaim_before_growth` is worth waiting for.
 
-        It is while free clusters are being punched, because the allocator gets them back soon, and
-        if enough clusters are in quarantine after the scan.
+        True while free clusters are being punched, because the allocator gets them back soon.  Also
+        True if enough clusters are in quarantine after the scan.
         """
         if self._reclaim.punching_clusters:
             return True
@@ -93,8 +93,7 @@ class DirectReclaim:
     async def wait_for_free_clusters(self) -> bool:
         """Wait until the scan, the punching or the quarantine may have made clusters free.
 
-        The caller must have left its epoch (`Epochs`), because this method may wait for its
-        requests.
+        The caller must have left its epoch (`Epochs`), for whose requests this method may wait.
 
         Returns:
             True if clusters may have become free, so that the caller should try again.  False if

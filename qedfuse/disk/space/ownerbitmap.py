@@ -1,9 +1,9 @@
 """Which clusters of the file have an owner, in bounded memory.
 
-The owner of a cluster is the table entry, or the part of the header, that refers to it.
-A file of up to `MAX_BITMAP_CLUSTERS` clusters gets a bitmap, for which the kernel allocates memory
-only where bits are set.  A sparse file can have 2^51 clusters.  For such a file the numbers of the
-owned clusters are kept in sorted arrays, at most `MAX_LISTED_CLUSTERS` of them.
+The owner of a cluster is the table entry, or the part of the header, that refers to it.  A file of
+up to `MAX_BITMAP_CLUSTERS` clusters gets a bitmap, for which the kernel allocates memory only where
+bits are set.  A sparse file can have 2^51 clusters.  For such a file the numbers of the owned
+clusters are kept in sorted arrays, at most `MAX_LISTED_CLUSTERS` of them.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class OwnerBitmap:
     def claim(self, clusters: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Give each cluster an owner; return for each whether it had an owner before.
 
-        Of a number that occurs more than once, all occurrences except the first had an owner.  No
-        cluster may lie past the end of the file.
+        Of a number that occurs more than once, all occurrences except the first count as owned
+        before.  No cluster may lie past the end of the file.
 
         Raises:
             NeedsCheckError: The file is too large for a bitmap, and would have more than
@@ -125,7 +125,7 @@ class OwnerBitmap:
             raise NeedsCheckError(msg)
 
     def claim_range(self, first: int, last: int) -> None:
-        """Give an owner to the clusters from ``first`` up to ``last``, exclusive, within the file.
+        """Give an owner to the clusters from ``first`` to ``last``, exclusive, within the file.
 
         Raises:
             NeedsCheckError: As for `claim`, but clusters that have an owner already count twice.
@@ -153,7 +153,7 @@ class OwnerBitmap:
         self.claim(np.arange(8 * end_byte, last, dtype=np.uint64))
 
     def free_runs(self, end: int, limit: int) -> list[tuple[int, int]]:
-        """Return the lowest runs without an owner below ``end``, at most ``limit``, with lengths.
+        """Return the lowest runs of clusters without an owner below ``end``, at most ``limit``.
 
         ``end`` must not be past the end of the file.
         """

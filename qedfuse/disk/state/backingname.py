@@ -4,15 +4,13 @@ At any moment the header must name the old base or the new one, in full.  The ho
 sector whole or not at all, so the name changes when the sector with the header is written.
 Everything that the header points to in other sectors must be durable before that write.
 
-A short name lies directly behind the header, in the same sector, so one write changes the
-header and the name.
+A short name lies directly behind the header, in the same sector, so one write changes both.
 
-A long name crosses sectors.  First the name is written where neither the old name nor the
-header lies, and is made durable.  Then the header is written, which points to the new name.  There
-are three adjacent slots for names, and each can hold the longest name.  An old name can touch at
-most two slots, so one slot is always unused.  The slots end before the sector with the descriptor
-of
-a free list: the last sector of the first 4 KiB of the file.
+A long name crosses sectors.  First the name is written where neither the old name nor the header
+lies, and is made durable.  Then the header is written, which points to the new name.  There are
+three adjacent slots for names, and each can hold the longest name.  An old name can touch at most
+two slots, so one slot is always unused.  The slots end before the descriptor of a free list, in the
+last sector of the first 4 KiB of the file.
 """
 
 from __future__ import annotations
@@ -49,8 +47,8 @@ async def change_backing_name(
 ) -> None:
     """Store another backing file name in the image, durably; an empty name removes the base.
 
-    The caller must have awaited `FirstWriteGuard.prepare_write`.  With ``backing_is_raw``
-    the header forbids probing the format of the base; the argument is ignored if the name is empty.
+    The caller must have awaited `FirstWriteGuard.prepare_write`.  With ``backing_is_raw`` the
+    header forbids probing the format of the base, if there is one.
 
     Raises:
         HostError: A system call failed.  If the header may have changed, the old header is written

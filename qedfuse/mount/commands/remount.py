@@ -1,10 +1,8 @@
 """``mount -o remount``: changing mount flags that the kernel enforces, and no other option.
 
 On a read-only mount the kernel itself refuses writes.  So a writable mount can become read-only,
-and
-later writable again.  A mount whose images are open read-only cannot become writable: the locks,
-the
-check of each image and the kernel's write-back cache are decided when the mount begins.
+and later writable again.  A mount whose images are open read-only cannot become writable: the
+locks, the check of each image and the kernel's write-back cache are decided when the mount begins.
 
 With ``direct_io`` the kernel leaves the flag ``sync`` to the server, which knows only the value
 with which the mount began.  So a remount cannot change it.
@@ -75,8 +73,8 @@ def remount(
         sloppy: Whether to ignore unknown options (``-s`` of mount(8)).
 
     Raises:
-        MountpointError: There is no mount of qedfuse on the mountpoint, the mount has no
-            record, or a disk is open for writing and the mount would become read-only.
+        MountpointError: There is no mount of qedfuse on the mountpoint, the mount has no record, or
+            a disk is open for writing and the mount would become read-only.
         UsageError: An option is invalid or cannot be changed.
         PrivilegeError: The caller is not root.
         FuseError: The kernel refuses for another reason.

@@ -203,8 +203,8 @@ static long waits(void)
     return getrusage(RUSAGE_THREAD, &usage) ? 0 : usage.ru_nvcsw;
 }
 
-/* Passes the reads of a burst to the kernel.  Ends those whose data was cached, or which the kernel
- * has not taken.  Begins a pause if the kernel has waited too long. */
+/* Passes the reads of a burst to the kernel.  Ends those whose data was cached, and those that the
+ * kernel has not taken.  Begins a pause if the kernel has waited too long. */
 static void submit(void)
 {
     int64_t since = monotonic_time(), until;
@@ -212,9 +212,9 @@ static void submit(void)
     int failed = ring_submit();
     struct queued_read *read;
 
-    /* During a pause native threads make the reads, with more of the processor's time.  So none
-     * begins if only other programs, which used the processor, made the submission slow: then this
-     * thread has not waited.  If `slow_nanoseconds` is 0, each submission causes a pause. */
+    /* During a pause native threads make the reads, with more of the processor's time.  So a slow
+     * submission causes none if only other programs used the processor: this thread has not waited
+     * then.  If `slow_nanoseconds` is 0, each submission causes a pause. */
     until = monotonic_time();
     if (until - since > slow_nanoseconds && (waits() > waits_before || !slow_nanoseconds))
         paused_until = until + PAUSE_NANOSECONDS;

@@ -40,7 +40,7 @@ class _RawOption(str):
 
 
 def libfuse_options(options: MountOptions, source: str) -> set[str]:
-    """Return the options for libfuse: for the mount table, and flags for the kernel."""
+    """Return the options for libfuse: names for the mount table, and flags for the kernel."""
     result = {
         # Not escaped with `printable`: mount(8) looks for the source itself in the mount table, and
         # the kernel escapes special characters.

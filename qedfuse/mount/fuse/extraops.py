@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     MaySeek = Callable[[int, int], bool]
     """Called with the user and the inode of an lseek request; returns whether the extension may
-    answer it from the tables alone.  It must not while the kernel may hold data for the server."""
+    answer it from the tables alone: not while the kernel may hold data that the server lacks."""
 
     SlowAnswer = Callable[[Request, int, int, int], object]
     """Called with the request of a read, its handle, its guest offset and its length in bytes."""
@@ -115,8 +115,7 @@ def reply_from_file(fd: int, offset: int) -> bool:
     not suited for splice(2) (``_extraops.h``), or the kernel or libfuse cannot pass the bytes on.
 
     Raises:
-        RuntimeError: The extension is not loaded, or no read waits for its answer: outside of
-            `DataRequests.read`, or after an answer.
+        RuntimeError: The extension is not loaded, or no unanswered read is being handled.
     """
     return _loaded().reply_from_file(fd, offset)  # type: ignore[no-any-return]
 

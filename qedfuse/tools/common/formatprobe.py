@@ -124,7 +124,7 @@ def format_of(
 def is_qed_image(signature: bytes | bytearray, image_format: FormatChoice, name: str) -> bool:
     """Return whether a command that only describes a file must treat it as QED.
 
-    A file that is encrypted by LUKS counts as raw.  Only with ``auto`` the bytes decide.
+    A file that is encrypted by LUKS counts as raw.  The bytes are examined only for ``auto``.
 
     Args:
         signature: The first `SIGNATURE_BYTES` of the file, or all bytes of a shorter file.

@@ -123,8 +123,8 @@ class Conversion:
         Raises:
             UsageError: The target is too small, or is an image or encrypted by LUKS where raw
                 content is wanted.  Or a backing file or a foreign format is wanted.
-            QedError: The source cannot be read, the target cannot be opened, locked or
-                written, or the comparison found a difference.
+            QedError: The source cannot be read, the target cannot be opened, locked or written, or
+                the comparison found a difference.
         """
         spec = self._spec
         if spec.backing is not None or spec.format not in {"raw", "qed"}:
@@ -204,8 +204,7 @@ class Conversion:
             )
         write_behind: WriteBehindMode = "wait" if self._durable else "if fast"
         if self._spec.format not in {"raw", "qed"}:
-            # The target is a temporary file that qemu-img reads next, so it stays in the page
-            # cache.
+            # The target is a temporary file that qemu-img reads next, so its pages stay cached.
             write_behind = "off"
         copy = DiskCopy(
             self._source,
@@ -219,7 +218,7 @@ class Conversion:
         return self._source.size, copy.data_bytes
 
     async def _copy_to_image(self) -> tuple[int, int, int]:
-        """Copy to an existing QED image; return the disk's size, file length and data bytes."""
+        """Copy to an existing QED image; return the sizes of disk and file, and the data bytes."""
         # Imported late, because loading the module takes time that other targets do not need.
         from qedfuse.tools.common.writabledisk import open_writable  # noqa: PLC0415  late, see above
 
@@ -230,7 +229,7 @@ class Conversion:
             return size, disk.fstat().st_size, data_bytes
 
     async def _copy_to_raw_file(self) -> tuple[int, int, int]:
-        """Copy to an existing file or device; return the disk's size, its length, data bytes."""
+        """Copy to an existing file or device; return the sizes of disk and target, data bytes."""
         expected = "raw content (qemu-img convert -n can write into an image of this format)"
         if probe_format(self._path, expected) == "qed":
             msg = (

@@ -71,8 +71,8 @@ def qed_target(
         base: The open backing file; None if the image has no backing file.
 
     Raises:
-        UsageError: The geometry is invalid or too small for the disk, or the name of the
-            backing file cannot be stored.
+        UsageError: The geometry is invalid or too small for the disk, or the name of the backing
+            file cannot be stored.
     """
     require_storable(spec.backing or "")
     header = new_header(
@@ -93,13 +93,13 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
     """Open the backing file of a new image as a source for the caller's ``with`` block.
 
     Args:
-        image: Path of the new image, from which the name of the backing file is relative.
+        image: Path of the new image; the name of the backing file is relative to its directory.
         spec: The name and the format of the backing file; the name must not be None.
         options: How to open the backing file.
 
     Raises:
-        BackingError: The backing file cannot be opened or locked, is not a regular file, or is not
-            of the format of ``spec``, or is raw without a format in ``spec``.
+        BackingError: The backing file cannot be opened or locked, is not a regular file, or has
+            another format than ``spec`` states; a raw one must be stated.
         ForeignError: QEMU reads the backing file, and is not installed or fails.
         RemoteError: The server of the backing file, or of one of its bases, does not serve it.
         CacheError: The directory of the cache cannot be used.

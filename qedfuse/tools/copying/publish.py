@@ -93,7 +93,7 @@ async def publish(
 
     Raises:
         UsageError: ``url`` is not that of an object in a store, or the object exists and
-            ``overwrite`` is False.  Or ``path`` does not permit to publish without ``flatten``.
+            ``overwrite`` is False.  Or ``path`` can only be published with ``flatten``.
         RemoteError: The store cannot be reached, refuses the object or has stored other content, or
             the library for stores is not installed.
         QedError: The image cannot be opened, locked or read, or has changed during the call.  Or
@@ -213,8 +213,7 @@ async def _run(
 
     A cancelled upload removes what it has stored.  This function waits for that, for at most
     `_STOP_SECONDS`, and logs the wait because the user waits too.  Another line is logged if
-    anything may remain.  If the thread has not ended by then, the files of ``stack`` stay open for
-    it.
+    anything may remain.  If the thread has not ended by then, the files of ``stack`` stay open.
 
     ``watch`` runs meanwhile.  It raises RemoteError if the store does not answer any more.  Then
     this function raises the error without waiting for the thread.

@@ -97,9 +97,10 @@ async def commit(
 
     Raises:
         UsageError: The overlay or the base is a URL, or the base is an image that QEMU serves.
-        BackingError: The overlay has no base ``base``, or a base cannot be used.
+        BackingError: The overlay has no base, its chain has no file ``base``, or a base cannot be
+            used.
         CorruptImageError: A table entry of one of the images is bad, or a check found damage.
-        ImageInUseError: Another program uses an image, or a file has lost its name.
+        ImageInUseError: Another program uses an image, or has replaced the overlay or the base.
         QedError: A file cannot be opened, or a system call failed.
 
     After an error the overlay reads the same as before, but the base may have changed.
@@ -179,7 +180,7 @@ async def _accept_commit(path: str, base_file: BaseFile) -> None:
 
 
 def _half_of(progress: Progress | None, *, second: bool = False) -> Progress | None:
-    """Return a callback that reports its work as the first or the second half of the work."""
+    """Return a callback that reports the copy, or what follows it, as half of the work."""
     if progress is None:
         return None
     return lambda done, whole: progress(done + (whole if second else 0), 2 * whole)

@@ -44,13 +44,13 @@ async def extent_batches(
 
     Args:
         source: The disk.
-        block_size: Bytes in a block.  Batches begin and end at multiples of this size, except
-            at the end of the disk.
+        block_size: Bytes in a block.  Batches begin and end at multiples of this size, except at
+            the end of the disk.
         base: Another disk, in which each range is looked up as well; None for no other disk.
 
     Raises:
-        CorruptImageError: A table entry of one of the disks is bad.  All whole blocks before
-            the range of that entry have been yielded.
+        CorruptImageError: A table entry of one of the disks is bad.  All whole blocks before it
+            have been yielded.
         HostError: The host cannot read a file.
     """
     at, size = 0, source.size

@@ -1,8 +1,8 @@
 """The interfaces of the targets of a copy, and the writes to a file.
 
 A *parallel* target is a new file, whose chunks several threads may write in any order.  A
-*sequential* target is an existing file, an open image or a pipe.  Its chunks must be written
-one after another, in the order of the disk.
+*sequential* target is an existing file, an open image or a pipe.  Its chunks must be written one
+after another, in the order of the disk.
 """
 
 from __future__ import annotations
