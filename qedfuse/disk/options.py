@@ -77,7 +77,7 @@ class OpenOptions:
             not change, if the image keeps a free list, or if ``discard`` is False.
         compact_bytes: Maximum number of bytes that ``auto`` moves.
         compact_seconds: Approximate maximum time that ``auto`` takes, in seconds.
-        """
+    """
 
     writable: bool = False
     force_share: bool = False

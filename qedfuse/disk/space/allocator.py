@@ -67,7 +67,7 @@ class Allocator:
         tail_is_free: Whether free clusters at the end of the file wait to be cut off.
         handed_out: How many clusters have been handed out so far, for data and for tables.
         scan_complete: Whether the scan has ended; until then few free clusters are known, or none.
-        """
+    """
 
     def __init__(
         self,
