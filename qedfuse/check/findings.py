@@ -188,7 +188,7 @@ class LostRange:
     """A range of the disk whose data is lost or possibly wrong.
 
     The range reads as zeros after the repair, or perhaps as before if a table overlapped its data
-    (`Code.L2_OVER_METADATA`).  If there are too many ranges, the last one covers intact data too.
+    (`Code.L2_OVER_METADATA`).  If there are too many ranges, the last may cover intact data too.
 
     Attributes:
         start: Guest offset in bytes.

@@ -17,9 +17,9 @@ _log = logging.getLogger(__name__)
 async def inspect_image(file: HostFile, header: Header) -> None:
     """Check an image, and refuse it if its tables have errors; change nothing.
 
-    The image must have NEED_CHECK set, or a length that is not a multiple of the cluster size; the
-    messages name this reason.  Leaked clusters are only logged, because they cost only space.
-    Errors of the free list are ignored.
+    The image must have NEED_CHECK set, or a length that is not a multiple of the cluster size.
+    Leaked clusters are only logged, because they cost only space.  Errors of the free list are
+    ignored.
 
     Raises:
         CorruptImageError: The tables have errors.

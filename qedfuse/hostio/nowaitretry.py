@@ -100,7 +100,7 @@ class _RetryQueue:
         return read.has_ended
 
     def _attempt_oldest(self, clock: Callable[[], float]) -> None:
-        """Try the reads in order, up to the first that goes on; remove and wake the others."""
+        """Try the reads in order, up to the first that goes on; remove and wake those before it."""
         reads = self._reads
         while reads:
             has_ended = reads[0].attempt()

@@ -222,8 +222,8 @@ class UnitStore:
     def _set_ready(self, first: int, count: int, cache: UnitFile, forgotten: int) -> bool:
         """Make units ready that were read or written; return False if ``cache`` was discarded.
 
-        They do not become ready if `_forgotten` is not ``forgotten`` any more: `forget` may have
-        been called for them.
+        ``forgotten`` is `_forgotten` before the units were read or written.  If `forget` was called
+        since then, they do not become ready.
         """
         with self._lock:
             is_used = self._cache is cache

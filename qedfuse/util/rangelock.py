@@ -32,8 +32,8 @@ class _Request:
 class RangeLock:
     """Exclusive ownership of half-open ranges ``[start, end)``, first come first served.
 
-    A request waits for every overlapping request that came earlier, even for a waiting one, so no
-    task starves.  A request that need not wait makes no checkpoint.
+    A request waits for every earlier request that overlaps it, held or waiting, so no task starves.
+    A request that need not wait makes no checkpoint.
     """
 
     def __init__(self) -> None:

@@ -36,7 +36,7 @@ class TableWriter:
         flusher: Flusher,
         dirty_budget: int,
     ) -> None:
-        """Change the tables of ``layer``; `limit_dirty` keeps ``dirty_budget`` (bytes)."""
+        """Change the tables of ``layer``; flush when more than ``dirty_budget`` bytes are dirty."""
         self._layer = layer
         self._space = space
         self._writeback = writeback

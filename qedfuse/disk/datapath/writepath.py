@@ -107,7 +107,7 @@ class WritePath:
         self._writeback.note_write()
 
     async def _write_to_new(self, start: int, end: int, data: memoryview) -> None:
-        """Write ``data`` to a guest range without data; empty ``data`` only allocates clusters."""
+        """Write to a guest range that has no data yet; empty ``data`` only allocates clusters."""
         geometry = self._layer.geometry
         await self._table_writer.limit_dirty()
         async with self.allocation_lock.hold(geometry.floor(start), geometry.ceil(end)):
@@ -120,7 +120,7 @@ class WritePath:
                         await self._allocate_extent(extent, segment)
 
     async def _allocate_extent(self, extent: Extent, data: memoryview) -> None:
-        """Allocate and fill every cluster of an extent without data; its range lock is held."""
+        """Allocate and fill all clusters of an extent that has no data; hold their range lock."""
         geometry = self._layer.geometry
         start = extent.start
         while start < extent.end:

@@ -23,8 +23,9 @@ class FileVersion(NamedTuple):
 
     Attributes:
         size: Length in bytes.
-        validator: A text that differs between versions of equal size.  From a server, or empty; for
-            a local file the time of modification and the inode number, hexadecimal.
+        validator: A text that differs between versions of equal size.  For a local file it has the
+            time of modification and the inode number; otherwise the server gives it, or it is
+            empty.
     """
 
     size: int

@@ -58,7 +58,7 @@ class Allocator:
     Attributes:
         cluster_bits: Shift between clusters and bytes.
         anchor: The first cluster past the L1 table, from which compaction packs the L2 tables.
-        bound: File offset that `end` does not exceed, with the exceptions that docs/space.md lists.
+        bound: File offset that `end` does not exceed, with few exceptions (docs/space.md).
         end: File offset from which on no cluster is in use or in `free`; new clusters begin here.
         free: Clusters below ``end`` that may be handed out.
         unpunched: Free clusters that `Reclaim` punches without asking the host.

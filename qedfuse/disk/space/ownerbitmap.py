@@ -155,7 +155,7 @@ class OwnerBitmap:
     def free_runs(self, end: int, limit: int) -> list[tuple[int, int]]:
         """Return the lowest runs of clusters without an owner below ``end``, at most ``limit``.
 
-        ``end`` must not be past the end of the file.
+        ``end`` must not be past the end of the file.  A run is its first cluster and its length.
         """
         runs: list[tuple[int, int]] = []
         for first, count in self._unowned(end):

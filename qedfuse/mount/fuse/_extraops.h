@@ -77,9 +77,9 @@ int may_splice(size_t size);
  * Returns whether the read was answered.  The caller must hold the GIL (_splice.c). */
 int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size);
 
-/* Fills `changed`, which the caller frees, with arguments for fuse_session_new() that limit reads
- * to MAX_SPLICE_BYTES, and returns it; or returns `given` if that has the limit already, or if
- * memory is lacking.  The table of operations must have the init of _dataops.c (_maxread.c). */
+/* Returns `changed`, filled with arguments for fuse_session_new() that limit reads to
+ * MAX_SPLICE_BYTES; the caller frees it.  Returns `given` if it has the limit already, or if memory
+ * is lacking.  The table of operations must have the init of _dataops.c (_maxread.c). */
 struct fuse_args *limited_arguments(struct fuse_args *given, struct fuse_args *changed);
 
 /* Sets the limit for libfuse, if the arguments of the session have it (_maxread.c). */
@@ -141,7 +141,7 @@ void count_waited(fuse_ino_t inode, enum operation operation, size_t size, int64
 /* Sets the first counted inode, and the arrays of counts from this inode on (_counters.c). */
 PyObject *set_counters(PyObject *module, PyObject *args);
 
-/* An InPlaceWrites (disk/datapath/readtables.py): what writes to a disk need here. */
+/* What the extension needs to write to a disk, from an InPlaceWrites (datapath/readtables.py). */
 struct in_place_writes;
 
 /* Makes the struct, which free_writes() frees; NULL with an exception (_inplacewrite.c). */
@@ -219,9 +219,9 @@ int keeps_length(struct checked_units *units, int fd);
  * the page cache, where another process could read them (_checkedunits.c). */
 int may_try_units(const struct checked_units *units, int fd, uint64_t offset, size_t size);
 
-/* Answers a read with pages, after may_try_units() was true.  Returns NOT_ALLOWED, with nothing
- * read, without may_splice() or a pipe; FAILED after a change of length, or if a page is missing.
- * The caller must hold the GIL (_splice.c). */
+/* Answers a read with pages, after may_try_units() was true.  Returns NOT_ALLOWED, and has read
+ * nothing, if may_splice() is false or there is no pipe.  Returns FAILED if the length has changed
+ * or a page is missing.  The caller must hold the GIL (_splice.c). */
 enum attempt splice_units(fuse_req_t request, struct checked_units *units, int fd, off_t offset,
                           size_t size);
 
@@ -261,8 +261,9 @@ struct read_file *make_files(PyObject *sources);
 /* Frees an array of files, which may be NULL (_readfiles.c). */
 void free_files(struct read_file *files, uint64_t count);
 
-/* Returns the file that has a range of `file` as one run, and sets `offset` for it; NULL if there
- * is none.  Without runs it is `file` itself (_readfiles.c). */
+/* Returns the file that stores a range of `file` as one run, and changes `offset` to the offset in
+ * it; NULL if no such file is known.  A file without runs stores its bytes itself
+ * (_readfiles.c). */
 struct read_file *storing_file(struct read_file *file, uint64_t *offset, size_t size);
 
 /* Where the bytes of a read are. */

@@ -1,8 +1,8 @@
 /*
- * Carries out writes without the Python code of the fast path (disk/datapath/fastpath.py).  The
- * range of such a write is allocated in the top image as one run, and the slice (part) of the table
- * that locates the run is in memory.  The write is short (InlinePolicy), and nothing must be done
- * before it.  It changes no table.
+ * Carries out writes without the Python code of the fast path (disk/datapath/fastpath.py).  Such a
+ * write changes no table: its range is allocated in the top image as one run.  The slice (part) of
+ * the table that locates the run is in memory, the write is short (InlinePolicy), and nothing must
+ * be done before it.
  *
  * The conditions are those of GuestChanges.try_write and InlinePolicy.can_write_inline.  The range
  * is found and the conditions are checked in one step, with the GIL held.  The GIL is released

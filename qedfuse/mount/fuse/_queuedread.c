@@ -33,8 +33,8 @@
 /* Maximum number of queued reads of one file. */
 #define MAX_READS_OF_FILE 64
 
-/* Calls of ring_run() that complete all reads of a full ring whose data has arrived: each completes
- * at least 20 (before Linux 6.13 all). */
+/* Number of calls of ring_run() that complete all reads of a full ring whose data has arrived.  One
+ * call completes at least 20 (before Linux 6.13 all). */
 #define IDLE_RUNS (RING_ENTRIES / 20 + 1)
 
 /* How long no read is queued after a slow submission. */

@@ -45,7 +45,7 @@ class Truncation:
     def __init__(
         self, options: MountOptions, try_drop_pages: Callable[[ExportedDisk], Awaitable[bool]]
     ) -> None:
-        """Handle changes of size for one mount; see `Laundering` for ``try_drop_pages``."""
+        """Handle changes of size; ``try_drop_pages`` is `Laundering.try_drop_pages`."""
         self._options = options
         self._try_drop_pages = try_drop_pages
         self._explained: set[int] = set()

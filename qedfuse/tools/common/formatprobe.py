@@ -33,7 +33,7 @@ def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
 
     Args:
         path: The file or block device.
-        expected: The end of the message about a foreign format, by default for sources.
+        expected: The end of the message about a foreign format, by default that for a source.
 
     Raises:
         UsageError: The file is an image of a foreign format, or is encrypted by LUKS.

@@ -70,7 +70,7 @@ class RawStream(NamedTuple):
 
 
 class Conversion:
-    """One conversion, by `to_pipe`, `to_existing` or `to_new`; it needs the open source."""
+    """One conversion, by `to_pipe`, `to_existing` or `to_new`; the source must stay open."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class Conversion:
         return self._source.size, copy.data_bytes
 
     async def _copy_to_image(self) -> tuple[int, int, int]:
-        """Copy to an existing QED image; return the sizes of disk and file, and the data bytes."""
+        """Copy to an existing QED image; return size of disk, length of file, bytes of data."""
         # Imported late, because loading the module takes time that other targets do not need.
         from qedfuse.tools.common.writabledisk import open_writable  # noqa: PLC0415  late, see above
 
@@ -229,7 +229,7 @@ class Conversion:
             return size, disk.fstat().st_size, data_bytes
 
     async def _copy_to_raw_file(self) -> tuple[int, int, int]:
-        """Copy to an existing file or device; return the sizes of disk and target, data bytes."""
+        """Copy to an existing file or device; return the same numbers as `_copy_to_image`."""
         expected = "raw content (qemu-img convert -n can write into an image of this format)"
         if probe_format(self._path, expected) == "qed":
             msg = (

@@ -99,7 +99,7 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
 
     Raises:
         BackingError: The backing file cannot be opened or locked, is not a regular file, or has
-            another format than ``spec`` states; a raw one must be stated.
+            another format than ``spec`` states.  Or it is raw, and ``spec`` states no format.
         ForeignError: QEMU reads the backing file, and is not installed or fails.
         RemoteError: The server of the backing file, or of one of its bases, does not serve it.
         CacheError: The directory of the cache cannot be used.

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _STOP_SECONDS: Final = 15.0
-"""How long a cancelled task waits at most for the removal of what was stored."""
+"""Maximum time that a cancelled task waits for the removal of what it has stored."""
 _FLATTENED_NAME: Final = "flattened.qed"
 _TEMPORARY_DIRECTORY: Final = "/var/tmp"  # noqa: S108  for large files; TMPDIR names another one
 

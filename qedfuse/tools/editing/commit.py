@@ -180,7 +180,7 @@ async def _accept_commit(path: str, base_file: BaseFile) -> None:
 
 
 def _half_of(progress: Progress | None, *, second: bool = False) -> Progress | None:
-    """Return a callback that reports the copy, or what follows it, as half of the work."""
+    """Return a callback for the first half of the work, or for the ``second`` one."""
     if progress is None:
         return None
     return lambda done, whole: progress(done + (whole if second else 0), 2 * whole)
