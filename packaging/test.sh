@@ -7,7 +7,7 @@
 #   suite     Debian 13: tests of mounts and examples with the installed package and Debian's pytest
 #   container Debian 13 with systemd, in namespaces of this machine: packaging/test-service.sh
 #   service   the same in a virtual machine, with what belongs to the kernel (AppArmor, limits)
-#   wheel     Debian 13 and 12: pip builds a wheel in isolation, which is used without a compiler
+#   wheel     Debian 13 and 12: a wheel is built from the source distribution, and used without a compiler
 #   bookworm  Debian 12: the package is refused, examples/install.sh installs
 #
 # Without a name all are run.  Must be run as root, on a Debian.  DIR keeps the minimal systems (3 GB)
@@ -177,12 +177,19 @@ test_wheel() {
     for system in trixie bookworm; do
         new_system "$system" "$target"
         copy_tree "$target"
-        say "$system: pip builds wheels in isolation"
-        install "$target" gcc libc6-dev pkg-config libfuse3-dev python3-dev
+        say "$system: the source distribution and the wheels, in isolation"
+        install "$target" gcc libc6-dev pkg-config libfuse3-dev python3-dev python3-venv
         # shellcheck disable=SC2016  # expanded inside
         enter "$target" sh -euc '
             cd /src
-            pip wheel -q --no-deps -w /wheels .
+            python3 -m venv /build
+            /build/bin/pip install -q build
+            /build/bin/python -m build -o /wheels . >/tmp/log 2>&1 || { cat /tmp/log; exit 1; }
+            tar -tf /wheels/qedfuse-*.tar.gz | cut -d / -f 2- >/tmp/files
+            for file in CHANGELOG.md LICENSE docs/architecture.md docs/share/man/man8/qedfuse.8 \
+                examples/install.sh packaging/build-deb.sh tests/run.sh; do
+                grep -qx "$file" /tmp/files
+            done
             pip wheel -q --no-deps -w /wheels "pyfuse3>=3.4"
             ls /wheels
             test "$(python3 -m zipfile -l /wheels/qedfuse-*.whl | grep -c "\.so ")" = 6'
