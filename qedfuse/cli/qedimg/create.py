@@ -18,7 +18,7 @@ from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
 from qedfuse.remote.address import is_url, require_local, shown_name
 from qedfuse.text import printable
-from qedfuse.tools.common.newbacking import is_foreign_base
+from qedfuse.tools.common.newbacking import foreign_driver_of_base
 from qedfuse.tools.editing.create import create, preallocate
 
 if TYPE_CHECKING:
@@ -84,8 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.base and not arguments.unsafe:
         if is_url(arguments.base):
             examined = run_async(_examine_url, arguments)
-        elif is_foreign_base(arguments.image, arguments.base, arguments.base_format):
-            examined = run_async(_examine_foreign, arguments)
+        else:
+            names = (arguments.image, arguments.base, arguments.base_format)
+            driver = foreign_driver_of_base(*names)
+            if driver is not None:
+                examined = run_async(_examine_foreign, arguments, driver)
     made = create(
         arguments.image,
         arguments.size,
@@ -118,15 +121,15 @@ async def _examine_url(arguments: argparse.Namespace) -> NewBase:
     return await examine_url(arguments.image, arguments.base, arguments.base_format, remote)
 
 
-async def _examine_foreign(arguments: argparse.Namespace) -> NewBase:
-    """Return the size, the format and the version of a base that QEMU reads."""
+async def _examine_foreign(arguments: argparse.Namespace, driver: str) -> NewBase:
+    """Return the size, the format and the version of a base that QEMU reads as ``driver``."""
     from qedfuse.tools.common.newbacking import examine_foreign  # noqa: PLC0415  imported late: --help must not load it
 
     options = common.open_options(arguments)
-    return await examine_foreign(arguments.image, arguments.base, options)
+    return await examine_foreign(arguments.image, arguments.base, driver, options)
 
 
 def _fill(arguments: argparse.Namespace, path: str) -> None:
     """Allocate each cluster of the new image at ``path``, and show the progress."""
     with progress(arguments, "Allocating") as on_progress:
-        run_async(preallocate, path, on_progress)
+        run_async(preallocate, path, arguments.image, on_progress)

@@ -93,7 +93,7 @@ def make_image(
             built; None or empty for no backing file.
         overwrite: Whether to replace an existing file, which no process may have open as an image.
         mode: Permissions of the new file if it replaces none; the umask is subtracted.
-        fill: Called with the temporary name of the empty image.
+        fill: Called with the temporary name of the empty image.  Its errors should name ``path``.
         versions: The versions of the backing files, as for `create_image`.
 
     Raises:
@@ -109,22 +109,18 @@ def make_image(
         new = stack.enter_context(NewFile(path, mode=mode, old=old, overwrite=overwrite))
         try:
             _write_empty(new.path, header, os.fsencode(backing or ""), record)
-            if fill is not None:
-                fill(new.path)
-        except HostError as error:
+        except OSError as error:
             # The message must show the name that the user gave, not the temporary one.
-            text = str(error).replace(printable(new.path), printable(path))
-            raise type(error)(text, error.errno) from error
+            raise HostError.from_os(error, printable(path), "cannot make") from error
+        if fill is not None:
+            fill(new.path)
         new.commit()
     record.finish(path)
 
 
 def _write_empty(path: str, header: Header, backing: bytes, record: NewRecord) -> None:
     """Write the header and the backing name into an empty file; the L1 table is a hole."""
-    try:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC), "r+b") as file:
-            os.ftruncate(file.fileno(), header.l1_end)
-            file.write(build_header(header) + backing)
-            record.store(file.fileno())
-    except OSError as error:
-        raise HostError.from_os(error, printable(path), "cannot make") from error
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC), "r+b") as file:
+        os.ftruncate(file.fileno(), header.l1_end)
+        file.write(build_header(header) + backing)
+        record.store(file.fileno())

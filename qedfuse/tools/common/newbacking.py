@@ -106,8 +106,8 @@ def examine_base(image: str, backing: str, wanted: BackingFormat | None) -> NewB
         raise BackingError(msg) from error
 
 
-def is_foreign_base(image: str, backing: str, wanted: BackingFormat | None) -> bool:
-    """Return whether QEMU reads the backing file of a new image.
+def foreign_driver_of_base(image: str, backing: str, wanted: BackingFormat | None) -> str | None:
+    """Return QEMU's name of the format of a new image's base that only QEMU reads; else None.
 
     Args:
         image: Path of the new image.
@@ -118,7 +118,7 @@ def is_foreign_base(image: str, backing: str, wanted: BackingFormat | None) -> b
         BackingError: ``wanted`` is a format that only QEMU reads, and the file does not have it.
     """
     path = backing_path(image, backing)
-    return foreign_base_driver(path, wanted, f"{printable(image)}: backing file ") is not None
+    return foreign_base_driver(path, wanted, f"{printable(image)}: backing file ")
 
 
 def foreign_base_driver(path: str, wanted: BackingFormat | None, about: str = "") -> str | None:
@@ -154,12 +154,13 @@ def foreign_base_driver(path: str, wanted: BackingFormat | None, about: str = ""
     return driver
 
 
-async def examine_foreign(image: str, backing: str, options: OpenOptions) -> NewBase:
+async def examine_foreign(image: str, backing: str, driver: str, options: OpenOptions) -> NewBase:
     """Return the size, the format and the version of a backing file that QEMU reads.
 
     Args:
         image: Path of the new image.
         backing: Name of the backing file, see `backing_path`.
+        driver: The format, as `foreign_driver_of_base` has returned it.
         options: Which files the backing file itself may name, and how they are read.
 
     Raises:
@@ -177,10 +178,6 @@ async def examine_foreign(image: str, backing: str, options: OpenOptions) -> New
     if options.backing.mode == "none":
         msg = f"{about} {printable(path)}: refused by backing=none"
         raise BackingRefusedError(msg)
-    driver = foreign_base_driver(path, None, f"{about} ")
-    if driver is None:
-        msg = f"{about} {printable(path)}: found another format than before"
-        raise BackingError(msg)
     try:
         with open_image_file(path, options.read_lock) as file:
             async with foreign_disk(file, driver, options) as disk:

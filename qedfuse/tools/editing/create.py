@@ -6,12 +6,14 @@ images.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.creation.create import make_image
 from qedfuse.disk.creation.newheader import new_header
 from qedfuse.errors import UsageError
+from qedfuse.hostio.lockedfile import open_locked
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
 from qedfuse.remote.address import require_local, require_storable, shown_name
 from qedfuse.text import printable
@@ -20,6 +22,7 @@ from qedfuse.tools.common.newbacking import examine_base
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from qedfuse.disk.disk import Disk
     from qedfuse.disk.options import BackingFormat
     from qedfuse.tools.common.newbacking import NewBase
     from qedfuse.util.backgroundtasks import Progress
@@ -124,11 +127,12 @@ def create(
     return CreateResult(path, header.image_size, cluster_size, table_size, backing, found_format)
 
 
-async def preallocate(path: str, progress: Progress | None = None) -> None:
-    """Allocate every cluster of an image without a backing file; reserve their space on the host.
+async def preallocate(temporary: str, path: str, progress: Progress | None = None) -> None:
+    """Allocate every cluster of a new image, which has no backing file; reserve space for them.
 
     Args:
-        path: The image, which must have no backing file.
+        temporary: The path of the image until the image is complete.
+        path: The name of the image in messages.
         progress: Called with the bytes allocated so far, and the size of the disk.
 
     Raises:
@@ -136,11 +140,20 @@ async def preallocate(path: str, progress: Progress | None = None) -> None:
         QedError: The image cannot be opened for writing, or a system call failed.
     """
     # Imported late, because only preallocation opens a disk.
-    from qedfuse.disk.opening import open_disk  # noqa: PLC0415  late, see above
+    from qedfuse.disk.opening import open_disk_in  # noqa: PLC0415  late, see above
     from qedfuse.disk.options import OpenOptions  # noqa: PLC0415  late, see above
+    from qedfuse.hostio.posixfile import PosixFile  # noqa: PLC0415  late, see above
 
-    async with open_disk(path, OpenOptions(writable=True)) as disk:
-        for at in range(0, disk.size, _ALLOCATION_CHUNK_BYTES):
-            if progress is not None:
-                progress(at, disk.size)
-            await disk.allocate(at, _ALLOCATION_CHUNK_BYTES)
+    options = OpenOptions(writable=True)
+    fd = open_locked(temporary, options.image_lock, writable=True)
+    with closing(PosixFile(fd, path, writable=True)) as file:
+        async with open_disk_in(file, temporary, options) as disk:
+            await _allocate_all(disk, progress)
+
+
+async def _allocate_all(disk: Disk, progress: Progress | None) -> None:
+    """Allocate every cluster of a disk, and reserve space for them; see `preallocate`."""
+    for at in range(0, disk.size, _ALLOCATION_CHUNK_BYTES):
+        if progress is not None:
+            progress(at, disk.size)
+        await disk.allocate(at, _ALLOCATION_CHUNK_BYTES)
