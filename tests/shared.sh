@@ -134,6 +134,7 @@ run_tests() {
     compgen -G "tests/unit/__pycache__/*-pytest-*.pyc" >/dev/null ||
         .venv/bin/python -m pytest --collect-only -qq "$@" >/dev/null || true
     # Half of the tests wait for programs, servers and disks, so there are more processes than
-    # processors.  A process that has no test left takes some from the longest queue (worksteal).
-    .venv/bin/python -m pytest --numprocesses "$((2 * $(nproc)))" --dist worksteal "$@"
+    # processors: with two for each, a fifth of the processors' time is left when no other stage
+    # runs.  A process that has no test left takes some from the longest queue (worksteal).
+    .venv/bin/python -m pytest --numprocesses "$((3 * $(nproc)))" --dist worksteal "$@"
 }

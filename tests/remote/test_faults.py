@@ -74,14 +74,16 @@ logs_end = pytest.mark.expect_log(BACK)
 
 
 def cases(
-    faults: Callable[[str], Iterable[str]], *marks: pytest.MarkDecorator
+    faults: Callable[[str], Iterable[str]],
+    *marks: pytest.MarkDecorator,
+    schemes: tuple[str, ...] = ("http", "s3"),
 ) -> pytest.MarkDecorator:
     """Return a decorator with each scheme and each of its faults, with marks."""
     return pytest.mark.parametrize(
         ("scheme", "fault"),
         [
             pytest.param(scheme, fault, marks=marks)
-            for scheme in ("http", "s3")
+            for scheme in schemes
             for fault in sorted(faults(scheme))
         ],
     )
@@ -116,19 +118,23 @@ def test_once_is_an_error_of_one_range(
         assert read(file, 0, len(CONTENT)) == CONTENT
 
 
-@pytest.mark.parametrize("cached", [True, False])
 @cases(lambda scheme: set(ALL) - HARMLESS[scheme], logs_outage, logs_end)
-def test_always(
-    fault: Fault,
-    cached: bool,  # noqa: FBT001  a parameter of the test
-    url_of: Callable[[WebServer], str],
-    tmp_path: Path,
-) -> None:
+def test_always(fault: Fault, url_of: Callable[[WebServer], str], tmp_path: Path) -> None:
     """While a fault lasts, what is cached is read, the rest fails in time; then all is read."""
-    with (
-        serving(CONTENT) as server,
-        opened(url_of(server), tmp_path if cached else None, deadlines=DEADLINES) as file,
-    ):
+    assert_endured(fault, url_of, tmp_path)
+
+
+# The client of a scheme finds a fault, and does not know about the cache.  So one scheme shows what
+# happens without a cache.
+@cases(lambda scheme: set(ALL) - HARMLESS[scheme], logs_outage, logs_end, schemes=("http",))
+def test_always_without_a_cache(fault: Fault, url_of: Callable[[WebServer], str]) -> None:
+    """Without a cache on the disk, the units in memory are read while a fault lasts."""
+    assert_endured(fault, url_of, None)
+
+
+def assert_endured(fault: Fault, url_of: Callable[[WebServer], str], cache: Path | None) -> None:
+    """Assert that a file can be read as far as it was read before, while a fault lasts."""
+    with serving(CONTENT) as server, opened(url_of(server), cache, deadlines=DEADLINES) as file:
         server.elsewhere = "http://127.0.0.2:1/disk.qed"
         assert read(file, 0, UNIT_BYTES) == CONTENT[:UNIT_BYTES]
         server.always = fault
