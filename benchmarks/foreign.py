@@ -1,6 +1,7 @@
 """Reads of a qcow2 image through qedfuse and through the FUSE export of QEMU's storage daemon.
 
-    python -m benchmarks.foreign [--size MIB] [--seconds SECONDS] [--rounds ROUNDS] DIRECTORY
+    python -m benchmarks.foreign [--size MIB] [--seconds SECONDS] [--rounds ROUNDS] [--compressed]
+        DIRECTORY
 
 Both serve the same image, one after the other in each round, and the order alternates.  The table
 has the median and the range of each figure, and the median of the ratios within the rounds.
@@ -128,14 +129,18 @@ def _prepare(disk: Path, *, is_warm: bool) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def make_image(directory: Path, size: int) -> Path:
-    """Return an image of ``size`` bytes of random data, of which all is in the page cache."""
+def make_image(directory: Path, size: int, *, is_compressed: bool) -> Path:
+    """Return an image of ``size`` bytes of random data, of which all is in the page cache.
+
+    Compressed data is text of random words of hexadecimal digits, so that it can be compressed.
+    """
     image = directory / "image.qcow2"
     raw = directory / "image.raw"
     with raw.open("wb") as file:
         for _ in range(0, size, MIB):
-            file.write(os.urandom(MIB))
-    run("qemu-img", "convert", "-O", "qcow2", str(raw), str(image), seconds=600)
+            file.write(os.urandom(MIB // 2).hex().encode() if is_compressed else os.urandom(MIB))
+    options = ("-c",) if is_compressed else ()
+    run("qemu-img", "convert", *options, "-O", "qcow2", str(raw), str(image), seconds=600)
     raw.unlink()
     _prepare(image, is_warm=True)
     return image
@@ -148,9 +153,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compressed", action="store_true", help="compress all clusters")
     arguments = parser.parse_args()
     directory: Path = arguments.directory
-    image = make_image(directory, arguments.size * MIB)
+    image = make_image(directory, arguments.size * MIB, is_compressed=arguments.compressed)
     servers = {"qedfuse": _qedfuse, "storage daemon": _storage_daemon}
     figures: dict[tuple[str, str], list[float]] = {}
     for number in range(arguments.rounds):

@@ -101,7 +101,7 @@ _MIXED_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "qed": ("", "cluster_size=4096,table_size=2", "cluster_size=8192", "cluster_size=1M"),
     "vmdk": ("", "subformat=streamOptimized", "subformat=monolithicFlat"),
     "vdi": ("", "static=on"),
-    "vpc": ("force_size=on", "subformat=fixed,force_size=on"),
+    "vpc": ("", "force_size=on"),
     "vhdx": ("", "block_size=1M", "subformat=fixed"),
 }
 """Options by which images of one format differ; formats that are missing have none."""
