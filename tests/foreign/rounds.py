@@ -57,6 +57,7 @@ class Round:
             self._info(path)
             self._map(path)
             self._convert(path)
+        self._convert_over()
         self._compare()
         self._rebase()
         self._rebase_unsafe()
@@ -92,8 +93,21 @@ class Round:
             copy = self._scratch / f"copy.{target}"
             _qedimg("convert", *_ALLOWED, "-O", target, path, copy)
             assert _content(copy) == expected
+            if target == "qed":
+                measured = json.loads(_qedimg("measure", *_ALLOWED, "--output=json", path))
+                assert measured["required"] == copy.stat().st_size
             copy.unlink()
         self.happened["convert"] += 1
+
+    def _convert_over(self) -> None:
+        """Copy the disk over the other chain, as a file that has only the difference."""
+        copy = self._directory / "copy.qed"
+        words = ("-B", self._other.name, "-F", _kind(self._other))
+        _qedimg("convert", *_ALLOWED, "--compare", *words, self._top, copy)
+        assert _content(copy) == self._content == _own_content(copy, self._scratch)
+        assert qemu.check(copy).code == 0
+        self._map(copy)
+        copy.unlink()
 
     def _compare(self) -> None:
         """Compare the disk with the other disk, with itself, and with a copy that differs."""
