@@ -8,7 +8,9 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -18,13 +20,15 @@ from tests.support import programs, qemu
 from tests.support.mounted import TIMEOUT, FrontMount, clean_up, front, mounted, qedfuse, refused
 from tests.support.openfiles import open_files
 from tests.support.programs import environment
-from tests.support.webserver import PATIENCE, WebServer, serving, wait_until
+from tests.support.webserver import PATIENCE, Fault, WebServer, serving, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DISK_BYTES = 8 << 20
 BLOCK = 4096
+MAX_UMOUNT_SECONDS = 30.0
+"""Within this time a mount with a time limit of 6 seconds for servers ends, on a busy machine."""
 FAR = 6 << 20
 """Offset in the disk of data that no test reads before its fault."""
 
@@ -267,6 +271,84 @@ def test_a_write_that_needs_the_server_is_lost_with_a_message(
         expected[FAR + BLOCK : FAR + 2 * BLOCK] = new
         expected[1 << 20 : (1 << 20) + (1 << 16)] = b"w" * (1 << 16)
         assert (directory / "vm1.raw").read_bytes() == expected
+
+
+SPREAD: Final = 1 << 16
+"""The size of a cluster of the overlay: each write of the next test goes to another one."""
+SPREAD_BYTES: Final = 32 << 20
+"""The size of its disk, so there are 512 writes; the kernel sends at most 64 at a time."""
+
+
+@pytest.fixture
+def spread(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[WebServer, bytes]]:
+    """Serve an image with data in all clusters; give the server and the content of the disk."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    golden, data = tmp_path / "spread.qed", tmp_path / "data"
+    qemu.create(golden, SPREAD_BYTES)
+    data.write_bytes(content * (SPREAD_BYTES // len(content)))
+    qemu.io(golden, f"write -s {data} 0 {SPREAD_BYTES}")
+    with serving(golden.read_bytes()) as server:
+        yield server, data.read_bytes()
+
+
+def count_written(found: bytes, old: bytes, new: bytes) -> int:
+    """Assert that each cluster is as before or as after a write; return how many are as after."""
+    written = 0
+    for at in range(0, SPREAD_BYTES - SPREAD, SPREAD):
+        cluster, before = found[at : at + SPREAD], old[at : at + SPREAD]
+        if cluster != before:
+            assert cluster == before[: 2 * BLOCK] + new + before[3 * BLOCK :]
+            written += 1
+    return written
+
+
+@pytest.mark.parametrize(
+    ("end", "fault"), [("umount", "silence"), ("umount", "status 503"), ("signals", "silence")]
+)
+def test_umount_with_dirty_pages_and_a_failing_server(
+    end: str, fault: Fault, spread: tuple[WebServer, bytes], tmp_path: Path
+) -> None:
+    """Dirty pages whose clusters need a server that fails delay the end of a mount once, not each.
+
+    What needs no server is written, the rest is reported, and the image is consistent.
+    """
+    server, old = spread
+    overlay, new, whole = tmp_path / "vm1.qed", b"n" * BLOCK, b"w" * SPREAD
+    options = f"overlay={overlay},remote_timeout=6,remote_attempt_timeout=1"
+    with front("-o", options, server.url, tmp_path / "mnt") as mount:
+        disk = mount.mountpoint / "disk.raw"
+        assert read(disk, 0) == old[:BLOCK]  # the cache has the tables now, and the first unit
+        fd = os.open(disk, os.O_WRONLY)
+        os.pwrite(fd, whole, SPREAD_BYTES - SPREAD)
+        for at in range(0, SPREAD_BYTES - SPREAD, SPREAD):
+            os.pwrite(fd, new, at + 2 * BLOCK)
+        server.always, server.heads_fail = fault, True
+        begin = time.monotonic()
+        if end == "umount":
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                os.close(fd)
+            done = qedfuse("umount", mount.mountpoint)
+            assert (done.returncode, "was lost" in done.stderr) == (2, True), done
+        else:
+            for _ in range(2):  # the disk is open, so the first signal does not end the mount
+                mount.signal(signal.SIGTERM)
+                mount.read_line()
+        code, log = mount.finish()
+        assert time.monotonic() - begin < MAX_UMOUNT_SECONDS
+        assert code == 2, log
+        if end == "signals":
+            with suppress(OSError):
+                os.close(fd)
+    assert server.struck[fault] >= 2
+    server.always = None
+    check(overlay)
+    qemu.run("qemu-img", "check", "-f", "qed", overlay)
+    with mounted(overlay, tmp_path / "mnt", "-o", prefix(server)) as directory:
+        found = (directory / "vm1.raw").read_bytes()
+    assert found[SPREAD_BYTES - SPREAD :] == whole
+    assert 0 < count_written(found, old, new) < SPREAD_BYTES // SPREAD - 1
 
 
 def epolls(pid: int) -> int:

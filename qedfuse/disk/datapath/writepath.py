@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from qedfuse.disk.datapath.basecontent import BaseContent
 from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.disk.lookup.slices import L2
 from qedfuse.errors import CorruptImageError
@@ -65,6 +66,7 @@ class WritePath:
         """Prepare to write to ``layer``, the top of ``chain``."""
         self._zero_fill = zero_fill
         self._chain = chain
+        self._base_content = BaseContent(chain)
         self._epochs = epochs
         self._layer = layer
         self._space = space
@@ -174,7 +176,7 @@ class WritePath:
         # Zeros past the end of the disk: if another program later grew the disk without zeroing the
         # copied bytes of the base, the guest would read them.
         base_bytes = max(0, min(end, self._layer.size) - start) if from_base else 0
-        data = await self._chain.read(start, base_bytes, depth=1)
+        data = await self._base_content.read(start, base_bytes)
         return data if start + base_bytes == end else bytes(data) + bytes(end - start - base_bytes)
 
     async def allocate(self, start: int, end: int) -> None:
