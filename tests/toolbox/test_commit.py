@@ -129,6 +129,46 @@ def test_zeros_free_clusters_of_the_base(
     assert content(top) == content(base) == before
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("target", [(), ("-b", "base.vpc")], ids=["", "-b"])
+def test_fixed_vhd(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], target: tuple[str, ...], depth: int
+) -> None:
+    """A fixed VHD whose footer a commit could destroy is refused, unless it was declared raw."""
+    base, path = tmp_path / "base.vpc", tmp_path / "1.qed"
+    options = "subformat=fixed,force_size=on"
+    qemu.run("qemu-img", "create", "-q", "-f", "vpc", "-o", options, base, "1M")
+    assert base.read_bytes()[1 << 20 :].startswith(b"conectix")
+    for number in range(1, depth + 1):
+        path = tmp_path / f"{number}.qed"
+        below, backing_format = (base, "vpc") if number == 1 else (f"{number - 1}.qed", "qed")
+        qemu.create(path, 2 << 20, backing=below, backing_format=backing_format)
+    if depth > 1 and not target:
+        path = tmp_path / "1.qed"
+    qemu.io(path, "write -P 5 0 64K", f"write -P 6 {(1 << 20) + 65536} 64K")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert main(["commit", *target, str(path)]) == 17
+    said = capsys.readouterr().err
+    assert "base.vpc: found the footer of a fixed VHD image at 1048576, expected QED or raw" in said
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    if depth == 1:
+        words = ["--backing-format", "raw"]
+        assert main(["commit", "-d", *words, *target, str(path)]) == 0
+        assert base.stat().st_size == 2 << 20
+
+
+def test_fixed_vhd_declared_raw(tmp_path: Path) -> None:
+    """A fixed VHD that the overlay declares raw is written to."""
+    base, path = tmp_path / "base.vpc", tmp_path / "top.qed"
+    options = "subformat=fixed,force_size=on"
+    qemu.run("qemu-img", "create", "-q", "-f", "vpc", "-o", options, base, "1M")
+    qemu.create(path, backing=base, backing_format="raw")
+    qemu.io(path, "write -P 5 0 64K")
+    assert main(["commit", "-q", str(path)]) == 0
+    assert base.read_bytes()[:65536] == b"\5" * 65536
+    assert qemu.info(base)["virtual-size"] == (1 << 20) + 512
+
+
 def test_zeros_are_holes_in_a_raw_base(tmp_path: Path) -> None:
     """Zeros become holes in a raw base, also where it grows."""
     base, top = tmp_path / "base.raw", tmp_path / "top.qed"

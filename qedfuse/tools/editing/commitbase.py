@@ -24,12 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from qedfuse.disk.disk import Disk
-    from qedfuse.disk.options import OpenOptions
+    from qedfuse.disk.lookup.layer import Layer
+    from qedfuse.disk.options import BackingPolicy, OpenOptions
     from qedfuse.hostio.hostfile import Buffer
     from qedfuse.hostio.posixfile import PosixFile
+    from qedfuse.ondisk.header import Header
 
 COPY_CHUNK_BYTES: Final = 1 << 20
 """Maximum number of bytes of one read from the source or one write to the base."""
+
+
+_VHD_FOOTER_BYTES: Final = 512
+_VHD_MAGIC: Final = b"conectix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +158,8 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
 
     Raises:
         UsageError: The base is a URL, or an image that QEMU serves.
-        BackingError: The overlay has no base, or a base cannot be used.
+        BackingError: The overlay has no base, a base cannot be used, or the overlay's base is
+            refused by `refuse_fixed_vhd`.
         ImageInUseError: Another file has taken the overlay's name.
         QedError: A file of the chain cannot be opened or read.
     """
@@ -169,8 +176,35 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
         )
     with closing_layers(bases):
         refuse_foreign(bases[0])
+        await refuse_fixed_vhd(bases[0], header, options.backing)
         base = cast("PosixFile", bases[0].file)
         return BaseFile(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
+
+
+async def refuse_fixed_vhd(base: Layer, header: Header, policy: BackingPolicy) -> None:
+    """Refuse a raw base that ends with the footer of a fixed VHD, unless it was declared raw.
+
+    The first bytes of a fixed VHD do not show its format, so it counts as raw.  But a commit that
+    makes it longer, or writes over the footer, would leave a file that no program reads as a VHD.
+
+    Args:
+        base: The base.
+        header: The header of the image that names the base; it may declare the base raw.
+        policy: The policy, which may declare all bases raw.
+
+    Raises:
+        BackingError: The base is refused.
+        HostError: The base cannot be read.
+    """
+    if not isinstance(base, RawLayer) or header.backing_is_raw or policy.format == "raw":
+        return
+    start = max(0, base.file.size() - _VHD_FOOTER_BYTES)
+    if (await base.file.pread(start, _VHD_FOOTER_BYTES)).startswith(_VHD_MAGIC):
+        msg = (
+            f"{base.file.name}: found the footer of a fixed VHD image at {start}, expected QED or "
+            "raw (backing_format=raw writes to the file all the same)"
+        )
+        raise BackingError(msg)
 
 
 @asynccontextmanager
