@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import RemoteError
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.client import ClientOptions, UnusableError
 from qedfuse.remote.unconfigured import UnconfiguredClient
 from qedfuse.remote.unitfile import UNIT_BYTES
+from tests.support.disks import build_image
 from tests.support.remotes import DEADLINES, opened, read, some_bytes
 from tests.support.webserver import serving
 
@@ -77,6 +79,54 @@ def test_complete_entry_with_wrong_credentials(
         with opened("s3://images/disk.qed", tmp_path, deadlines=DEADLINES) as file:
             assert read(file, 0, len(CONTENT)) == CONTENT
         assert server.struck["status 403"] >= 1
+
+
+@pytest.mark.parametrize("name", ["missing", "a directory", "open to others", "another form"])
+def test_a_credentials_file_that_cannot_be_used(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that the user names must be readable, also if the cache has the whole object.
+
+    The file may name the endpoint of the store, so without the file it is unknown which object of
+    the cache is meant.  With a readable file that has no valid credentials, the cache is used.
+    """
+    cache, secrets = tmp_path / "cache", tmp_path / "secrets"
+    url = "s3://images/disk.qed"
+    words = ("map", f"--cache-dir={cache}", f"--credentials={secrets}", "--remote-timeout=1", url)
+    with serving(bytes(build_image(1 << 20))) as server:
+        set_endpoints(monkeypatch, server.port)
+        with opened(url, cache) as file:
+            read(file, 0, len(server.content))
+        server.always, server.heads_fail = "status 403", True
+        asked = len(server.headers)
+        if name == "a directory":
+            secrets.mkdir()
+        elif name != "missing":
+            secrets.write_text("half a li" if name == "another form" else "A=b\n")
+            secrets.chmod(0o640 if name == "open to others" else 0o600)
+        assert main(list(words)) == {"a directory": 12}.get(name, 1)
+        error = capsys.readouterr().err
+        assert error.startswith(f"qedimg: {secrets}: ")
+        assert error.count("\n") == 1
+        assert len(server.headers) == asked
+
+
+@from_cache
+def test_a_credentials_file_without_valid_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a readable file that has half a key, a complete entry of the cache is read."""
+    cache, secrets = tmp_path / "cache", tmp_path / "secrets"
+    secrets.write_text("AWS_ACCESS_KEY_ID=key\n")
+    secrets.chmod(0o600)
+    url = "s3://images/disk.qed"
+    with serving(bytes(build_image(1 << 20))) as server:
+        set_endpoints(monkeypatch, server.port)
+        with opened(url, cache) as file:
+            read(file, 0, len(server.content))
+        asked = len(server.headers)
+        assert main(["map", f"--cache-dir={cache}", f"--credentials={secrets}", url]) == 0
+        assert len(server.headers) == asked
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
