@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from qedfuse.errors import QedError
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from typing import TypeAlias
@@ -25,17 +27,36 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
     The end of the ``async with`` block waits for the tasks.  The caller must cancel the nursery's
     ``cancel_scope`` if they do not end by themselves.
 
-    trio wraps every error that leaves a nursery in an exception group, which callers do not expect.
-    So this function raises a group only if there are several errors.
+    trio wraps every error that leaves a nursery in an exception group, which callers do not expect:
+    they handle a `QedError`, and print a group with trio's own message.  So of several errors of
+    this kind the first is raised.  A group is raised only if there are several errors and one is a
+    bug.
     """
     try:
         async with trio.open_nursery() as nursery:
             yield nursery
     except BaseExceptionGroup as group:
-        if len(group.exceptions) > 1:
+        error: BaseException | None = _first_qed_error(group)
+        if error is None and len(group.exceptions) > 1:
             raise
+        error = error or group.exceptions[0]
         # "from" keeps the error's own cause, and keeps the group out of tracebacks.
-        raise group.exceptions[0] from group.exceptions[0].__cause__
+        raise error from error.__cause__
+
+
+def _first_qed_error(group: BaseExceptionGroup[BaseException]) -> QedError | None:
+    """Return the first `QedError` of a group; None if there is none, or if there is a bug as well.
+
+    Cancellations of tasks are left out: a caller that is cancelled too may end with an error.
+    """
+    found, others = group.split(QedError)
+    if found is None or (others is not None and others.split(trio.Cancelled)[1] is not None):
+        return None
+    error: BaseException = found
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, QedError)  # noqa: S101  `split` has chosen it
+    return error
 
 
 @asynccontextmanager

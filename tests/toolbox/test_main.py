@@ -104,6 +104,8 @@ def test_unknown_command(name: str, hint: str, capsys: pytest.CaptureFixture[str
         (ValueError("x\nTraceback"), 70),
         (KeyboardInterrupt(), 130),
         (BaseExceptionGroup("g", [KeyboardInterrupt()]), 130),
+        # The cancellation of a task does not derive from Exception either.
+        (BaseExceptionGroup("g", [GeneratorExit(), MemoryError()]), 1),
     ],
     ids=repr,
 )

@@ -230,9 +230,12 @@ def _unknown(name: str) -> str:
 
 
 def _first_error(error: BaseException) -> BaseException:
-    """Return ``error``; of an exception group, return a `QedError` in it, or else any error."""
+    """Return ``error``; of an exception group, return a `QedError` in it, or else any error.
+
+    The cancellation of a task, which does not derive from Exception, is the last choice.
+    """
     while isinstance(error, BaseExceptionGroup):
-        preferred = error.subgroup(QedError) or error
+        preferred = error.subgroup(QedError) or error.subgroup(Exception) or error
         error = preferred.exceptions[0]
     return error
 
