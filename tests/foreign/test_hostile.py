@@ -51,6 +51,10 @@ def images(tmp_path: Path) -> Path:
     return path
 
 
+_BACKING_FORMAT: Final = 0xE2792ACA
+"""The type of the extension in a qcow2 header that names the format of the backing file."""
+
+
 def refused(path: Path, code: int, *options: str) -> str:
     """Run commands that must refuse an image; return the line of the last one."""
     lines = []
@@ -319,6 +323,27 @@ def test_vmdk_with_hidden_list(images: Path, secret: Path) -> None:
     good.write_text(DESCRIPTOR % ("ffffffff", "", 2048, "evil.vmdk"), "utf-8")
     good.write_text(good.read_text("utf-8").replace("FLAT", "SPARSE").replace(" 0\n", "\n"))
     assert "capacity" in refused(good, 25)
+
+
+def test_vhd_with_a_parent(images: Path) -> None:
+    """A differencing VHD image, whose parent QEMU would ignore, is refused."""
+    path = images / "evil.vhd"
+    found = bytearray(qemu.create(path, 1 << 20, image_format="vpc").read_bytes())
+    assert found.startswith(b"conectix")
+    struct.pack_into(">I", found, 60, 4)
+    path.write_bytes(found)
+    expected = f"{path}: found a differencing VHD image, expected one without a parent"
+    assert refused(path, 25) == expected
+
+
+def test_base_of_an_unknown_format(images: Path) -> None:
+    """A base whose format the header names, and which is none of the known ones, is refused."""
+    path = images / "top.qcow2"
+    (images / "other").write_bytes(bytes(65536))
+    write_qcow2(path, backing=b"other")
+    path.write_bytes(put_extension(path.read_bytes(), _BACKING_FORMAT, b"bochs"))
+    expected = f"{path}: backing file {images / 'other'}: found format bochs, expected raw, qed, "
+    assert refused(path, 17).startswith(expected)
 
 
 def test_without_landlock(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
