@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.support import programs, qemu
+from tests.support.keyservice import giving_keys
 from tests.support.mounted import TIMEOUT, FrontMount, clean_up, front, mounted, qedfuse, refused
 from tests.support.openfiles import open_files
 from tests.support.programs import environment
@@ -534,6 +535,44 @@ def test_credentials_of_others_are_refused(server: WebServer, tmp_path: Path, mn
     assert line == f"{secrets}: credentials: line 2: found another form, expected NAME=VALUE"
     secrets.unlink()
     assert "cannot open" in refused(server.url, mnt, "-r", "-o", f"credentials={secrets}", code=2)
+
+
+@pytest.mark.parametrize("cloud", ["Amazon", "Google"])
+def test_the_sandbox_lets_the_key_of_a_role_be_renewed(
+    cloud: str,
+    server: WebServer,
+    content: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mount in its sandbox fetches another key when that of its role has expired."""
+    with giving_keys() as service:
+        service.lifetime_seconds = -5
+        token = tmp_path / "tokens" / "token"
+        token.parent.mkdir()
+        token.write_text("first")
+        if cloud == "Amazon":
+            url, before = "s3://images/disk.qed", "Credential=KEY"
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+            monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{service.url}/key")
+            monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(token))
+        else:
+            url, before = "gs://images/disk.qed", "Bearer bearer-"
+            monkeypatch.setenv("GOOGLE_BASE_URL", f"http://127.0.0.1:{server.port}")
+            for name in ("GCE_METADATA_HOST", "GCE_METADATA_IP"):
+                monkeypatch.setenv(name, f"127.0.0.1:{service.port}")
+        with front("-r", url, tmp_path / "mnt") as mount:
+            mount.wait_for_sandbox()
+            keys = service.keys
+            token.unlink()
+            token.write_text("second")
+            disk = mount.mountpoint / "disk.raw"
+            assert read(disk, FAR) == content[FAR : FAR + BLOCK]
+            assert service.keys > keys > 0
+            assert server.authorizations[-1].partition(before)[2].startswith(str(service.keys))
+            if cloud == "Amazon":
+                assert service.header("authorization")[-1] == "second"
+            stop(mount)
 
 
 def test_an_overlay_remembers_its_base(
