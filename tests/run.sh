@@ -46,10 +46,7 @@ all_tests() {
 }
 
 # Reads, writes and flushes of mounts.
-io_tests=(
-    tests/unit/test_extensions.py
-    tests/mounted/test_{read_paths,mount_load,kill}.py tests/fuzz/test_fuzz.py
-)
+io_tests=(tests/mounted/test_{read_paths,mount_load,kill}.py tests/fuzz/test_fuzz.py)
 
 # Threads of trio in place of native threads.
 threads_of_trio() {
@@ -57,7 +54,7 @@ threads_of_trio() {
 }
 
 without_extensions() {
-    tests/without_extensions.sh "${io_tests[@]}"
+    tests/without_extensions.sh tests/unit/test_extensions.py "${io_tests[@]}"
 }
 
 address_sanitizer() {
