@@ -142,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = service.answer(self.command, self.path) if service.status == 200 else b"no"
         self.send_response(service.status)
         self.send_header("Content-Length", str(len(body)))
+        # A kept connection would hide that a sandbox forbids to connect.
+        self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 
