@@ -146,7 +146,8 @@ static PyObject *sweep(PyObject *module, PyObject *args)
         return NULL;
     image.table_bytes = table_bytes;
     image.clusters = file_bytes >> image.cluster_bits;
-    /* The whole L1 table is read into memory.  The full check reads one of more than 16 MiB. */
+    /* The whole L1 table is read into memory, so one of more than 16 MiB is left to the full
+     * check. */
     if (image.clusters > MAX_CLUSTERS || table_bytes > MAX_TABLES_BYTES / 64 ||
         l1_table >> image.cluster_bits >= image.clusters)
         Py_RETURN_NONE;

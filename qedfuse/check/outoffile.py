@@ -1,4 +1,4 @@
-"""Clearing the entries that point past the end of the file, before a repair extends the file.
+"""Clearing table entries that point past the end of the file, before a repair extends the file.
 
 A repair appends copies of tables and of data clusters to the file.  An entry that points past the
 old end of the file would then become valid, and the guest would read a copy that belongs to another
@@ -10,10 +10,10 @@ because the guest would then read the backing file.  At the end of the repair, s
 to a new table of zero clusters.  The new table needs a longer file, so the entry is `POISON_ENTRY`
 until then.
 
-A table that overlaps data or an earlier table must not be written to.  The repair copies the table
-and corrects the copy.  Until the L1 entry points to the copy, the original table is in use.  So the
-repair never allocates the clusters past the end to which its entries point.  When the file has
-grown past them, they are holes, and the guest reads zeros.
+A table that overlaps data or an earlier table must not be written to, so its entries cannot be
+cleared.  The repair copies the table and corrects the copy.  Until the L1 entry points to the copy,
+the guest reads through the original.  So the repair never allocates the clusters past the end to
+which entries of the original point.  They become holes of the longer file: the guest reads zeros.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class OutOfFileEntries:
                 earlier table, and therefore must not be written to.
             cleared_value: The new value of cleared L2 entries.
         """
-        # If several L1 entries point to the same table, the table moves for all of them, or for all
-        # but one.  An L2 entry of it that points past the end loses data in the range of each of
-        # these L1 entries.  All these losses must be recorded before the L2 entry is cleared.  So
-        # the tables that move are read first.
+        # If several L1 entries point to the same table, all of them, or all but one, get a copy of
+        # it (`moves`).  An L2 entry in this table that points past the end loses data in the range
+        # of each of these L1 entries.  All losses must be recorded before the L2 entry is cleared.
+        # So the tables to copy are read first.
         avoided: list[Values] = [np.empty(0, np.uint64)]
         in_place: list[tuple[int, int]] = []
         length = self._geometry.table_bytes
@@ -119,8 +119,9 @@ class OutOfFileEntries:
         """Overwrite entries of the L1 table; return the old values of those that get POISON_ENTRY.
 
         The caller must not allocate a table at one of the returned offsets.  Otherwise an entry
-        could get its old value again, and the backup, which has only what differs in the end, would
-        lack the entry.  So after an interruption `POISON_ENTRY` could not be undone.
+        could get its old value again.  The backup, with which the user can undo a repair, has only
+        entries that the whole repair changes.  It would lack this entry, and after an interruption
+        could not undo `POISON_ENTRY`.
         """
         poisoned: list[Values] = []
         if not l1_entries:

@@ -103,9 +103,7 @@ def refuse_too_many_tables(file: HostFile, count: int) -> None:
 
 
 async def overlapping(tables: Values, table_bytes: int) -> Mask:
-    """Return a mask of the tables that overlap an earlier valid table in ``tables``.
-
-    A table is valid if it is not in the mask.
+    """Return a mask of the tables that overlap an earlier table which is not in the mask itself.
 
     Args:
         tables: The file offsets of tables, ascending; equal offsets are permitted.

@@ -1,9 +1,9 @@
 """The descriptor of a VMDK image: its parent, and the extents that QEMU opens under their names.
 
-QEMU itself searches a descriptor that is a file of its own for names of extents, and skips each
-line that it does not understand.  If QEMU understood a line that this module skips, it would open a
-file that was never checked.  So such a descriptor is refused unless every line has one of the
-forms below, which QEMU and this module read alike.
+A descriptor may be a file of its own.  QEMU then searches it for names of extents, and skips each
+line that it does not understand.  If this module also skipped lines, it might skip one that QEMU
+understands, and QEMU would open a file that was never checked.  So such a descriptor is refused
+unless every line has one of the forms below, which QEMU and this module read alike.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ _MAX_ID: Final = (1 << 32) - 2
 _MAX_PARTITION: Final = 255
 """Largest number of a partition in Linux."""
 _MAX_SECONDS: Final = 3600.0
-"""Largest value of each option whose value is a number of seconds, except those for servers."""
+"""Largest value of an option in seconds; options that concern servers have another limit."""
 _MAX_POLL_MICROSECONDS: Final = 10_000
 """Largest value of the option ``poll``."""
 _MIN_CACHE_BYTES: Final = 64 << 10
@@ -44,7 +44,7 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def _number(name: str, value: str, base: int, maximum: int, expected: str) -> int:
-    """Parse an integer up to ``maximum``, in ``base`` 8 or 10; errors end with ``expected``."""
+    """Parse an integer up to ``maximum``, in ``base`` 8 or 10; messages end with ``expected``."""
     digits = "[0-7]{1,12}" if base == 8 else "[0-9]{1,12}"  # noqa: PLR2004  octal
     if not re.fullmatch(digits, value) or (number := int(value, base)) > maximum:
         msg = f"option {name}: found {printable(value)}, expected {expected}"
@@ -137,7 +137,7 @@ def parse_remote_cache(name: str, value: str) -> int:
 
 
 def parse_local_path(name: str, value: str) -> str:
-    """Return ``value`` unchanged if it is a path."""
+    """Return ``value``, a path on this machine, unchanged; refuse a URL."""
     if is_url(value):
         hint = " (for URLs: backing_url)" if name == "backing_dir" else ""
         msg = f"option {name}: found a URL, expected a path on this machine{hint}"

@@ -24,7 +24,8 @@ def connect(connection: HTTPConnection, host: str) -> socket.socket:
     Raises:
         NameResolutionError: The lookup of the host found no address.
         ConnectTimeoutError: A name server or an address did not answer in time.
-        NewConnectionError: No address accepts a connection, or no thread can be started.
+        NewConnectionError: No address accepts a connection, or no thread can be started for the
+            lookup.
     """
     seconds = float(connection.timeout or 0)
     end = time.monotonic() + seconds

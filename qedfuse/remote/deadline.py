@@ -1,4 +1,4 @@
-"""Connections of urllib3 with one time limit for all of connecting, and one for a whole response.
+"""Connections of urllib3 with one time limit to connect, and one for a whole response.
 
 The timeout of a socket applies to each read separately.  With that alone, a server that sends one
 byte before each timeout could block a thread without limit.
@@ -61,7 +61,7 @@ class _TimedSocket(io.RawIOBase):
     def _read_all(self, buffer: Buffer, seconds: float) -> int:
         """Fill ``buffer`` with one system call; return the number of bytes.
 
-        The buffer is not full only at the end of the stream, or when the time is over.  A call for
+        The number is smaller than the buffer if the stream ends, or the time runs out.  A call for
         each packet would be slower, because each must take the GIL again.
         """
         # SO_RCVTIMEO limits the call as a whole, but only on a blocking socket.

@@ -1,7 +1,7 @@
 """Fetching units of an object, when readers need them and ahead of sequential readers.
 
-A unit is 256 KiB of the object.  A thread looks up a unit in the cache.  If it is missing, a thread
-fetches it, together with adjacent missing units, for all of its readers.
+A unit is 256 KiB of the object.  Adjacent units that are needed form a *flight*.  A thread looks up
+the units of a flight in the cache.  If a unit is missing, a thread fetches it, for all its readers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_FLIGHT_UNITS: Final = 4
 _MAX_REQUEST_FLIGHTS: Final = 4
 """Maximum number of flights in one request: 4 MiB."""
 _MIN_LONG_WINDOW_UNITS: Final = 64
-"""Number of units to fetch ahead from which a request may have several flights."""
+"""A request may have several flights if at least this number of units is fetched ahead."""
 _MAX_WINDOW_UNITS: Final = 64
 """Maximum number of units that are fetched ahead of a sequential reader: 16 MiB."""
 _MAX_HELD_WINDOW_UNITS: Final = 8
@@ -148,8 +148,8 @@ class Fetcher:
     def mark_usable_offline(self, needed: bytes) -> bool:
         """Record that the cache has all needed units; return whether it was recorded.
 
-        ``needed`` has a byte for each unit: 1 if readers need the unit, and 0 if they do not.  From
-        then on, the object can be opened while no server answers.
+        Afterwards the object can be opened while no server answers.  ``needed`` has a byte for each
+        unit: 1 if readers need the unit, and 0 if they do not.
         """
         return self._store.mark_usable_offline(needed)
 
@@ -193,7 +193,7 @@ class Fetcher:
     def _begin(
         self, first: int, last: int, *, is_wanted: bool, is_long: bool = False
     ) -> list[Flight]:
-        """Return flights of the units that are not ready; start those that have no flight.
+        """Return the flights of the units that are not ready; start the flights that are missing.
 
         A unit that is held in memory gets a flight that has already ended.  The caller holds the
         lock.  ``is_long`` allows one request to fetch several of the flights.
@@ -251,7 +251,7 @@ class Fetcher:
         return flight
 
     def _make_flight(self, first: int, last: int, *, continues: bool = False) -> Flight:
-        """Return a flight, which is brief if a recent fetch of one of its units has failed."""
+        """Return a flight, with a shorter time limit if a recent fetch of its units has failed."""
         source = self._source
         return Flight(
             *(first, last, self._name, source.max_seconds, source.max_brief_seconds),

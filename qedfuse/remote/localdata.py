@@ -1,9 +1,10 @@
-"""Reads of the cache's data file from the page cache, without a comparison with the checksum.
+"""Reads of a remote file's local copy from the page cache, without comparing checksums.
 
-A unit becomes ready when this process has fetched and stored it, or has read it from the disk and
-compared it with its checksum (`UnitFile.load`).  From then on, this module reads the unit.  When
-the page cache has lost a page, the disk may return other bytes, because bits have flipped or a
-write has failed.  So this module must read only what is in the page cache.
+The copy is the data file of an entry of the cache for remote files.  A unit becomes ready when this
+process has fetched and stored it, or has read it from the disk and compared it with its checksum
+(`UnitFile.load`).  From then on, this module reads the unit.  When the page cache has lost a page,
+the disk may return other bytes, because bits have flipped or a write has failed.  So this module
+must read only what is in the page cache.
 
 A read with ``RWF_NOWAIT`` alone would not ensure that.  There are three dangers, each with its
 remedy:

@@ -1,8 +1,8 @@
 """TLS sockets that are closed if the peer has gone before the handshake.
 
 Before the handshake, Python's own class asks for the address of the peer.  If the connection has
-been reset, it can return a socket without TLS, to which a request would be written without
-encryption.  Or it raises an exception and leaves its socket open.
+been reset, the class can return a socket without TLS, and the request would be written to it
+without encryption.  Or the class raises an exception and leaves its socket open.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Closing files that threads may still use: the last user closes them.
 
-If a thread closed a descriptor that another thread is about to use, the descriptor could belong to
-another file before that use.
+If a thread closed a descriptor that another thread is about to use, the kernel could give its
+number to another file in between.
 """
 
 from __future__ import annotations

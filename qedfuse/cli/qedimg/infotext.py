@@ -29,9 +29,10 @@ def as_text(image: ImageInfo, details: Details | None) -> str:
 
 
 def _lines(image: ImageInfo, details: Details | None) -> Iterator[str]:
-    """Yield the lines of the description; those from the cluster size on are of QED images only.
+    """Yield the lines of the description.
 
-    The lines about the backing file are an exception: an image that QEMU serves has them too.
+    Every image has the lines up to the disk size.  A QED image also has all others, and an image
+    that QEMU serves has those about its backing file.
     """
     yield f"image: {shown_name(image.path)}"
     yield f"file format: {image.format}"

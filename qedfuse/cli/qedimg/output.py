@@ -51,7 +51,8 @@ def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str
 def print_error(message: str) -> None:
     """Print an error message to stderr, without the queries of URLs, which may be secrets.
 
-    If stderr cannot be written to, further output is discarded; the exit code reports the failure.
+    If stderr cannot be written to, further output to it is discarded.  Then only the exit code
+    reports the error.
     """
     try:
         sys.stderr.write(f"qedimg: {without_queries(printable(message))}\n")

@@ -59,7 +59,8 @@ class FastPath:
         self._file_reads = chain.file_reads
         self._file = layer.file
         self._try_write_file = layer.file.try_write
-        # Python fills each new buffer with zeros, which would take as long as the read.
+        # One buffer for all reads: Python would fill each new one with zeros, which takes as long
+        # as the read.
         self._buffer = memoryview(bytearray(_MAX_READ_BYTES))
         self._allocation = FastAllocation(
             *(chain, layer, space, needcheck, table_writer, write_path, zero_fill),
@@ -72,7 +73,7 @@ class FastPath:
         self._slice_mask = layer.tables.slice_entries - 1
 
     def try_read(self, start: int, length: int) -> memoryview | None:
-        """Read a guest range; return None if that would block or fails.
+        """Read a guest range; return None if that would block or fail.
 
         Returns None also if the range is empty, is longer than `_MAX_READ_BYTES`, does not lie
         within one slice, or ends past the end of the disk.  The returned view is valid until the
@@ -153,7 +154,7 @@ class FastPath:
         return self._files[depth], value + (start & self._cluster_mask)
 
     def try_write(self, start: int, data: Buffer) -> bool:
-        """Write ``data`` at a guest offset; return False if that would block or fails.
+        """Write ``data`` at a guest offset; return False if that would block or fail.
 
         Returns False also if ``data`` is empty, does not lie within one slice, or ends past the
         end of the disk.  After False a part of the range may have been written, so the caller

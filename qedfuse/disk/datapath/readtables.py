@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class InPlaceWrites(NamedTuple):
     """What ``_inplacewrite.c`` needs to write to clusters that the top image has allocated.
 
-    The extension makes only short writes, if ``guard`` is prepared, ``writeback`` has no failure,
-    and there is no contention for ``inode``.
+    The extension makes a write only if it is short, ``guard`` is prepared, ``writeback`` has no
+    failure, and there is no contention for ``inode``.
 
     Attributes:
         fd: The descriptor of the top image.

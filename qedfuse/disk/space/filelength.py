@@ -87,7 +87,7 @@ class FileLength:
             self.end = target
 
     def try_grow(self, end: int) -> bool:
-        """Make the file at least ``end`` bytes long; return False if that would block or fails.
+        """Make the file at least ``end`` bytes long; return False if that would block or fail.
 
         If it returns False, the length is unchanged.
         """

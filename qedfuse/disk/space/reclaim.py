@@ -1,5 +1,6 @@
 """Reclaiming space: clusters leave the quarantine, and free space is returned to the host.
 
+A cluster that lost its reference stays in the quarantine until it can be used again safely.
 `Reclaim.run` frees clusters of the quarantine, cuts off free clusters at the end of the file, and
 punches the others out of the host's file.
 """
@@ -124,8 +125,9 @@ class Reclaim:
     def pending(self) -> bool:
         """Whether there are clusters to free, cut off or punch.
 
-        False until the scan has ended, and also afterwards if the scan has failed.  Clusters in
-        quarantine count even if `run` can free them only after the next write-back cycle.
+        False until the scan for the clusters in use has ended, and also afterwards if it has
+        failed.  Clusters in quarantine count even if `run` can free them only after the next
+        write-back cycle.
         """
         allocator = self._allocator
         if not allocator.scan_complete:
@@ -242,10 +244,10 @@ class Reclaim:
             left = None if left is None else left - done
 
     async def _punch_some(self, clusters: FreeMap, max_runs: int) -> int:
-        """Punch at most ``max_runs`` of the runs in ``clusters``; return how many were removed.
+        """Take at most ``max_runs`` runs out of ``clusters`` and punch them; return their number.
 
-        The number includes runs that were holes before.  After an error all runs are in the map
-        again.
+        The number includes runs that were holes before.  After an error all runs are in
+        ``clusters`` again.
         """
         allocator, bits = self._allocator, self._bits
         found = (clusters.take(BLOCK_CLUSTERS) for _ in range(max_runs))

@@ -82,8 +82,8 @@ class NeedCheck:
     def is_set(self) -> bool:
         """Whether the bit has been written to the file, so tables may change without `changing`.
 
-        The bit need not be durable yet.  False also while the header is being written, and after a
-        failed change of it until another one succeeds.
+        The bit need not be durable yet.  False also while the header is being written, and from a
+        failed write of the header until the next successful one.
         """
         return self._header_store.value.need_check and self._header_store.persisted
 

@@ -138,7 +138,7 @@ class MetadataWriteback:
         await self.write_back()
 
     async def wait_running(self) -> None:
-        """Return when no cycle is running, or the running one has succeeded or failed."""
+        """Wait for the end of the running cycle, if any, whether it succeeds or fails."""
         if self._running is not None:
             await self._running.done.wait()
 
@@ -166,7 +166,7 @@ class MetadataWriteback:
     def _try_cycle(self) -> bool:
         """Run a cycle without waiting; return False if it cannot be completed.
 
-        After False, what was not written is dirty again.  The next cycle makes the rest durable.
+        After False, what was not written is dirty again.  The next cycle makes everything durable.
         """
         # This method awaits nothing, so nothing changes between its steps.  So the first datasync
         # covers all that the tables refer to, although the tables are taken after it.

@@ -13,16 +13,17 @@
 #include <fuse_lowlevel.h>
 
 /* Returns a Request that must answer `request`; NULL with an exception.  `size` is the length of a
- * read, and otherwise 0 (_request.c). */
+ * read, or 0 for another request (_request.c). */
 PyObject *new_request(fuse_req_t request, size_t size);
 
 /* Prepares new_request().  Returns 0, or -1 with an exception (_request.c). */
 int init_requests(void);
 
-/* Begins or ends a session; requests of earlier sessions get no answer any more (_request.c). */
+/* Lets no request made so far be answered any more; called when a session begins and when it ends
+ * (_request.c). */
 void forget_requests(void);
 
-/* Replaces read, write and fsync in a copy of pyfuse3's table of operations (_dataops.c). */
+/* Replaces init, read, write and fsync in a copy of pyfuse3's table of operations (_dataops.c). */
 void replace_data_operations(struct fuse_lowlevel_ops *table);
 
 /* Returns whether a table has the init of _dataops.c, which calls limit_reads(). */
@@ -37,7 +38,8 @@ PyObject *defer_read(PyObject *module, PyObject *unused);
 /* Tries to answer the read that is being handled with the pages of a file (_dataops.c). */
 PyObject *reply_from_file(PyObject *module, PyObject *args);
 
-/* Takes requests of a session in bursts from now on (_burst.c). */
+/* Takes requests of a session in bursts from now on: several in a row, without going back to
+ * pyfuse3's loop (_burst.c). */
 void begin_bursts(void *session);
 
 /* Allocates memory for requests of bursts; writes have at most `max_write` bytes (_burst.c). */
@@ -64,9 +66,9 @@ PyObject *forbid_polling(PyObject *module, PyObject *unused);
  * a second call (_burst.c). */
 PyObject *take_polled_seconds(PyObject *module, PyObject *unused);
 
-/* Minimum and maximum length of a read that is answered with the pages of a file.  A copy of a
- * shorter reply costs less.  A pipe of 1 MiB, the usual limit, may be too small for a longer
- * reply. */
+/* Minimum and maximum length of a read that is answered with the pages of a file, by splice(2).  To
+ * copy a shorter reply costs less than to splice it.  A pipe of 1 MiB, the usual limit, may be too
+ * small for a longer reply. */
 #define MIN_SPLICE_BYTES (1 << 15)
 #define MAX_SPLICE_BYTES (1 << 19)
 
@@ -85,7 +87,7 @@ struct fuse_args *limited_arguments(struct fuse_args *given, struct fuse_args *c
 /* Sets the limit for libfuse, if the arguments of the session have it (_maxread.c). */
 void limit_reads(struct fuse_conn_info *connection);
 
-/* Lets reads of the session that begins be answered with pages (_splice.c). */
+/* Permits answers with pages, for the reads of a new session (_splice.c). */
 void begin_splicing(void);
 
 /* Lets no further read be answered with pages (_splice.c). */
@@ -95,8 +97,8 @@ void end_splicing(void);
 enum pages { PAGES_MISSING, PAGES_CACHED, PAGES_UNKNOWN };
 
 /* Returns whether the page cache has a page for each byte of a range.  A page may be invalid: the
- * kernel still reads it, or has failed to write it.  RWF_NOWAIT takes no such page, but splice(2)
- * makes the kernel read it again (_pagecache.c). */
+ * kernel still reads it, or has failed to write it.  A read with RWF_NOWAIT stops at such a page,
+ * but splice(2) makes the kernel read it again (_pagecache.c). */
 enum pages cached_pages(int fd, uint64_t offset, size_t size);
 
 /* Returns whether no page of a range is dirty or being written; 0 if unknown (_pagecache.c). */
@@ -304,7 +306,7 @@ PyObject *py_end_queued_reads(PyObject *module, PyObject *unused);
 /* Returns how many reads are in the queue (_queuedread.c). */
 PyObject *queued_reads(PyObject *module, PyObject *unused);
 
-/* Maximum number of reads in the ring. */
+/* Maximum number of reads in the ring, an io_uring(7) for reads of files. */
 #define RING_ENTRIES 256
 
 /* Makes the ring; returns its eventfd, or -1 with errno (_ring.c). */

@@ -1,11 +1,11 @@
 """Errors of requests: an exception becomes an errno for the kernel and a line in the log.
 
-Every exception is converted to a FUSEError, because any other exception would end the mount for all
-disks and users.
+Every other error is converted to a FUSEError, because it would end the mount for all disks and
+users.
 
 With a damaged image or a full host, every retry of a guest fails, so the log is rate-limited for
-each disk.  The first messages are logged in full, each message once.  All other errors are only
-counted, and at most one line per minute has their number and the last message.
+each disk.  The first 100 different messages are logged in full, each once.  All other errors are
+only counted; at most one line per minute has their number and the last message.
 """
 
 from __future__ import annotations

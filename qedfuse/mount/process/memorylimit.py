@@ -1,7 +1,7 @@
 """A hard limit on the address space of the server (RLIMIT_AS), for services.
 
-If the process needs more than the limit permits, the kernel refuses, and a request or the mount
-fails.
+If the process needs more address space than the limit permits, the kernel refuses to give it, and a
+request or the mount fails.
 """
 
 from __future__ import annotations

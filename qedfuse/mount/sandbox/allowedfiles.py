@@ -23,7 +23,8 @@ READ: Final = READ_FILE | READ_DIRECTORY
 CHANGE_TREE: Final = CHANGE_FILES | MAKE_DIRECTORY | REMOVE_DIRECTORY | RENAME_BETWEEN_DIRECTORIES
 """Rights on a directory of files and directories that the server makes, changes and removes."""
 SERVE: Final = READ | WRITE_FILE | TRUNCATE
-"""Rights on the mount itself, whose files the server opens to launder them and correct sizes."""
+"""Rights on the mount itself, whose files the server opens to have cached pages written back or to
+correct sizes (`qedfuse.mount.fuse.laundering`)."""
 SERVE_FILE: Final = SERVE & ~READ_DIRECTORY
 """Rights on the mount itself if the mountpoint is a file."""
 
@@ -60,7 +61,7 @@ expires, and Landlock would not permit the new file.  So the whole directory may
 def system_files() -> Iterator[tuple[str, int]]:
     """Yield what every server may open: a path, and the rights on it and on all files below it.
 
-    As a precaution, they include the modules of Python and qedfuse.
+    The modules of Python and qedfuse are included, in case the server imports one only now.
     """
     yield from _SYSTEM_FILES
     package = __file__.removesuffix("/mount/sandbox/allowedfiles.py")

@@ -149,8 +149,8 @@ class Conversion:
 
         Raises:
             UsageError: The file exists, and ``overwrite`` is False or the file is not regular.  Or
-                the format permits no backing file or comparison, or cannot be made.  Or the
-                geometry is invalid or too small for the disk.
+                the format permits no backing file or comparison, or is one that cannot be written.
+                Or the geometry is invalid or too small for the disk.
             BackingError: The backing file cannot be used, or leads to the target itself.
             ImageInUseError: The old file is in use, or another file has taken the name meanwhile.
             QedError: The source cannot be read, the file cannot be written, or the comparison
@@ -180,7 +180,8 @@ class Conversion:
                 stack.callback(os.close, fd)
                 async with self._new_target(fd) as (target, base):
                     if base is not None:
-                        # Read before the copy: later versions would hide a change during the copy.
+                        # The versions of the base are read before the copy.  Versions read later
+                        # would hide a change of the base during the copy.
                         record = NewRecord(spec.backing or "", versions_of(base.layer_files()))
                         record.store(fd)
                     size, data_bytes = await self._copy(target, base)
@@ -287,7 +288,7 @@ class Conversion:
         """Compare the copy, now at ``path``, with the source; a stream is skipped."""
         if self._source_disk is None:
             return
-        # The lock of an existing target is released, so another program may be writing to it.
+        # The lock of an existing target has been released, so another program may have locked it.
         options = replace(self._options, force_share=True)
         if self._spec.backing is not None:
             directory = options.backing.working_directory

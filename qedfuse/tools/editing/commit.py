@@ -2,8 +2,8 @@
 
 The overlay reads the same after an interruption at any moment, because of the order of the steps:
 
-1. The base grows if the overlay is larger.  The added range reads as zeros.  So did the overlay,
-   past the end of the base, wherever it stored nothing.
+1. The base grows if the overlay is larger.  The added range reads as zeros.  Where the overlay
+   stores nothing, it already read as zeros past the end of the base.
 2. The overlay's data is written into the base.  Only ranges change that the overlay stores itself,
    and the overlay does not read these ranges from the base.
 3. The base is made durable.  From now on the base reads the same as the overlay wherever the
@@ -12,8 +12,8 @@ The overlay reads the same after an interruption at any moment, because of the o
    cluster of the base that reads the same, so their order does not matter.  The overlay's tables
    and their space are released last.
 
-If the base lies further down the chain, steps 1 to 3 treat the overlay and the images above the
-base as one overlay.  Step 4 is then left out.
+If the caller names a base, it may lie further down the chain.  Steps 1 to 3 then treat the overlay
+and the images above the base as one overlay, and step 4 is left out.
 
 The base itself reads differently as soon as the first byte has been written to it.  This corrupts
 all other overlays over the same base.

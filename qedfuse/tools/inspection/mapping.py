@@ -32,8 +32,8 @@ class MapEntry:
     Attributes:
         start: Guest offset of the range in bytes.
         length: Length of the range in bytes.
-        depth: Depth of the layer that stores the range, 0 for the image itself; if no layer does,
-            of the last layer that was searched.
+        depth: Depth of the layer that stores the range, 0 for the image itself.  If no layer does,
+            it is the depth of the last layer that was searched.
         present: Whether a layer stores the range, or has an invalid entry for it.  If not, the
             range reads as zeros.
         zero: Whether the tables, or the holes of a raw file, show that the range is all zeros.
@@ -87,7 +87,7 @@ async def open_map(
 
     Raises:
         NotQedError: ``image_format`` is ``qed`` and the file has no QED magic.
-        ForeignError: QEMU reads the format of the file, and fails or is missing.
+        ForeignError: The file must be read by QEMU, which fails or is not installed.
         QedError: The file or a base cannot be opened, locked or read, is invalid or refused.
     """
     options = options or OpenOptions()
