@@ -105,9 +105,9 @@ async def open_disk_in(
     # From here on the disk owns the files, and closes them.
     async with disk.serving():
         if disk.scan_is_short:
-            # Until the scan has ended, free clusters of the file, such as those that a crash has
-            # leaked, are not known.  So writes after each of several crashes would make the file
-            # longer.  A short scan takes only milliseconds.
+            # Until the scan has ended, the free clusters of the file are not known, and writes make
+            # the file longer.  If clusters leaked in a crash, the file would so grow after each
+            # crash.  A short scan takes only milliseconds.
             await disk.ensure_scanned()
         yield disk
 
@@ -134,7 +134,7 @@ async def _open_foreign_disk(
 async def _open_raw_disk(
     file: HostFile, options: OpenOptions, store: SliceStore, path: str
 ) -> AsyncIterator[Disk]:
-    """Open a disk whose bytes are those of a file, as the base of an empty image in memory."""
+    """Open a disk that shows the bytes of a file, the base of an empty image in memory."""
     top = EmptyImage(file)
     disk = Disk(top, top.header, [RawLayer(file)], options, store, path)
     async with disk.serving():

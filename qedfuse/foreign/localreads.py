@@ -27,19 +27,18 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 LOOKUPS_BEFORE_MAP: Final = 16
-"""The map is made after this number of lookups that have found only `UNKNOWN` parts.
+"""Number of lookups of `UNKNOWN` parts after which `LocalReads` begins to make its map.
 
-A command that reads only the partition table does not need the map.
+Before, a map would be wasted on a command that reads only the partition table.
 """
 _START_SECONDS: Final = 5.0
-"""Maximum time for which `LocalReads.start_map` waits for the start of the program."""
+"""Maximum time for which `LocalReads.start_map` waits for the start of ``qemu-img map``."""
 _JOIN_SECONDS: Final = 5.0
 """Maximum time for which `LocalReads.close` waits for the thread after killing its program."""
 
 
 class LocalReads:
-    """The map of a disk, made in the background, and the files to which it refers.
-
+    """A map of where files have the bytes of a disk, made in the background; and these files.
     The map is valid as long as no program changes the files.  So this process locks all of
     `Graph.files` before it makes the map, and holds the locks until the files are closed.  The
     locks of qemu-nbd do not suffice, because qemu-nbd may end earlier.  The extents of a VMDK image
@@ -110,7 +109,7 @@ class LocalReads:
         return self._files[part.file]
 
     def try_read(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view`` from the page cache; return False if that would block or fails.
+        """Fill ``view`` from the page cache; return False if that would block or fail.
 
         Also returns False if the map does not have the whole range.
         """

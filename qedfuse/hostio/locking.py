@@ -192,7 +192,8 @@ def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn
 def _lock_table_name(fd: int) -> str:
     """Return ``MAJOR:MINOR:INODE`` of a file from this process's locks; empty if unknown.
 
-    On btrfs and overlayfs the device that fstat(2) returns is another one.
+    The kernel lists locks by these numbers.  On btrfs and overlayfs, fstat(2) returns another
+    device.
     """
     own = _locks(_read(Path(f"/proc/self/fdinfo/{fd}")))
     return next((file for file, _first, _last in own), "")
@@ -201,7 +202,7 @@ def _lock_table_name(fd: int) -> str:
 def holders(file: str, byte: int) -> Iterator[Holder]:
     """Yield the processes that have locked a byte of a file; none if ``file`` is empty.
 
-    Slow: reads the descriptors of every process, because ``/proc/locks`` does not have the pids.
+    Slow: reads the descriptors of every process, because ``/proc/locks`` has no pids for OFD locks.
 
     Args:
         file: The file as ``MAJOR:MINOR:INODE``, from `_lock_table_name`.

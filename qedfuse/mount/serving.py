@@ -90,10 +90,11 @@ class Server:
             disks: The disks.
             options: The options of the mount.
             mountpoint: The mountpoint, absolute and free of symbolic links.
-            launderer: The launderer, already forked; None for no launderer.
+            launderer: The process, already forked, that makes the kernel write back and drop cached
+                pages; None without one.
             unmounter: Unmounts the mountpoint; a helper process if there is a sandbox.
             sandbox: Entered before the first request; None for no sandbox.
-            metrics: The socket at which the metrics are served; None for nowhere.
+            metrics: The socket at which the metrics are served; None to serve no metrics.
             is_directory: Whether the mountpoint is a directory.
         """
         self._unmounter = unmounter
@@ -148,8 +149,8 @@ class Server:
         Args:
             source: The source that the mount table shows.
             lock_name: The name of the mountpoint's lock; None to mount without the lock.
-            signals: Passes signals to the shutdown while the disks are served.  Later each signal
-                ends the compaction.
+            signals: Passes signals to the shutdown while the disks are served.  Later a signal
+                stops the compaction of images, which may run when the disks are closed.
             announcement: Announces the mount to other processes.
             protection_failure: Why the process is not protected from memory pressure, for the
                 log; None if it is protected.
@@ -245,7 +246,8 @@ class Server:
                     extraops_failure,
                 )
             # A shared memory map can make pages dirty even without the write-back cache, so the
-            # shutdown always launders.  With ``direct_io`` the kernel refuses such a map.
+            # shutdown must have them written back.  With ``direct_io`` the kernel refuses such a
+            # map.
             laundering = None if options.direct_io else self._laundering
             shutdown = Shutdown(
                 *(self._disks, laundering, self._mountpoint, entry.device),
@@ -253,15 +255,14 @@ class Server:
             )
             signals.handle_with(shutdown.receive)
             try:
-                # A signal before `handle_with` has cancelled this task.  The cancellation must be
-                # raised here, before the mount is announced.
+                # A signal that came before `handle_with` has cancelled this task.  The cancellation
+                # must be raised here, before the mount is announced.
                 await trio.lowlevel.checkpoint_if_cancelled()
                 # The pid file is written before the sandbox is entered.  Otherwise the sandbox
-                # would have to permit new files in its directory, often /run.  A program that reads
-                # the pid file and opens a disk must wait for the sandbox, because the server
-                # answers no request before it is entered.
+                # would have to permit new files in the pid file's directory, often /run.  No disk
+                # can be used before the sandbox is entered, because requests are answered later.
                 announcement.write_pidfile()
-                # In the sandbox no queue can be made.
+                # In the sandbox no queue of reads (io_uring) can be made.
                 async with queued_reads(data_requests.answer_slowly):
                     if self._sandbox is not None:
                         self._sandbox.enter(announcement.needed_files())
@@ -339,10 +340,11 @@ def _after_flush(invalidator: BlocksInvalidator, trim_heap: HeapTrimmer) -> None
 
 
 async def _call_at_end(connection: int, action: Callable[[], object]) -> None:
-    """Call ``action``, which must end requests that wait, when the kernel ends the connection.
+    """Call ``action`` when the kernel ends the connection.
 
-    `pyfuse3.main` waits for these requests.  The kernel wakes this task's epoll for every request,
-    which costs time, so only a mount with files on servers starts this task.
+    The action must end the requests that wait, because `pyfuse3.main` waits for them.  The kernel
+    wakes this task's epoll for every request, which costs time, so only a mount with files on
+    servers starts this task.
     """
     with select.epoll() as epoll:
         epoll.register(connection, 0)  # errors only, which are always reported

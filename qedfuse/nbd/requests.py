@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qedfuse.nbd.failures import BrokenError, ReplyError
 
 CONTEXT_BYTES: Final = 4
-"""Length of the number of the metadata context at the beginning of a chunk of extents."""
+"""Length of the metadata context's ID, with which a chunk of extents begins."""
 EXTENT_BYTES: Final = 8
 """Length of one extent in a chunk of extents."""
 MAX_KEPT_EXTENTS: Final = 1 << 16

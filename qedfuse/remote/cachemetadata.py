@@ -31,7 +31,8 @@ _MAX_BYTES: Final = 32 << 20
 
 _FIRST_SECOND: Final = datetime(1, 1, 1, tzinfo=UTC).timestamp()
 _END_SECOND: Final = datetime(9999, 12, 31, tzinfo=UTC).timestamp() + 86_400
-"""The first possible time of a change, and the first that is too late, in seconds since 1970."""
+"""Limits of the time at which an object was changed last: the first time that is accepted, and the
+first that is too late.  Both are in seconds since 1970."""
 
 
 class EntryMetadata(NamedTuple):

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _RETRY_BYTES: Final = 64 << 20
-"""If an eviction has freed too little, this number of bytes must be refused before the next one."""
+"""After an eviction that freed too little, reservations of this number of bytes fail before the
+next eviction begins."""
 _MAX_WAIT_SECONDS: Final = 2.0
-"""How long after the start of an eviction reservations wait for its end.  The removal of large
-entries can take long, and a reader waits until its units are stored or refused."""
+"""Maximum time, from the start of an eviction, for which reservations wait for its end.  To remove
+large entries can take long, and a reader waits until its units are stored or refused."""
 
 
 class CacheSpace:

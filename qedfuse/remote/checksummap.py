@@ -30,7 +30,7 @@ class ChecksumMap:
     """Reads and writes the checksums in an open map; each call that fails raises OSError.
 
     Attributes:
-        fd: The descriptor of the map, which the object takes over.
+        fd: The descriptor of the map, which `close` closes.
     """
 
     def __init__(self, fd: int) -> None:

@@ -30,7 +30,7 @@ _MAX_FETCH_THREADS: Final = 16
 _LOOKUP_THREADS: Final = 4
 """Number of further threads, which only look up units in the cache."""
 _MAX_PREFETCHES: Final = 4
-"""Maximum number of prefetches that run at a time."""
+"""Maximum number of prefetches (fetches that no reader waits for) that run at a time."""
 _IDLE_SECONDS = 10.0
 """A thread that has been idle for this time ends."""
 
@@ -62,7 +62,8 @@ class FetchThreads:
             name: The name of the object for messages.
             look_up: Looks for the units of a flight in the cache; then ends the flight if all are
                 there, or queues it with `add_fetch`.
-            fetch: Fetches the units of adjacent flights, and removes each flight that it ends.
+            fetch: Fetches the units of adjacent flights, and removes each flight that it ends from
+                the queue that it was given.
             fail: Ends a flight with an error, unless it has ended; called if a step raises.
             become_idle: Called by the last thread before it ends, with ``lock`` held.
         """
@@ -194,7 +195,7 @@ class FetchThreads:
         fetching: int,
         prefetching: int,
     ) -> None:
-        """Run one step; if it raises any exception, end the flights that are left with an error.
+        """Run one step; if it raises any exception, let its flights that have not ended fail.
 
         ``fetching`` and ``prefetching`` are 1 if the step counts as such, otherwise 0.
         """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.remotefile import RemoteFile
 
 MAX_RUN_UNITS: Final = 4
-"""Maximum number of adjacent units in a run that a caller of `fill` makes: 1 MiB."""
+"""Maximum number of adjacent units in one of the ``runs`` for `fill`: 1 MiB."""
 _EVICTION_PAUSE_SECONDS: Final = 0.2
 """Pause between two attempts to store a run while entries of the cache are being removed."""
 

@@ -29,11 +29,12 @@ class Flight:
         first: The first unit.
         last: The last unit.
         blocks: The content of each unit that was read from the cache or fetched.  After a success,
-            only units that may be read from the page cache can be missing.
+            only units that are ready for reads from the page cache (`UnitStore.ready`) can be
+            missing.
         is_wanted: Whether a reader waits, or has waited, for the flight.
         continues: Whether one request may fetch the flight together with the one before it.
-        is_brief: Whether attempts are repeated for a short time only, because a reader of one of
-            the units has just waited for the server without success.
+        is_brief: Whether failed fetches are repeated for a short time only, because a reader of one
+            of the units has just waited for the server without success.
     """
 
     def __init__(

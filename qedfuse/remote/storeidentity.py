@@ -1,10 +1,10 @@
 """How requests to an object store are signed: keys, files with credentials, and cloud metadata.
 
-obstore itself reads the environment.  This module changes three things:
+obstore itself reads the environment.  This module changes four things:
 
 - Credentials in a file are never combined with credentials in the environment.
-- Without credentials, requests are anonymous.  obstore would wait for an instance metadata service,
-  which only machines of a cloud have.
+- Without credentials, requests are anonymous, except on machines that have an instance metadata
+  service.  obstore would wait for such a service on every machine.
 - An incomplete configuration of a role is refused.  obstore would ignore it, and ask the instance
   metadata service for another role.
 - The credentials file of Amazon's command-line tool is read.
@@ -97,7 +97,7 @@ def add_s3_identity(
 
 
 def _has_role(variables: Variables) -> bool:
-    """Return whether variables configure a role by a web identity, or that of a container.
+    """Return whether variables configure a role, by a web identity or by a container's service.
 
     Raises:
         UnusableError: A variable that obstore needs for this role is missing or not valid, or a
@@ -160,6 +160,7 @@ def add_identity(
 ) -> bool:
     """Make requests anonymous if nothing gives credentials; return False if requests are anonymous.
 
+    ``names`` are the names of the variables that give credentials.
     Raises:
         UnusableError: The credentials are partly in the file and partly in the environment.
     """
@@ -205,7 +206,8 @@ def _has_metadata_service(scheme: str, variables: Variables) -> bool:
 def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
     """Return key, secret and token from the credentials file of Amazon's tools, or empty texts.
 
-    A missing file or profile is an error only if a variable names it.
+    A missing file is an error only if a variable names the file or a profile; a missing profile
+    only if a variable names the profile.
     """
     named = variables.first(("AWS_SHARED_CREDENTIALS_FILE",))
     profile = variables.first(("AWS_PROFILE",))

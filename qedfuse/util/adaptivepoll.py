@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 _MAX_CONFIDENCE: Final = 16
-"""Maximum of the confidence counter (`AdaptivePoll`), and of the long waits that end polling."""
+"""Maximum of the confidence counter (`AdaptivePoll`): polling ends after as many long waits."""
 _RESET_FACTOR: Final = 8
 """A wait longer than this multiple of the maximum time to poll resets the counter to 0."""
 _WAKE_FACTOR: Final = 2

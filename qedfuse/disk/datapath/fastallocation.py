@@ -72,7 +72,7 @@ class FastAllocation:
         self._cluster_size = layer.geometry.cluster_size
 
     def try_write(self, slice_: Slice, first: int, count: int, start: int, data: Buffer) -> bool:
-        """Allocate clusters and write ``data``; return False if that would block or fails.
+        """Allocate clusters and write ``data``; return False if that would block or fail.
 
         If it returns False, no entry has changed and no cluster is allocated.
 
@@ -124,7 +124,7 @@ class FastAllocation:
     def _read_base(self, entry: int, start: int, length: int) -> int | None:
         """Read what the base has for guest clusters into the buffer; return the number of bytes.
 
-        Returns None if the read would block or fails, or if the slow path must assemble the data.
+        Returns None if the read would block or fail, or if the slow path must assemble the data.
 
         Args:
             entry: The value of all entries of the clusters.
@@ -151,7 +151,7 @@ class FastAllocation:
         )
 
     def _fill(self, run: Run, offset_in_run: int, data: Buffer, base_bytes: int) -> bool:
-        """Fill a run with ``data`` and the bytes around it; False if that would block or fails.
+        """Fill a run with ``data`` and the bytes around it; False if that would block or fail.
 
         After False, the content of the run is undefined.  ``base_bytes`` is the number of bytes at
         the beginning of the buffer that are data of the base.  The rest of the run becomes zeros.

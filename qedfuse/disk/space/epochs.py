@@ -2,10 +2,10 @@
 
 A request looks up in which clusters its bytes are, and then waits for the host.  Meanwhile a
 cluster that it has found may lose its reference.  So the cluster may be used again only when all
-requests that began before the loss have ended.  Later requests do not find the cluster.  The method
-is epoch-based reclamation; the wait is the grace period of read-copy-update (RCU).
+requests that began before the loss have ended.  Later requests do not find the cluster.
 
-Each request belongs to the epoch in which it began.
+Each request belongs to the epoch in which it began.  The method is epoch-based reclamation, as in
+read-copy-update (RCU).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Epochs:
         return epoch
 
     def _remove_drained(self) -> None:
-        """Remove the oldest epochs, up to the first that is open or has requests; wake waiters."""
+        """Remove the epochs before the first that is open or has requests; wake their waiters."""
         while self._epochs[0].closed and not self._epochs[0].requests:
             epoch = self._epochs.popleft()
             if epoch.drained is not None:

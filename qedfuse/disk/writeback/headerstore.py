@@ -47,9 +47,9 @@ class HeaderStore:
         """Hold ``header``, which was read from ``file``."""
         self._file = file
         self._lock = trio.Lock()
-        # A change can also write a trailer: bytes directly behind the header, up to the end of its
-        # sector.  From then on until a change has succeeded, this attribute holds the previous
-        # bytes.  Each write of the header without a trailer restores them.  Empty at other times.
+        # A change can also write a trailer: bytes directly behind the header, in the same sector.
+        # Until that change or a later one succeeds, this attribute holds the bytes that were there
+        # before, and each write of the header without a trailer restores them.  Otherwise empty.
         self._trailer_to_restore = b""
         self.value = header
         self.persisted = True

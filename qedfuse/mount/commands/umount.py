@@ -50,8 +50,8 @@ def unmount_and_wait(
 
     Args:
         path: The mountpoint, or a symbolic link to the mountpoint.
-        seconds: The time limit; None for no limit, 0 not to wait for the end of the process.  The
-            unmount itself may take up to 2 seconds in any case.
+        seconds: The time limit; None for no limit, 0 not to wait for the end of the process.  With
+            a limit below 2 seconds, the unmount itself may still take 2 seconds.
         report: If the wait is long, called once, with a line about the reason.
 
     Raises:

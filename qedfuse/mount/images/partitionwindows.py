@@ -28,8 +28,8 @@ def partition_name(name: bytes, number: int) -> bytes:
 async def read_windows(disk: Disk, name: bytes) -> dict[bytes, DiskWindow]:
     """Return the partitions of a disk by the names of their files, in the order of their numbers.
 
-    An extended partition has no file, because it only contains other partitions.  Partitions whose
-    file names would be too long are left out, with a line in the log, as are problems of the table.
+    An extended partition has no file, because it only contains other partitions.  A partition whose
+    file name would be too long is left out.  This is logged, and so are problems of the table.
 
     Args:
         disk: The disk.

@@ -32,7 +32,7 @@ _NO_RECORD = "%s: qedfuse umount will not find this mount's process"
 class Announcement:
     """Announces one mount.
 
-    Make this object before the mount exists, and call `withdraw` after its end.
+    Make this object before the mount exists, and call `withdraw` after the end of the mount.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Announcement:
             self._pidfile.write()
 
     def needed_files(self) -> Iterator[tuple[int, int]]:
-        """Yield a descriptor of each file that `withdraw` uses, with the rights of Landlock needed.
+        """Yield a descriptor of each file that `withdraw` uses, and the Landlock rights it needs.
 
         A descriptor is valid only until the next one is requested.
         """
