@@ -13,7 +13,7 @@ until then.
 A table that overlaps data or an earlier table must not be written to, so its entries cannot be
 cleared.  The repair copies the table and corrects the copy.  Until the L1 entry points to the copy,
 the guest reads through the original.  So the repair never allocates the clusters past the end to
-which entries of the original point.  They become holes of the longer file: the guest reads zeros.
+which the original's entries point.  They are holes of the longer file, so the guest reads zeros.
 """
 
 from __future__ import annotations

@@ -105,9 +105,9 @@ async def open_disk_in(
     # From here on the disk owns the files, and closes them.
     async with disk.serving():
         if disk.scan_is_short:
-            # Until the scan has ended, the free clusters of the file are not known, and writes make
-            # the file longer.  If clusters leaked in a crash, the file would so grow after each
-            # crash.  A short scan takes only milliseconds.
+            # Until the scan has ended, the free clusters of the file are not known, so writes make
+            # the file longer.  After several crashes, it would have grown several times.  A short
+            # scan takes only milliseconds.
             await disk.ensure_scanned()
         yield disk
 

@@ -39,6 +39,7 @@ _JOIN_SECONDS: Final = 5.0
 
 class LocalReads:
     """A map of where files have the bytes of a disk, made in the background; and these files.
+
     The map is valid as long as no program changes the files.  So this process locks all of
     `Graph.files` before it makes the map, and holds the locks until the files are closed.  The
     locks of qemu-nbd do not suffice, because qemu-nbd may end earlier.  The extents of a VMDK image

@@ -259,8 +259,8 @@ class Server:
                 # must be raised here, before the mount is announced.
                 await trio.lowlevel.checkpoint_if_cancelled()
                 # The pid file is written before the sandbox is entered.  Otherwise the sandbox
-                # would have to permit new files in the pid file's directory, often /run.  No disk
-                # can be used before the sandbox is entered, because requests are answered later.
+                # would have to permit new files in the pid file's directory, often /run.  A program
+                # that sees the pid file still cannot use a disk before the sandbox is entered.
                 announcement.write_pidfile()
                 # In the sandbox no queue of reads (io_uring) can be made.
                 async with queued_reads(data_requests.answer_slowly):

@@ -1,7 +1,8 @@
 """Fetching units of an object, when readers need them and ahead of sequential readers.
 
-A unit is 256 KiB of the object.  Adjacent units that are needed form a *flight*.  A thread looks up
-the units of a flight in the cache.  If a unit is missing, a thread fetches it, for all its readers.
+A unit is 256 KiB of the object.  Adjacent units that are fetched together form a *flight*, for
+which any number of readers can wait.  A thread first looks up the units in the cache, and a thread
+fetches those that are missing.
 """
 
 from __future__ import annotations

@@ -161,6 +161,7 @@ def add_identity(
     """Make requests anonymous if nothing gives credentials; return False if requests are anonymous.
 
     ``names`` are the names of the variables that give credentials.
+
     Raises:
         UnusableError: The credentials are partly in the file and partly in the environment.
     """

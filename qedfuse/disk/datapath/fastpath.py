@@ -1,9 +1,9 @@
 """The fast path: serving a request without waiting, if its tables and data are in memory.
 
 On the fast path no other task runs between the lookup and the read or write, so it needs neither a
-lock nor an epoch (`Epochs`).  If a slice or data is not in memory, an entry is bad, or the host
-fails, the fast path gives up.  The caller then starts the request again on the slow path, which
-waits, or reports the error.
+lock nor an epoch (`Epochs`).  If a slice (a part of a table) or data is not in memory, an entry is
+bad, or the host fails, the fast path gives up.  The caller then starts the request again on the
+slow path, which waits, or reports the error.
 """
 
 from __future__ import annotations
@@ -246,8 +246,8 @@ class FastPath:
     def _runs(self, entries: array[int], start: int, end: int) -> list[list[int]] | None:
         """Return the runs of a guest range within one slice; None if `FastPath` must give up.
 
-        It gives up at an unallocated cluster if the base was not opened, or if the flattened
-        backing of the cluster is not in memory or is `MIXED`.
+        It gives up at an unallocated cluster if the base was not opened, or if the cluster's code
+        in `FlattenedBacking` is not in memory or is `MIXED`.
 
         Each run is a list of its depth in the chain (-1 for zeros), its file offset and its length.
         """

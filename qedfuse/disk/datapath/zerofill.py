@@ -7,8 +7,8 @@ a time and flushes each time waits for 16 such flushes in each cluster of 64 KiB
 flush takes about 250 µs, and one without an allocation about 120 µs.
 
 So when a write gets the first new clusters after a flush, the rest of these clusters is filled with
-zeros.  New clusters of later writes before the next flush stay holes: that flush waits for only one
-commit of all their allocations.
+zeros.  Later writes before the next flush leave holes in their new clusters, because that flush
+commits all allocations together.
 
 The guest's data is written first.  So the guest's write succeeds even if the host has space for the
 data only.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MIN_GROWTH_BYTES: Final = 1 << 20
 """Minimum growth step, in bytes.
 
-The step does not take the file past the allocator's bound or past `MAX_OFFSET`.
+A step is shorter if it would take the file past the allocator's bound or past `MAX_OFFSET`.
 """
 MAX_GROWTH_BYTES: Final = 1 << 24
 """Maximum growth step, in bytes.
@@ -116,9 +116,9 @@ class FileLength:
     async def truncate_tail(self) -> bool:
         """Cut off the part of the file past the allocator's end; return whether it was cut.
 
-        An odd tail alone is not cut off here: `grow` cuts it off when the file must grow.  After
-        the call `Allocator.tail_is_free` is True only if a system call failed, or if the
-        allocator's end has become lower during the cut.
+        An odd tail alone is not cut off here: `grow` cuts it off when the file must grow.
+        Afterwards `Allocator.tail_is_free` is False, unless a system call failed or the allocator's
+        end became lower during the cut.
 
         The file reads as zeros where it grows again later.  No datasync is needed after the cut.
         If a crash loses the cut, clusters past the allocator's end keep their old bytes.  But then

@@ -64,7 +64,7 @@ class Flusher:
             ReadOnlyError: The disk has become read-only during the call.
         """
         await self._writeback.write_back()
-        # Without a write since the opening, the image must not be changed.
+        # Without a write since the opening there was no cycle, and the image must not be changed.
         if self._writeback.cycles and self._reclaim.pending:
             await self._reclaim.run()
         self._listener()

@@ -125,7 +125,7 @@ def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
     try:
         found = find_record(entry.device, entry.owner)
     except HostError:
-        # The mount may cover its record, and its server may have ended or refuse the caller.
+        # The record may lie under the mount, and the server may have ended or refuse the caller.
         found = None
     return mountpoint, entry, found
 

@@ -196,7 +196,7 @@ struct checked_units {
     Py_buffer zero_blocks;  /* for each unit the blocks known to be all zeros; may lack the last units */
     unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
     uint64_t content_bytes; /* offset at which the readable part of the file ends */
-    off_t file_bytes;       /* length while one process uses the file; 1 more while several do */
+    off_t file_bytes;       /* length while one process uses the file; it is 1 larger for several */
     char *address;          /* address of a mapping of the file, for mincore(2) */
     off_t seen_bytes;       /* length of the file when it was looked at last */
     PyObject *forget;       /* called with the first and the last unit of a read that failed */
@@ -281,7 +281,7 @@ struct read_place {
 void count_file_read(const struct read_place *place, size_t size);
 
 /* Queues a read for end_queued_reads() and returns 1; or returns 0, perhaps with an exception.
- * `start` is the guest offset.  `was_tried`: the data was not found in the page cache.  The caller
+ * `start` is the guest offset.  `was_tried` says that the page cache lacks the data.  The caller
  * must hold the GIL, and call end_queued_reads() after the burst (_queuedread.c). */
 int queue_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t start, size_t size,
                struct read_place place, int was_tried);

@@ -1,7 +1,7 @@
 """Errors of requests: an exception becomes an errno for the kernel and a line in the log.
 
-Every other error is converted to a FUSEError, because it would end the mount for all disks and
-users.
+Each `Exception` that is not a FUSEError is converted to one, because it would end the mount for all
+disks and users.
 
 With a damaged image or a full host, every retry of a guest fails, so the log is rate-limited for
 each disk.  The first 100 different messages are logged in full, each once.  All other errors are
@@ -144,7 +144,7 @@ def answered(
     """Decorate the handler of a request so that all its errors become FUSEErrors.
 
     A FUSEError and a cancellation are passed on; `RequestErrors.to_errno` converts any other
-    exception.  If ``debug`` is set, each request and each FUSEError are logged.
+    exception.  If ``debug`` is set, each request and each FUSEError of ``method`` are logged.
     """
 
     @functools.wraps(method)

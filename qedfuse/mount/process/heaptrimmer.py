@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 MIN_INTERVAL_SECONDS: Final = 4.0
 """Minimum time between two calls of malloc_trim, which take some milliseconds.  A disk that has
-been idle for longer is flushed once more, to clear NEED_CHECK, and this flush trims the heap."""
+been idle for longer is flushed once more, to clear a bit of its header (NEED_CHECK), and this flush
+trims the heap."""
 
 # None if the C library is not GNU's; others keep less memory.
 _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -28,7 +28,7 @@ def limit_memory(limit_bytes: int, statm: Path = _STATM) -> None:
 
     Raises:
         UsageError: The limit is too low for the program itself.
-        HostError: /proc is not mounted, or the present hard limit is lower.
+        HostError: /proc is not mounted, or the present hard limit is lower than ``limit_bytes``.
     """
     try:
         present_bytes = int(statm.read_text().split()[0]) * resource.getpagesize()

@@ -29,7 +29,7 @@ def raise_open_file_limit() -> None:
 
 @contextmanager
 def explained_limit(images: int) -> Iterator[None]:
-    """Check the limit on open files before the block, and explain an EMFILE in the block.
+    """Check the limit on open files before the block; turn an EMFILE in it into a HostError.
 
     Any other exception of the block passes unchanged.
 

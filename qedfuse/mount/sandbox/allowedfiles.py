@@ -61,7 +61,7 @@ expires, and Landlock would not permit the new file.  So the whole directory may
 def system_files() -> Iterator[tuple[str, int]]:
     """Yield what every server may open: a path, and the rights on it and on all files below it.
 
-    The modules of Python and qedfuse are included, in case the server imports one only now.
+    The modules of Python and qedfuse are included, in case a late import was overlooked.
     """
     yield from _SYSTEM_FILES
     package = __file__.removesuffix("/mount/sandbox/allowedfiles.py")

@@ -50,8 +50,8 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
     sees it, the one with the lowest pid.  Two kinds of mounts are left out:
 
     - Mounts in other namespaces that the kernel normally unmounts together with a mount that the
-      caller sees: those of its peer group (`MountEntry.peer_group`), and those to which its unmount
-      propagates.
+      caller sees.  They are in its peer group (`MountEntry.peer_group`), or unmounts propagate to
+      them from this group.
     - Mounts that are visible only to processes that the caller may not inspect.
 
     Args:
@@ -90,7 +90,7 @@ def _reached_groups(own: Iterable[MountEntry], others: Iterable[MountEntry]) -> 
     """Return the peer groups to which unmounts of the mounts ``own`` propagate."""
     reached = {entry.peer_group for entry in own} - {0}
     while True:
-        # A slave can be in a second peer group, to which the unmounts propagate as well.
+        # A slave mount can be in a peer group of its own.  Unmounts propagate to that group, too.
         slaves = {entry.peer_group for entry in others if entry.master in reached}
         if slaves <= reached | {0}:
             return reached

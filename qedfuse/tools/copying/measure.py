@@ -65,7 +65,7 @@ async def measure(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Return the space for a copy of a disk; read all its data, because zeros take no space.
+    """Return the space for a copy of a disk; read the disk to find zeros, which take no space.
 
     Args:
         path: An image, a raw file or a block device; or a URL.

@@ -71,8 +71,8 @@ async def publish(
     """Copy an image or a raw file to an object store as one object.
 
     The file is locked for reading during the call, unless ``options.lock`` is False.  The object
-    appears when it is complete, and is then compared with the file.  An object of this name that
-    another program stores while the last parts are sent is replaced even without ``overwrite``.
+    appears when it is complete, and is then compared with the file.  Even without ``overwrite`` it
+    replaces an object of this name that another program stores while the last parts are sent.
 
     A failed or cancelled call leaves no object, except in three cases:
 
