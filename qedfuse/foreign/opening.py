@@ -46,7 +46,7 @@ class ForeignOpening:
         self._image = image
         self._is_locked = limits.lock and not limits.share
         self._lock = threading.Lock()
-        """Held while it is decided who closes the files: `abandon`, or the caller of `finish`."""
+        """Guards the next two attributes: `finish` and `abandon` must agree who closes files."""
         self._is_abandoned = False
         self._file: ForeignFile | None = None
         try:
@@ -62,7 +62,7 @@ class ForeignOpening:
         self._open_files = DeferredClose(self._close_files)
 
     def finish(self) -> ForeignFile:
-        """Wait until qemu-nbd serves the image; return its disk, which the caller must close.
+        """Wait until qemu-nbd serves the image; return a file for it, which the caller must close.
 
         The call blocks, and fails if another thread calls `abandon` meanwhile.  After any other
         failure the caller must call `abandon`.

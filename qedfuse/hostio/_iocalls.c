@@ -84,8 +84,8 @@ static int receive(int fd, void *buffer, size_t length)
 }
 
 /* Read from an export of an NBD server into a job's only buffer; return the number of bytes, or
- * -errno, after which the connection must not be used again.  No other thread may use it, and the
- * server must send simple replies. */
+ * -errno.  After an error the connection must not be used again.  No other thread may use the
+ * connection during the call, and the server must send simple replies. */
 static int64_t read_export(struct job *job)
 {
     size_t length = job->parts->iov_len;

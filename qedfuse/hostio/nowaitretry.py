@@ -6,8 +6,8 @@ microseconds, as long as a round trip to a worker thread takes.  So the read is 
 of the event loop.  It goes to a worker thread if its retries do not succeed in time, if retries
 have failed lately, or if a worker thread is running.
 
-Only the task of the oldest read retries, and the tasks of later reads sleep.  Native threads cost
-less than those of trio, so they get their reads without a retry.
+Only the task of the oldest read retries, and the tasks of later reads sleep.  A read that a thread
+of the extension can make is not retried, because such threads cost less than those of trio.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class _RetryQueue:
     ) -> bool:
         """Retry ``attempt`` until it returns True; return False if the retries are given up.
 
-        Gives up when ``deadline`` has passed by ``clock``, or when a worker thread runs, because an
-        event loop that never sleeps starves the thread of the GIL.
+        Gives up when ``deadline`` has passed, or when `LoopLoad.has_running_threads`: an event loop
+        that never sleeps starves other threads of the GIL.  ``clock`` returns the present time.
         """
         read = _Read(attempt, deadline)
         self._reads.append(read)
@@ -100,7 +100,7 @@ class _RetryQueue:
         return read.has_ended
 
     def _attempt_oldest(self, clock: Callable[[], float]) -> None:
-        """Try the reads in order, up to the first that goes on; remove and wake those before it."""
+        """Try the reads in order until one must wait longer; remove and wake those before it."""
         reads = self._reads
         while reads:
             has_ended = reads[0].attempt()
@@ -139,12 +139,12 @@ class NowaitRetry:
     async def wait(
         self, attempt: Callable[[], bool], read_in_thread: Callable[[], Awaitable[None]]
     ) -> None:
-        """Retry ``attempt`` until it returns True; if that takes too long, read in a thread.
+        """Retry ``attempt`` until it returns True; otherwise read in a worker thread.
 
         Args:
             attempt: Tries the read; returns whether the read has ended.  Must not raise.
-            read_in_thread: Reads in a worker thread, if the read is not retried or the retries
-                fail.
+            read_in_thread: Reads in a worker thread.  Called if the read is not retried, or if its
+                retries take too long.
         """
         since = self._clock()
         queue = _retry_queue()

@@ -1,6 +1,6 @@
 """Calls on the host's files that may block, made by trio's worker threads.
 
-They implement `qedfuse.hostio.hostcalls.HostCalls` without the C extension.
+`ThreadCalls` implements `qedfuse.hostio.hostcalls.HostCalls` without the C extension.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ class MountOptions:
             nor a time of modification.
         credentials_file: A file with credentials for servers; None for no file.
         credentials: The content of ``credentials_file``; empty before `with_credentials`.
-        prefetch: Whether to fetch all data that belongs to the disks when no reader waits
-            (``all``), or only what is read (``off``).
+        prefetch: ``all`` to fetch all data of the disks, while no reader waits for other data;
+            ``off`` to fetch only what is read.
         partitions: Whether the mount has a file for each partition of each disk as well.
         partition: The number of the partition that is the only file of the mount; None to show the
             whole disk.

@@ -4,14 +4,14 @@ What can be refused is refused before anything is mounted, so that there is no m
 the end, the steps have this order:
 
 1. The server stops answering requests, because the mount is gone, or the server has failed.
-2. The connection is closed, so that programs that still wait get an error.
+2. The FUSE connection is closed, so that programs that still wait for a reply get an error.
 3. The disks are closed, which flushes them, clears NEED_CHECK and releases the locks.
 4. The mount record is removed, or gets the failure of an earlier step.  This step is the last one,
    because a missing record means that all earlier steps have succeeded.
 
 Before the mount is ready, a signal cancels the session.  While the disks are served, a signal
-unmounts (`qedfuse.mount.shutdown`).  While the disks are being closed, a signal only ends the
-compaction, so that the close stays clean.  After that, the process ignores signals.
+unmounts (`qedfuse.mount.shutdown`).  While the disks are being closed, a signal only ends their
+compaction (``compact``), so that the close stays clean.  After that, the process ignores signals.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     also added to the mount record.  After the call the process ignores the signals that end a
     mount.
 
-    The caller must not have a second thread: it would not be protected from memory pressure, and a
-    lock that it holds during a fork would stay locked in the helper process.
+    The process must not have a second thread.  Such a thread would not be protected from memory
+    pressure, and a lock that it holds during a fork would stay locked in the helper process.
 
     Args:
         request: The arguments of the mount.

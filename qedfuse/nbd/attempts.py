@@ -38,8 +38,8 @@ class Attempts:
         Args:
             name: The name of the file in messages.
             deadlines: The read fails after `Deadlines.total_seconds`.
-            outages: Gets the error with which the read fails, unless the file was closed or the
-                server has answered with an error.
+            outages: Gets the error with which the read fails, unless the file was closed, or the
+                server has answered the read with an error other than ESHUTDOWN.
             is_brief: Whether the read fails after `Deadlines.attempt_seconds` already.
         """
         seconds = deadlines.total_seconds
@@ -79,7 +79,7 @@ class Attempts:
             msg = f"{error} (attempts: {self._count})"
             raise self._final(msg, errno.EIO) from error
         if self._count == 1:
-            # Most likely the server has closed an idle connection, so the next one needs no pause.
+            # Most likely the server has closed an idle connection, so no pause is needed.
             return 0
         self._pause = min(_MAX_PAUSE_SECONDS, 2 * self._pause)
         return seconds

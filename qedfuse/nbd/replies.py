@@ -211,7 +211,7 @@ class _Chunk:
         request: The request.
         kind: The type of the chunk.
         payload: Buffer for the payload; None for data, which goes into the view of the reader.
-        at: Offset of the next byte in ``payload``, or in the request's range if there is none.
+        at: Offset of the next byte in ``payload``; without ``payload``, in the request's range.
         left: Number of bytes of the payload that are missing.
         is_last: Whether the chunk is the last of the reply.
     """

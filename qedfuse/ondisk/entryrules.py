@@ -1,7 +1,8 @@
 """The validity of table entries, and what to report about invalid ones.
 
-This module applies the limits of `qedfuse.ondisk.entrylimits` to all entries of a slice, and also
-finds targets that overlap an L2 table.
+The target of an entry is the table or the cluster to which the entry points.  This module applies
+the limits of `qedfuse.ondisk.entrylimits` to all entries of a slice, and also finds targets that
+overlap an L2 table.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class EntryRules:
             left &= ~broken
 
     def table_containing(self, values: Values) -> NDArray[np.intp]:
-        """Return for each file offset the index in ``tables`` of its table; -1 if it is in none."""
+        """Return for each file offset the index of the table that contains it; -1 if none does."""
         if not len(self.tables):
             return np.full(len(values), -1)
         index = np.searchsorted(self.tables, values, "right") - 1

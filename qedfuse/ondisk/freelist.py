@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DESCRIPTOR_OFFSET: Final = 3584
 """File offset of the descriptor: the last sector of the first 4096 bytes.  They belong to the
-header, because a cluster has at least 4096 bytes."""
+header, which takes up whole clusters of at least 4096 bytes."""
 
 DESCRIPTOR_BYTES: Final = SECTOR
 DESCRIPTOR_END: Final = DESCRIPTOR_OFFSET + DESCRIPTOR_BYTES

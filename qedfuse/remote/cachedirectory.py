@@ -153,8 +153,8 @@ class CacheDirectory:
     ) -> tuple[int, int] | None:
         """Return how many bytes of an object the cache has, and the size of the object.
 
-        Both are for the version with the size and validator in ``wanted``, or for the version that
-        was used last.  None if the cache has no byte of this version.
+        Both are for the version with the size and validator in ``wanted``; without ``wanted``, for
+        the version that was used last.  None if the cache has no byte of this version.
         """
         for found in reversed(list_entries([self._directory_of(address, store_id)])):
             try:
@@ -169,7 +169,8 @@ class CacheDirectory:
     def evict(self, unlinked_bytes: int = 0) -> int:
         """Remove entries that no process has open, until the cache is within its limits.
 
-        The directory of the cache is made if it is missing.
+        Unfinished entries that a crash has left are removed in any case.  The directory of the
+        cache is made if it is missing.
 
         Args:
             unlinked_bytes: Disk space in bytes of removed files that the caller still has open.

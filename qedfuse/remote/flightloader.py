@@ -1,4 +1,7 @@
-"""Getting the units of flights (`Flight`): from the cache, or from the server by long requests."""
+"""Getting the units of flights from the cache, or from the server by long requests.
+
+A unit is a piece of an object (`UNIT_BYTES`).  A flight is the fetch of adjacent units (`Flight`).
+"""
 
 from __future__ import annotations
 
@@ -68,9 +71,10 @@ class FlightLoader:
         self._source.close()
 
     def missing(self, flight: Flight) -> list[int]:
-        """Return the units of a flight that must be fetched; add those in the cache to its blocks.
+        """Return the units of a flight that must be fetched; add cached units to its blocks.
 
-        A unit need not be fetched if it is ready, in the blocks, or intact in the cache.
+        A unit need not be fetched if it is ready (checked in the page cache), in the blocks, or
+        intact in the cache.
         """
         units = range(flight.first, flight.last + 1)
         missing = [unit for unit in units if not self._ready[unit] and unit not in flight.blocks]
@@ -99,7 +103,8 @@ class FlightLoader:
     def _next_parts(self, flights: Iterable[Flight]) -> list[range]:
         """Return the units that the next request must fetch: a range for each of its flights.
 
-        The missing units of these flights are adjacent.  Empty if the first flight needs none.
+        The ranges are adjacent, and each begins and ends with a missing unit of its flight.  The
+        list is empty if the first flight needs no unit.
         """
         parts: list[range] = []
         for flight in flights:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_OBJECT_BYTES: Final = 16 << 40
-"""Maximum size of an object: 16 TiB.  Each unit of 256 KiB takes up to nine bytes of memory."""
+"""Maximum size of an object: 16 TiB.  The memory for its units (`UNIT_BYTES`) grows with the size:
+up to nine bytes for each 256 KiB."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 _BRIEF_SECONDS: Final = 0.5
@@ -228,7 +229,7 @@ def retry(
     Args:
         address: The address of the object.
         attempt: Makes one attempt; raises the exceptions of a client.  It must check ``closed``,
-            because after renewed credentials it is called in any case.
+            because it is called with renewed credentials even after ``closed`` is set.
         renew: Called when the server refuses the credentials for the first time; see
             `Client.renew`.  The next refusal is an error.
         total_seconds: The last attempt begins at the end of this time at the latest, apart from one

@@ -3,8 +3,8 @@
 There are two kinds of outages: the server does not serve the object, or it has another version.
 
 A server that often fails for a short time would fill the log.  So an outage is not logged if the
-last logged outage of the same kind began less than a minute before.  Only the errors of a logged
-outage are marked with `RemoteError.is_logged`.
+last logged outage of the same kind began less than a minute before.  The errors of a logged outage
+are marked with `RemoteError.is_logged`, those of the other outages are not.
 """
 
 from __future__ import annotations
@@ -82,5 +82,5 @@ class OutageLog:
 def closed_error(name: str) -> RemoteError:
     """Return the error for a read of the file ``name`` after the file was closed."""
     error = RemoteError(f"{name}: found the file closed, expected it open")
-    error.is_logged = True  # the file was closed on purpose
+    error.is_logged = True  # needs no line in the log: the file was closed on purpose
     return error

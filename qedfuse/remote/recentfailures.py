@@ -27,7 +27,8 @@ class RecentFailures:
     def __init__(self) -> None:
         """Begin without failures."""
         self._lock = threading.Lock()
-        # The times of the first and the last recent failure of each unit, in the order of the last.
+        # For each unit the times of its first and last recent failure.  The unit that has failed
+        # most recently comes last.
         self._times: dict[int, tuple[float, float]] = {}
 
     def record(self, first: int, last: int) -> None:

@@ -1,4 +1,4 @@
-"""A client in place of one without a valid configuration, for objects that the cache has."""
+"""The client that is used without a valid configuration, to read objects that the cache has."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class UnconfiguredClient:
-    """Refuses each request until `renew` finds a valid configuration, and then passes them on.
+    """Refuses requests until `renew` finds a valid configuration; passes later requests on.
 
     Attributes:
-        failure: The error of an opening with this configuration.
+        failure: The error of `make_client`; raised if the cache does not have the object.
     """
 
     def __init__(self, address: Address, options: ClientOptions, failure: RemoteError) -> None:
@@ -38,7 +38,7 @@ class UnconfiguredClient:
             failure: The error of `make_client`, with an UnusableError as its cause.
 
         Raises:
-            UnusableError: The variables name no endpoint that the options allow.
+            UnusableError: The variables name an endpoint that is invalid or not allowed.
         """
         self.failure = failure
         self._address = address

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _MIN_PART_BYTES: Final = 8 << 20
 _LONG_PART_BYTES: Final = 64 << 20
-"""Maximum length of a part, unless the content has more than `_MAX_PARTS` parts of this length."""
+"""Maximum length of a part, unless the content would then have more than `_MAX_PARTS` parts."""
 _MAX_PARTS_EVERYWHERE: Final = 1_000
 """Maximum number of parts that every store accepts; most stores accept `_MAX_PARTS`."""
 _MAX_PARTS: Final = 10_000
@@ -89,7 +89,7 @@ class ContentParts:
         self._is_read_to_end = False
 
     def read_single(self) -> bytearray:
-        """Return the content that one part has; see `read` for the exceptions."""
+        """Return the content if `is_single`; ``before_end`` is not called."""
         block = next(self.read(), bytearray())
         self._is_read_to_end = True
         return block

@@ -16,7 +16,7 @@ K = TypeVar("K", bound="Hashable")
 _SHARED_ERRORS: Final = (RemoteError, ForeignError)
 """Errors of a server or of QEMU, which are raised in every caller that waits for the fetch.
 
-The fetch has usually taken long already, and each further fetch would take as long.
+A fetch that fails with such an error has usually taken long, and a further one would take as long.
 """
 
 
@@ -58,8 +58,8 @@ class SingleFlight(Generic[K]):
             have failed.
 
         Raises:
-            RemoteError: The server has failed, in either fetch.
-            ForeignError: The process that reads a foreign image has failed, in either fetch.
+            RemoteError: The server has failed, during ``fetch`` or the fetch that was waited for.
+            ForeignError: The process that reads a foreign image has failed, during one of these.
             BaseException: Any other error of ``fetch``, only if this call has run it.
         """
         flight = self._flights.get(key)

@@ -102,7 +102,7 @@ class Command:
         operands: The operands, in order.
         description: Paragraphs with empty lines between them; empty for a command of qedfuse.
         example: A command line; empty for a command of qedfuse.
-        exit_codes: The meaning of each exit code, if they differ from those of the program.
+        exit_codes: The meaning of each exit code; empty if the program's own list applies.
     """
 
     name: str
@@ -116,8 +116,8 @@ class Command:
     def completions(self) -> list[tuple[Operand, Value]]:
         """Return the operands, each with the `Value` by which a shell completes it.
 
-        An optional operand of the kind "free" is completed like the next operand, which takes its
-        position if it is omitted.  Operands after one that repeats are left out.
+        An optional operand of the kind "free" is completed like the next operand, because the user
+        may omit the optional one.  Operands after one that repeats are left out.
         """
         found = []
         for index, operand in enumerate(self.operands):

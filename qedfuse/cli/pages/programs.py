@@ -1,4 +1,8 @@
-"""Models of two command lines: qedimg's is made from its parsers, and qedfuse's from its help."""
+"""Models of the command lines of qedimg and qedfuse.
+
+The model of qedimg is made from its parsers.  In that of qedfuse, only the command that mounts is
+made from the program's help.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_FREE_CLUSTERS: Final = 1 << 28
-"""The scan adds no more free clusters once it knows this number: 16 TiB in clusters of 64 KiB."""
+"""The scan of the tables for free clusters adds no more once it has found this number: 16 TiB in
+clusters of 64 KiB."""
 
 
 class Run(NamedTuple):
@@ -89,8 +90,8 @@ class Allocator:
         self._missing_tables = missing_tables
         self._record_change = marking.record_change
         self.end = end
-        # The highest `end` since the file was opened or last cut.  Clusters past both `end` and
-        # this value read as zeros, because nothing has been written to them.
+        # Clusters past both this offset and `end` read as zeros, because nothing has been written
+        # to them since the file was opened or last cut.
         self._written_end = end
         self.anchor = header.l1_end >> self._bits
         self.free = FreeMap(geometry.table_size, self.anchor)
@@ -155,8 +156,8 @@ class Allocator:
         if found is not None:
             return found
         end, table = self.end >> self._bits, self.free.table_clusters
-        # After a crash that loses the table, a table across the border of two blocks would not
-        # count as a slot.
+        # The table must not lie across the border of two blocks of `FreeMap`.  If a crash lost it,
+        # its clusters would not count as a slot there.
         if (end + self.free.alignment) % BLOCK_CLUSTERS > BLOCK_CLUSTERS - table:
             end += -(end + self.free.alignment) % BLOCK_CLUSTERS
         if end + table > self.bound >> self._bits:
@@ -191,7 +192,7 @@ class Allocator:
         return Run(offset, count << self._bits, never_written=never_written)
 
     def hand_out(self, run: Run) -> None:
-        """Put a chosen run into use; the caller must not have awaited since `make_run`."""
+        """Put a chosen run into use; the caller must not have awaited since the choice."""
         self.end = max(self.end, run.end)
         clusters = run.length >> self._bits
         self.handed_out += clusters
@@ -274,8 +275,8 @@ class Allocator:
     def adopt_block(self, block: int, bits: int, holes: int = 0) -> None:
         """Free the clusters of a block whose bits are set in ``bits``; the scan has found them.
 
-        No entry may refer to the clusters.  `Reclaim` does not punch those with a bit set in
-        ``holes``, which the scan takes for holes of the host's file.
+        No entry may refer to the clusters.  A bit in ``holes`` marks a cluster that is a hole of
+        the host's file according to the scan; `Reclaim` does not punch this cluster.
         """
         self.free.add_block(block, bits)
         self.maybe_holes.add_block(block, bits & ~holes)

@@ -1,4 +1,4 @@
-"""Freeing clusters on behalf of a request that needs some: "direct reclaim" in Linux.
+"""Freeing clusters on behalf of a request that needs some; Linux calls this "direct reclaim".
 
 Clusters that have lost their reference are in quarantine, until `Reclaim` frees them at the end of
 a flush.  A request that needs clusters earlier waits for a write-back of the tables, and then calls
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 _WORTH_DIVISOR: Final = 16
 _MIN_WORTH_BYTES: Final = 1 << 20
 _MAX_WORTH_BYTES: Final = 1 << 26
-"""A write-back before the file grows is worthwhile if more bytes are in quarantine than the length
-of the file divided by ``_WORTH_DIVISOR``, within the two limits."""
+"""A write-back before the file grows is worthwhile if more bytes are in quarantine than a limit:
+the length of the file divided by ``_WORTH_DIVISOR``, but at least the minimum, and at most the
+maximum."""
 
 
 class DirectReclaim:
@@ -57,8 +58,8 @@ class DirectReclaim:
     def should_reclaim(self) -> bool:
         """Return whether `reclaim_before_growth` is worth waiting for.
 
-        True while free clusters are being punched, because the allocator gets them back soon.  Also
-        True if enough clusters are in quarantine after the scan.
+        True while holes are punched for free clusters, because the allocator gets them back soon.
+        Also True if the scan has ended and enough clusters are in quarantine.
         """
         if self._reclaim.punching_clusters:
             return True
@@ -83,9 +84,9 @@ class DirectReclaim:
         if self._quarantine.unsealed_count << self._bits > self._worth_bytes:
             await self._writeback.barrier()
         else:
-            # The unsealed clusters alone are not worth a cycle, so only sealed ones are freed.  The
-            # tables that dropped those belong to the running cycle or to an earlier one, so no
-            # further cycle is begun.  Even if no cycle is running, `Reclaim.run` may free some:
+            # The clusters that lost their reference after the last cycle began ("unsealed") are not
+            # worth another cycle.  Only the others can be freed, after the end of the running cycle
+            # if there is one.  Even without one `Reclaim.run` may free some of them, because
             # requests that used them may have ended.
             await self._writeback.wait_running()
         await self._reclaim.run(max_runs=0)
@@ -115,6 +116,6 @@ class DirectReclaim:
         await self._flusher.flush()
         await self._quarantine.wait_drained()
         await self._reclaim.run()
-        # Count the freed clusters.  Even if other tasks have taken them, the caller should try
-        # again.
+        # Not the number of free clusters: even if other tasks have taken all freed clusters, the
+        # caller should try again.
         return self._reclaim.freed_clusters != before

@@ -43,7 +43,7 @@ MAX_RUNS: Final = 1 << 20
 """Maximum number of runs in a list; reading more would take as long as scanning the tables."""
 
 _TABLES_PER_STEP: Final = 1 << 16
-"""Maximum number of tables that are validated before other tasks may run."""
+"""Maximum number of tables that are compared with the runs before other tasks may run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +181,9 @@ class _Reader:
         """Validate the runs: their order, positions and total length."""
         first, count = runs[:, 0], runs[:, 1]
         # For runs that begin past the end of the file, the unsigned subtraction would wrap around,
-        # so they are excluded first.  The last cluster of the file is in use, because free clusters
-        # at the end were cut off before the list was written.
+        # so they are excluded first.  A run must end before the last cluster of the file.  That
+        # cluster is in use, because free clusters at the end were cut off before the list was
+        # written.
         inside = first < np.uint64(self._clusters)
         inside[inside] = count[inside] < np.uint64(self._clusters) - first[inside]
         header_clusters = self._header.header_end >> self._bits

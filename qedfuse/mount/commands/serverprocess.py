@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MILLISECONDS_PER_SECOND: Final = 1000
 _OTHER_MOUNTS_REPORT_SECONDS: Final = 1.0
-"""Time after which the reason of a wait is reported, if the file system is mounted elsewhere."""
+"""Time after which the reason of a wait is reported, if the file system has another mountpoint."""
 _REPORT_SECONDS: Final = 10.0
 """Time after which the reason of a wait is reported in any case."""
 
@@ -40,8 +40,9 @@ def open_server(record: MountRecord) -> int | None:
                 return None
             name = f"process {record.pid}"
             raise HostError.from_os(error, name, "cannot wait for its end") from error
-        # Before the open the process could still end, and a later process could get its pid.  If
-        # the start time matches now, the descriptor is that of the process that wrote the record.
+        # The process may have ended before the open, and a later process may have got its pid.
+        # `has_ended` compares the start times.  If they match now, the descriptor is that of the
+        # process that wrote the record.
         if has_ended(record):
             return None
         undo.pop_all()

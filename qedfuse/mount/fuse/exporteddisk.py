@@ -44,9 +44,9 @@ class ExportedDisk:
         inode: The inode number of the file.
         handles: The number of open handles.
         writers: The number of open handles that may write, plus the uses of `changing` in progress.
-        slow_writes: The number of write requests in progress on the slow path.
+        slow_writes: The number of write requests in progress that may wait (`Operations.write`).
         cached_blocks: The ``st_blocks`` that the kernel may have cached; -1 for none.
-        read_only: Whether the disk is read-only, as a base of another disk of a writable mount.
+        read_only: Whether the disk is read-only in a writable mount: a base of another disk.
         overrun: Whether a write from the kernel's cache went past the end of the disk, and no
             writer has got the error ENOSPC since.
         has_lost_data: Whether a write from the kernel's cache has failed because bytes that a
@@ -145,7 +145,7 @@ class ExportedDisks:
         return self._by_disk[id(disk)]
 
     def was_removed(self, inode: int) -> bool:
-        """Return whether a file with this inode number, not the directory's, was removed."""
+        """Return whether a file was removed that had ``inode``, which is not the directory's."""
         return 0 < inode < self._next_inode and inode not in self.by_inode
 
     def set_partitions(self, whole: ExportedDisk, windows: dict[bytes, DiskWindow]) -> bool:
@@ -215,7 +215,7 @@ class ExportedDisks:
     def _exclude_others(self, exported: ExportedDisk, *, writer: bool) -> None:
         """Raise `FileInUseError` if open files with bytes in common forbid a handle or a change.
 
-        If ``writer`` is True, the pages of these files become stale.
+        Otherwise the pages of these files become stale if ``writer`` is True.
         """
         others = self._sharing_bytes(exported)
         for other in others:

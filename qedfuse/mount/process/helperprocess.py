@@ -1,8 +1,8 @@
 """A helper process of the server: forked before the mount exists, and connected by a socket.
 
-A helper never executes a program, so it needs no files of the interpreter, which the mount may
-cover.  It sleeps until the server sends a message, and ends after the server has closed its end of
-the socket, or has ended.
+A helper executes no program, because the files of a program may lie under the mountpoint.  The
+helper sleeps until the server sends a message.  It ends when the server ends or closes its end of
+the socket.
 """
 
 from __future__ import annotations

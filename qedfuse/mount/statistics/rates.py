@@ -1,4 +1,4 @@
-"""Hit rates of a disk, computed from its counters or from the differences of two documents."""
+"""Hit rates of a disk, computed from its counters, or from how much the counters have grown."""
 
 from __future__ import annotations
 

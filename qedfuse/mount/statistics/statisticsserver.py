@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 async def serve_statistics(listening: socket.socket, source: StatisticsSource) -> None:
-    """Send a document to each client that runs as the mount's user or root, until cancelled.
+    """Send the statistics to each client that runs as the mount's user or root, until cancelled.
 
     A client need not send anything.
     """

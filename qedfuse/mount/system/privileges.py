@@ -45,7 +45,7 @@ def check_privileges(*, for_others: bool, user: int | None = None) -> None:
 
     Raises:
         PrivilegeError: The FUSE device cannot be opened.  Or, if the user is not root: fusermount3
-            is missing, or ``for_others`` is True and fuse.conf does not permit it.
+            is missing, or ``for_others`` is True and fuse.conf does not permit the option.
     """
     try:
         os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))

@@ -1,7 +1,7 @@
 """The file system in a partition, with its label and UUID, as blkid(8) recognises them.
 
-blkid gets a sparse file (memfd) as long as the partition, with only the first and the last bytes,
-where file systems have their superblocks.
+blkid gets a sparse file (memfd) as long as the partition.  It has only the first 2 MiB and the last
+1 MiB of the partition's data, where file systems have their superblocks.
 """
 
 from __future__ import annotations

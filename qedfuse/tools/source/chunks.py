@@ -1,7 +1,8 @@
 """Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-A range need not be read if it is zeros on each disk according to the extents, or if two disks store
-it as the same bytes of the same file.  A short range of this kind is read nevertheless if it lies
+A copy reads one disk, or two if the target has a base; a comparison reads two.  A range need not be
+read if all these disks have zeros there according to the extents, or if both disks store the range
+as the same bytes of the same file.  A short range of this kind is read nevertheless if it lies
 between ranges that must be read, because a second chunk would cost more.
 """
 
@@ -24,7 +25,7 @@ MAX_CHUNK_BYTES: Final = 4 << 20
 """Maximum length in bytes of a chunk of a copy, unless a block is longer."""
 
 _MAX_BRIDGED_GAP_BYTES: Final = 1 << 18
-"""Maximum length of a gap in a chunk: a range that need not be read."""
+"""Maximum length of a gap in a chunk.  A gap is a range that need not be read."""
 
 
 class Segment(NamedTuple):
@@ -50,8 +51,8 @@ class Chunk(NamedTuple):
         start: Guest offset in bytes.
         length: Length in bytes.
         segments: The data of the chunk, in ascending order; the rest is zeros.
-        base_segments: The data of the other disk in the same range, in ascending order; the
-            rest is zeros.  Empty without another disk.
+        base_segments: The same for the second disk, in the same range; empty if only one disk is
+            read.
     """
 
     start: int
@@ -72,14 +73,14 @@ class Chunker:
         base: Source | None = None,
         include_all: bool = False,
     ) -> None:
-        """Prepare to cut batches of ``source``; the files of both disks must stay open.
+        """Prepare to cut batches of ``source``; the files of all disks must stay open.
 
         Args:
             source: The disk.
             block_size: Bytes in a block.  Each chunk begins at a multiple of this size, and
                 ends at a multiple of this size or at the end of the disk.
             max_chunk_bytes: A multiple of ``block_size``; no chunk crosses a multiple of this.
-            base: Another disk to read beside ``source``; None for no other disk.
+            base: The second disk, read together with ``source``; None for none.
             include_all: Whether to put all ranges into chunks.
         """
         self._block_size = block_size
@@ -113,9 +114,9 @@ class Chunker:
                 at = stop
 
     def _unshared(self, data: list[Extent], base_data: list[Extent]) -> list[tuple[int, int]]:
-        """Return the ranges in which a disk has data, except those that both share (`_is_shared`).
+        """Return the ranges in which at least one disk has data, except shared ones (`_is_shared`).
 
-        The arguments are the data extents of both disks, ascending.
+        The arguments are the data extents of the two disks, ascending.
         """
         edges = sorted(
             {edge for extent in (*data, *base_data) for edge in (extent.start, extent.end)}
@@ -168,13 +169,13 @@ class _SegmentCursor:
     """Finds the segments of ascending ranges."""
 
     def __init__(self, extents: list[Extent], files: Sequence[BlockingReader]) -> None:
-        """Begin at the first data extent; they are ascending, and ``files`` are by depth."""
+        """Begin at the first data extent; ``extents`` ascend, and ``files`` are sorted by depth."""
         self._extents = extents
         self._files = files
         self._next = 0
 
     def within(self, start: int, end: int) -> tuple[Segment, ...]:
-        """Return the segments within a range, which must lie past all earlier ranges."""
+        """Return the segments within a range, which must lie past the ranges of earlier calls."""
         result = []
         while self._next < len(self._extents):
             extent = self._extents[self._next]

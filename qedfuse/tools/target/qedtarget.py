@@ -43,7 +43,7 @@ class _TableSlice:
         self.slice_index = -1
 
     def take_writes(self) -> list[Write]:
-        """Return a list with the write of the slice, if any entry is not 0; clear the entries."""
+        """Clear the entries; return a list with the write of the slice, or [] if all were 0."""
         if not self.entries.any():
             return []
         content = self.entries.byteswap() if _BIG_ENDIAN else self.entries.copy()
@@ -90,7 +90,8 @@ class NewQedTarget(ParallelTarget):
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
         """Assign offsets at the end of the file to a chunk's data clusters; return the writes.
 
-        The result begins with the writes of slices that are complete before this chunk.
+        The result begins with the writes of the slices that no longer change, if this chunk is the
+        first one of another slice.
         """
         self._check_size(start + len(view))
         if not data.any() and not zeros.any():
@@ -178,7 +179,7 @@ class ExistingQedTarget(SequentialTarget):
         self._written_end = 0  # guest offset up to which the disk is written or discarded
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
-        """Discard the range since the previous chunk and the blocks of zeros; write the others."""
+        """Write the blocks of data; discard the blocks of zeros, and the range before the chunk."""
         await self._discard(start)
         for first, last in mask_ranges(data):
             await self._discard(start + first * self.block_size)
