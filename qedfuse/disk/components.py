@@ -78,8 +78,8 @@ class Components:
 
         # Write-back
         #
-        # The table size and the anchor of a `FreeMap` decide where its blocks begin.  In the maps
-        # of `Quarantine`, `Marking` and `Allocator` they must begin at the same clusters.
+        # The table size and the anchor of a `FreeMap` decide where its blocks begin.  The blocks in
+        # the maps of `Quarantine`, `Marking` and `Allocator` must begin at the same clusters.
         anchor = header.l1_end >> header.geometry.cluster_bits
         map_template = FreeMap(header.table_size, anchor)
         self.epochs = Epochs()

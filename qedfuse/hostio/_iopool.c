@@ -2,8 +2,8 @@
  * The threads that make system calls, and what they share with the threads that hold the GIL.
  *
  * A thread of the pool never touches a Python object.  It makes the system call, appends the call
- * to the list of finished calls, and makes an eventfd readable, once before each collection.  The
- * event loop (the collector) then takes all calls from the list.
+ * to the list of finished calls, and makes an eventfd readable, unless another thread has done so.
+ * The event loop (the collector) then takes all calls from the list.
  *
  * The fields of a struct job belong to the submitter until it is queued, then to the thread that
  * makes the call, and then to the collector.  At its end a read with an answer (_iothreads.c)
@@ -82,8 +82,8 @@ static void drop_pool(struct pool *pool)
     PyMem_RawFree(pool);
 }
 
-/* Make the eventfd readable if calls have finished, once before each collection.  The caller must
- * hold the mutex, which is unlocked during the system call. */
+/* Make the eventfd readable if calls have finished, unless that was done since the last collection.
+ * The caller must hold the mutex, which is unlocked during the system call. */
 static void notify(struct pool *pool)
 {
     uint64_t one = 1;
@@ -116,8 +116,9 @@ static void set_answered(struct pool *pool, struct job *job)
 }
 
 /* Make the system call of a job, put the job on the list of finished calls, answer it if it has an
- * answer, and notify the collector.  If the pool is closed, only make the call.  The caller must
- * not hold the mutex; run() returns with the mutex locked. */
+ * answer, and notify the collector.  If the pool is closed before the call, do nothing; if it is
+ * closed during the call, do nothing more.  The caller must not hold the mutex; run() returns with
+ * the mutex locked. */
 static void run(struct pool *pool, struct job *job)
 {
     struct answer *answer = job->answer;

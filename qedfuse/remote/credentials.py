@@ -62,7 +62,7 @@ def read_credentials(path: str) -> tuple[tuple[str, str], ...]:
 
 
 def _parse_line(line: bytes) -> tuple[str, str] | tuple[()] | None:
-    """Return the name and the value in a line; an empty tuple for none, None if not valid."""
+    """Return the name and the value in a line; () for a line to skip, None for an invalid line."""
     try:
         text = line.decode().strip()
     except UnicodeDecodeError:

@@ -4,8 +4,8 @@ The kernel sends both as a SETATTR request with the new size, because
 `qedfuse.mount.fuse.fuseinit` removes the feature FUSE_ATOMIC_O_TRUNC.
 
 - A larger size grows the disk if the option ``growable`` is set.
-- A smaller size is refused by default.  After a truncation a program expects zeros, and need not
-  write them.
+- A smaller size is refused by default, because the old data would stay.  A program that has
+  truncated a file expects zeros past the new end, and does not write them.
 - With ``truncate=zero`` a smaller size zeroes the range from this size to the end of the disk, as a
   discard does, and the disk keeps its size.
 
@@ -100,9 +100,10 @@ class Truncation:
         try:
             await exported.disk.discard(start, exported.disk.size - start)
         finally:
-            # Also after a failure, because a part of the range may be zeroed.  If the pages cannot
-            # be dropped before the reply, the notification goes on in the helper process.  After a
-            # reply with an error the kernel then writes the dirty pages back, and drops all pages.
+            # Also after a failure, because a part of the range may be zeroed.  If the kernel cannot
+            # drop the pages before the reply, the launderer (a helper process) goes on waiting for
+            # that.  After a reply with an error the kernel then writes the dirty pages back, and
+            # drops all pages.
             dropped = await self._try_drop_pages(exported)
         return dropped
 

@@ -4,8 +4,8 @@ Before mounting, each process checks that no mount of qedfuse lies on the mountp
 lock, two processes could both check and then both mount, and one mount would cover the other.
 
 The lock is a socket bound to an abstract name (unix(7)) with the device number and the inode of the
-mountpoint.  The name is the same for all users and paths, and the kernel frees it when the process
-ends.
+mountpoint.  The name is the same for all users, and for all paths that lead to the mountpoint.  The
+kernel frees the name when the process ends.
 
 A process in another network namespace can hold a lock of the same name.  And any user can keep the
 name, so a process waits only for a limited time, and then mounts without the lock.  Therefore the
@@ -81,13 +81,13 @@ def _try_bind(lock: socket.socket, name: bytes) -> bool:
 def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: int) -> MountEntry:
     """Find the mount that the caller has made on a path.
 
-    Recent kernels report the device number of the connection's file system.  On other kernels the
-    result is the topmost new mount of qedfuse, even if another process has made it.
+    Recent kernels report the device number of the mount that belongs to a FUSE connection.  On
+    other kernels the result is the topmost new mount of qedfuse, even if another process made it.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.
         before: The mount table before the mount.
-        connection: The descriptor of the connection to the kernel.
+        connection: The descriptor of the FUSE connection of the caller's mount.
 
     Raises:
         FuseError: The mount table has no such mount.
@@ -123,7 +123,7 @@ def refuse_to_cover(mount: MountEntry) -> None:
     """Refuse a mount of the caller that covers another mount of qedfuse.
 
     Raises:
-        MountpointError: The mount lies on another one; the caller must unmount it.
+        MountpointError: The caller's mount lies on another one, so the caller must end its mount.
         HostError: /proc is not mounted.
     """
     for entry in read_mounts():

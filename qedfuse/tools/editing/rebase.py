@@ -108,7 +108,8 @@ async def rebase(
         open_writable(path, options) as disk,
         _new_chain(disk, backing, backing_format, options) as chain,
     ):
-        # Read before the copy: later versions would hide a change during the copy.
+        # The versions of the bases are read before the copy: versions that are read later would
+        # hide a change during the copy.
         bases = [layer.file for layer in chain.layers[1:]]
         versions = versions_of(bases) if bases else None
         copy = RebaseCopy(disk, chain)
@@ -147,8 +148,8 @@ async def _new_chain(
     stated = None if backing_format in (None, "raw", "qed") else backing_format
     policy = replace(options.backing, trusted=base, format=stated)
     with open_image_file(disk.path, None) as image:
-        # With `image`, `open_bases` reports a loop.  Otherwise it would lock the image a second
-        # time, as a base, and the message would be "in use".
+        # `open_bases` recognises a loop by comparing each base with `image`.  Without this, it
+        # would lock the image a second time, as a base, and the message would be "in use".
         bases = await open_bases(
             disk.path,
             image,
@@ -179,10 +180,10 @@ async def _new_chain(
 def _refuse_other_format(
     path: str, backing: str, backing_format: BackingFormat | None, options: OpenOptions
 ) -> None:
-    """Refuse a new base whose first bytes do not have the stated format that only QEMU reads.
+    """Refuse a new base that does not begin as the stated format, if only QEMU reads this format.
 
-    The image cannot record this format, so a base without such first bytes, as a fixed VHD, would
-    later be read as raw.  A base that cannot be read is not refused here.
+    The image cannot record such a format, so a base that cannot be recognised by its first bytes (a
+    fixed VHD) would later be read as raw.  A base that cannot be read is not refused here.
     """
     base = backing_path(path, backing, options.backing.working_directory)
     foreign_base_driver(base, backing_format, f"{printable(path)}: backing file ")
