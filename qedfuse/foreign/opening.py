@@ -1,4 +1,4 @@
-"""Opening an image in a format of QEMU as a file of a chain."""
+"""Opening an image that only QEMU can read, as a file of a chain of images."""
 
 from __future__ import annotations
 

@@ -191,8 +191,8 @@ static atomic_int *hand_over(struct pool *pool, struct job *job)
     return &top->is_woken;
 }
 
-/* Wake the thread that waits at an address.  That thread may have seen `is_woken` before.  Then the
- * address may belong to another sleeper by now, whose thread wakes and goes on waiting. */
+/* Wake the thread that waits at an address.  That thread may have noticed `is_woken` by itself, and
+ * gone on.  Then the address may belong to another sleeper, whose thread wakes and waits again. */
 static void wake(atomic_int *address)
 {
     syscall(SYS_futex, address, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);

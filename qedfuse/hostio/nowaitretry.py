@@ -36,8 +36,8 @@ class _Read:
     Attributes:
         attempt: Tries the read; returns whether the read has ended, with data or an error.
         deadline: When to give up, in seconds of the clock that `_RetryQueue.retry` gets.
-        task: The task of this read while it sleeps, until ``has_ended`` is set or this read is the
-            first of the queue; otherwise None.
+        task: The task of this read while the task sleeps; otherwise None.  The task sleeps until
+            ``has_ended`` is set, or until this read is the first of the queue.
         has_ended: True if the read has ended, with data or an error; False if the retries were
             given up; None before.
     """

@@ -37,7 +37,7 @@ class MountOptions:
         direct_io: Reads and writes bypass the kernel's page cache.
         backing: Which backing files may be used.
         force_share: The mount is read-only, and another program may write to the images.
-        nonempty: The mountpoint may be the file of an image that this mount does not show.
+        nonempty: The mountpoint may be any disk image, not only one of the mounted images.
         growable: truncate(2), fallocate(2) and writes past the end enlarge the disk.
         truncate: Whether a truncation to a smaller size, an open with O_TRUNC included, is refused
             or writes zeros to the range that it cuts off.

@@ -1,7 +1,4 @@
-"""Getting the units of flights from the cache, or from the server by long requests.
-
-A unit is a piece of an object (`UNIT_BYTES`).  A flight is the fetch of adjacent units (`Flight`).
-"""
+"""Getting the units (pieces of an object) of a `Flight`: from the cache, or from the server."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 There are two kinds of outages: the server does not serve the object, or it has another version.
 
 A server that often fails for a short time would fill the log.  So an outage is not logged if the
-last logged outage of the same kind began less than a minute before.  The errors of a logged outage
-are marked with `RemoteError.is_logged`, those of the other outages are not.
+last logged outage of the same kind began less than a minute before.  `RemoteError.is_logged` of an
+error says whether its outage was logged.
 """
 
 from __future__ import annotations

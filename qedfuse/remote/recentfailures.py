@@ -1,7 +1,8 @@
 """The units (the pieces in which a remote file is fetched) whose fetch has recently failed.
 
-After a failed read-ahead, the kernel sends a second read, for the page that the program needs, and
-a file system on a loop device a third.  These reads must not each wait for the whole time limit.
+After a failed read-ahead, the kernel sends a second read, for the page that the program needs.  A
+file system on a loop device sends a third.  These reads must not each wait for the whole time
+limit.
 """
 
 from __future__ import annotations

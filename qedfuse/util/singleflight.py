@@ -39,7 +39,7 @@ class SingleFlight(Generic[K]):
 
     The fetch must store its result in a cache, and the callers must look there when `run` returns.
     A caller that has only waited may find no result: the fetch may have failed or been cancelled,
-    or the cache may have evicted the result since.  Then it must call `run` again.
+    or the cache may have evicted the result since.  Then the caller must call `run` again.
 
     Most errors of a fetch are raised only in the caller that has run it.  An error of a server or
     of QEMU (`_SHARED_ERRORS`) is also raised in the callers that have waited, which would otherwise

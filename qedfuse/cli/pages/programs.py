@@ -1,8 +1,4 @@
-"""Models of the command lines of qedimg and qedfuse.
-
-The model of qedimg is made from its parsers.  In that of qedfuse, only the command that mounts is
-made from the program's help.
-"""
+"""Models of the command lines of qedimg (from its parsers) and qedfuse (partly from its help)."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CheckRe
 
 
 def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, Any]:
-    """Return the result as JSON values; as in qemu-img, an optional number of 0 is omitted."""
+    """Return the result as JSON values; as in qemu-img, some numbers are omitted if they are 0."""
     after = result.after
     repaired = bool(arguments.repair) and not result.dry
     optional = {

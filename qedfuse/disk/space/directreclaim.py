@@ -116,6 +116,6 @@ class DirectReclaim:
         await self._flusher.flush()
         await self._quarantine.wait_drained()
         await self._reclaim.run()
-        # Not the number of free clusters: even if other tasks have taken all freed clusters, the
-        # caller should try again.
+        # This compares how many clusters were freed, not how many are free.  Even if other tasks
+        # have taken all freed clusters, the caller should try again.
         return self._reclaim.freed_clusters != before

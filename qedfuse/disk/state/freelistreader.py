@@ -105,8 +105,8 @@ class _Reader:
     async def read(self) -> FreeList:
         """Read the list and validate it."""
         if self._header.need_check:
-            # A list is written only while NEED_CHECK is clear.  So a program has set the bit
-            # later.  The program may have changed the tables, so listed clusters may be in use.
+            # A list is written only while NEED_CHECK is clear.  So a program has set NEED_CHECK
+            # since.  The program may have changed the tables, so listed clusters may be in use.
             refuse(
                 "header field features",
                 "NEED_CHECK and the bit of the list set",
@@ -214,8 +214,8 @@ class _Reader:
     def _refuse_overlap(self, runs: Runs, tables: Values, table_name: str) -> None:
         """Refuse the list if a table at one of the file offsets ``tables`` overlaps a run."""
         first = tables >> np.uint64(self._bits)
-        # For each table, the last run that begins before the table's end: if any run overlaps the
-        # table, this run does.
+        # For each table it is enough to examine the last run that begins before the table's end: if
+        # any run overlaps the table, this run does.
         size = np.uint64(self._header.table_size)
         run = np.searchsorted(runs[:, 0], first + size, "left") - 1
         overlaps = (run >= 0) & (runs[run, 0] + runs[run, 1] > first)

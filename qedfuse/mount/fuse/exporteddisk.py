@@ -145,7 +145,7 @@ class ExportedDisks:
         return self._by_disk[id(disk)]
 
     def was_removed(self, inode: int) -> bool:
-        """Return whether a file was removed that had ``inode``, which is not the directory's."""
+        """Return whether the file ``inode`` was removed; ``inode`` must not be the directory's."""
         return 0 < inode < self._next_inode and inode not in self.by_inode
 
     def set_partitions(self, whole: ExportedDisk, windows: dict[bytes, DiskWindow]) -> bool:

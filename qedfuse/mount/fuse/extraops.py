@@ -121,7 +121,7 @@ def reply_from_file(fd: int, offset: int) -> bool:
 
 
 def defer_read() -> Request:
-    """Take the read that is being handled from pyfuse3; return the object that answers it.
+    """Keep the read that is being handled from reaching pyfuse3; return the object to answer it.
 
     Raises:
         RuntimeError: As in `reply_from_file`.

@@ -31,7 +31,7 @@
 
 enum state { PENDING, DONE, ENDED };
 
-/* A thread that got the signal. */
+/* A thread to which the signal is sent. */
 struct signalled {
     pid_t thread;
     atomic_int state; /* an enum state: PENDING until the handler has finished, or the thread has ended */
@@ -44,8 +44,8 @@ static int ruleset = -1;
 static uint64_t kept;
 /* The errno of the first thread that has failed. */
 static atomic_int failure;
-/* The threads that got the signal, the latest first.  A thread is added before its signal is sent,
- * and no thread is removed while a handler may run, so a handler can walk the list. */
+/* The threads to which the signal is sent, the latest first.  A thread is added just before, and no
+ * thread is removed while a handler may run, so a handler can walk the list. */
 static struct signalled *_Atomic signalled_threads;
 
 /* Give up the rights of the calling thread; return 0, or an errno. */

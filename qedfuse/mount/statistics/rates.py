@@ -1,4 +1,4 @@
-"""Hit rates of a disk, computed from its counters, or from how much the counters have grown."""
+"""Hit rates of a disk, computed from its counters, or from the growth of the counters."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ async def describe_free_list(
     lock: LockMode | None = LockMode.READ,
     remote: RemoteOptions | None = None,
 ) -> FreeListInfo:
-    """Read and summarize the free list of an image; entries of L2 tables are not looked at.
+    """Read and summarize the free list of an image; the entries of L2 tables are not read.
 
     Args:
         path: The image, or its URL.

@@ -80,7 +80,7 @@ class Chunker:
             block_size: Bytes in a block.  Each chunk begins at a multiple of this size, and
                 ends at a multiple of this size or at the end of the disk.
             max_chunk_bytes: A multiple of ``block_size``; no chunk crosses a multiple of this.
-            base: The second disk, read together with ``source``; None for none.
+            base: The second disk; None if only ``source`` is read.
             include_all: Whether to put all ranges into chunks.
         """
         self._block_size = block_size

@@ -28,12 +28,12 @@ _BIG_ENDIAN: Final = sys.byteorder == "big"
 
 
 class _TableSlice:
-    """The slice of a table that is being filled; slices are filled in ascending order.
+    """A slice (a part of a table) that is being filled; slices are filled in ascending order.
 
     Attributes:
         entries: The entries of the slice.
         offset: File offset of the slice in bytes; 0 before the first slice.
-        slice_index: Index of the slice over all tables of its level; -1 before the first slice.
+        slice_index: Index of the slice, counted over all L1 or all L2 tables; -1 before the first.
     """
 
     def __init__(self, length: int) -> None:
