@@ -78,7 +78,7 @@ class GuestChanges(GuestReads):
         record_write(length, seconds)
 
     def try_write(self, start: int, data: Buffer) -> bool:
-        """Write bytes without waiting; return False if that would block or fails.
+        """Write bytes without waiting; return False if that would block or fail.
 
         Returns False also if ``data`` is empty, ends past the end of the disk, or needs entries of
         two slices of a table, or if the state or the options of the disk require `write`.  After

@@ -57,7 +57,7 @@ class GuestReads:
         return await self._chain.extents(start, length) if length else []
 
     def try_read(self, start: int, length: int) -> memoryview | None:
-        """Read a range without waiting; return None if that would block or fails.
+        """Read a range without waiting; return None if that would block or fail.
 
         Returns None also if the range ends past the end of the disk, or is not one for the fast
         path.  Then the caller must use `read`.  The next call of this method or of `try_write` may

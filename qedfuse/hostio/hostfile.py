@@ -72,7 +72,7 @@ class ReadableFile(Protocol):
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from a file offset without blocking; return whether that succeeded.
 
-        Returns False if the read would block or fails, or if the file ends before the view is full.
+        Returns False if the read would block or fail, or if the file ends before the view is full.
         After False the content of ``view`` is undefined.
         """
 
@@ -157,7 +157,7 @@ class HostFile(ReadableFile, Protocol):
     def try_write(self, offset: int, data: Buffer) -> bool:
         """Write ``data`` at a file offset without blocking; return whether that succeeded.
 
-        Returns False if the write would block or fails.  After False a part of ``data`` may have
+        Returns False if the write would block or fail.  After False a part of ``data`` may have
         been written, and the caller must write all of ``data`` with `pwrite`.
         """
 

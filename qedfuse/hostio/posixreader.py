@@ -188,7 +188,7 @@ class PosixReader:
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from a file offset without blocking; return whether that succeeded.
 
-        Returns False if the read would block or fails, if the file ends before the view is full, or
+        Returns False if the read would block or fail, if the file ends before the view is full, or
         if `ReadPolicy` permits no try.  The content of ``view`` is undefined then.
         """
         reads = self.read_policy

@@ -52,7 +52,7 @@ class SpaceManager:
         """Free a run that was handed out, and to which no entry has referred since."""
 
     def try_allocate(self, clusters: int) -> Run | None:
-        """Hand out ``clusters`` neighbouring clusters; return None if that would block or fails.
+        """Hand out ``clusters`` neighbouring clusters; return None if that would block or fail.
 
         Returns None also if the file would grow although clusters are worth reclaiming first, or if
         the chosen run is too short, even if a longer run is free.  After None, nothing has been
