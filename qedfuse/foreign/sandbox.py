@@ -47,7 +47,7 @@ _FIRST_TEMPORARY_DESCRIPTOR = 300
 one descriptor its final number does not close a copy."""
 
 _MAX_MESSAGE_BYTES = 64 << 10
-"""Maximum length of a file that the program writes: only its messages."""
+"""Maximum length of a file that the program writes.  It writes only its messages."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -67,12 +67,12 @@ def launch_command(
 
     Args:
         program: The program's absolute path and its arguments.
-        files: Descriptors of the files that the program may open for reading, which the command
-            must inherit.  In the program they have the numbers from `FIRST_FILE_DESCRIPTOR` on.
+        files: Descriptors of the files that the program may open for reading.  The command must
+            inherit them.  In the program they have the numbers from `FIRST_FILE_DESCRIPTOR` on.
         listener: Descriptor of a listening socket, which the program gets as systemd would pass it;
             None for no socket.
-        named: Descriptors of further files that the program may open by their names, which the
-            command must inherit.
+        named: Descriptors of further files that the program may open by their names.  The command
+            must inherit these descriptors.
         cpu_seconds: Maximum processor time of the program in seconds; None for no limit.
     """
     parameters = {

@@ -41,7 +41,7 @@ class PosixFile(PosixReader):
     """A `HostFile` for a regular file, implemented with system calls.
 
     The event loop itself makes a short change if no thread is changing the file (`InodeLock`) and
-    the kernel does not throttle short writes (`InlinePolicy`).  Threads make all others.
+    the kernel does not throttle short writes (`InlinePolicy`).  Threads make all other changes.
     """
 
     def __init__(self, fd: int, path: str, *, writable: bool) -> None:
@@ -249,7 +249,8 @@ class PosixFile(PosixReader):
     async def _seek(self, offset: int, whence: int) -> int | None:
         """Return where data or a hole begins, as `seek` does; None for an offset past `MAX_OFFSET`.
 
-        Some file systems take the inode's lock in lseek(2), so a thread calls it under contention.
+        Some file systems take the inode's lock in lseek(2).  So while a thread may hold this lock,
+        lseek(2) is called in a thread as well.
         """
         if offset > MAX_OFFSET:
             return None

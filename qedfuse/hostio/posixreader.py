@@ -33,9 +33,10 @@ class PosixReader:
     """An open regular file and its reads, as `ReadableFile` describes them.
 
     The event loop reads data that is in the host's page cache (`inline_flags`).  Other reads go to
-    a thread (`HostCalls`).  After some reads that missed the page cache, the next reads go to a
-    native thread directly (`ReadPolicy`).  If there are only threads of trio, a read that missed is
-    retried for a moment instead (`NowaitRetry`).
+    a thread: a native thread of the extension, or else a thread of trio (`HostCalls`).  With native
+    threads, some misses of the page cache make the next reads go to a thread directly
+    (`ReadPolicy`).  With threads of trio, a read that missed is first retried for a moment
+    (`NowaitRetry`).
 
     Attributes:
         fd: The descriptor; -1 after `close`.
@@ -52,7 +53,7 @@ class PosixReader:
         self._flags = inline_flags(fd)
         self.read_policy = ReadPolicy(can_queue=bool(self._flags) and not has_server)
         # The file offset of the last read that `try_read` has not found in the page cache; -1 if
-        # there is none, or if another method has begun this read since.
+        # there is none, or if another method has begun a read since.
         self._missed_offset = -1
         self._call_slots = trio.Semaphore(_MAX_WAITING_CALLS)
         self._retry = NowaitRetry()
@@ -214,7 +215,8 @@ class PosixReader:
     ) -> bool:
         """Start a read in a native thread, which answers it; see `ReadableFile.try_start_read`.
 
-        Also returns False without native threads, or if `_MAX_WAITING_CALLS` calls already wait.
+        Also returns False without native threads, or if `_MAX_WAITING_CALLS` calls already wait, or
+        if `ReadPolicy` demands a `try_read` first and this read has not missed in it.
         """
         calls = host_calls()
         reads, slots = self.read_policy, self._call_slots

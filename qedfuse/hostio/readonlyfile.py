@@ -24,7 +24,7 @@ class ServerReads(NamedTuple):
 
     Attributes:
         requests: Number of requests that the server has answered with data.
-        awaited_requests: Number of these requests for whose data a reader waited.
+        awaited_requests: Number of these requests that a reader has waited for.
         bytes: Number of bytes of the file that the server has sent.
     """
 
@@ -66,7 +66,7 @@ class ReadOnlyFile(ABC):
 
     @property
     def read_policy(self) -> ReadPolicy | None:
-        """None: `try_read` may always be called, and is not skipped after failures."""
+        """None: the callers of `try_read` do not skip it after it has failed."""
         return None
 
     def fileno(self) -> int:

@@ -144,8 +144,8 @@ class Client(Protocol):
             allocate: Returns a buffer of a given length for a part, if the client needs one.
 
         Raises:
-            ChangedError: The server has another version, or sends bytes of one in spite of the
-                condition in the request (such as If-Match).
+            ChangedError: The server has another version.  It reports this, or ignores the condition
+                in the request (such as If-Match) and sends bytes of that version.
         """
 
     def renew(self) -> None:

@@ -1,15 +1,14 @@
-"""The length of the data file of an entry shows whether one opener uses the entry, or several.
+"""The length of a cache entry's data file shows whether one opener uses the entry, or several.
 
 An *opener* is an open `UnitFile`.  The data file is longer than the object by one byte while one
 opener uses the entry, and by two bytes while several may use it.  So one lseek(2) shows whether
 there are other openers.
 
-Another program may truncate the file, which then has neither of the two lengths.  No write reaches
-the added bytes, so no write gives a truncated file one of these lengths again.  Only `join` can,
-if the other program truncates the file while `join` sets the length.
+If another program truncates the file, it has neither of the two lengths, which openers notice.
+Later writes to the file cannot hide this: they end before the added bytes, so they do not give it
+one of the two lengths again.  Only a `join` that runs during the truncation can do so.
 
-Each opener holds a read lock on the first byte of the data file, by which the next opener finds
-that it is not alone.
+Each opener holds a read lock on the first byte of the data file.  The next opener finds this lock.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Final
 ALONE_BYTES: Final = 1
 """How many bytes the file is longer than the object while one opener uses the entry."""
 SHARED_BYTES: Final = 2
-"""The same while several openers may use the entry."""
+"""How many bytes the file is longer than the object while several openers may use the entry."""
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 
@@ -67,4 +66,4 @@ def _has_others(fd: int) -> bool:
         asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
         kind: int = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
         return kind != fcntl.F_UNLCK
-    return True  # the file system has no such locks, so other openers cannot be found
+    return True  # the locks failed (some file systems have none), so there may be other openers

@@ -34,8 +34,8 @@ class WebCredentials:
         """Use the variables of a credentials file; variables for object stores are ignored.
 
         Raises:
-            UnusableError: A variable is missing or not valid, or the variables contradict each
-                other.
+            UnusableError: Only some of the necessary variables are given, a variable is not valid,
+                or the variables contradict each other.
         """
         given = {name: value for name, value in variables if value}
         self._host = ""

@@ -22,8 +22,8 @@ def backing_name(backing: str | None) -> bytes:
     """Return the bytes of a backing name as an image stores them; empty for None or "".
 
     Raises:
-        UsageError: The name is too long, contains a NUL byte, is ``file:`` without a path, or
-            begins with another protocol and is not a valid URL.
+        UsageError: The name is too long, contains a NUL byte, or is ``file:`` without a path.  Or
+            it begins with a protocol other than ``file:``, and is not a valid URL.
     """
     name = os.fsencode(backing or "")
     if backing and is_url(backing):

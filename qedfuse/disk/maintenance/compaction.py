@@ -6,7 +6,10 @@ target can move to a free one before it.  Tables move first, because a table nee
 free clusters.
 
 If the number of moves is limited, the target is raised until at most this number of clusters is in
-use past it.  The flushes cut the file (`Reclaim.run`).
+use past it.
+
+`run` flushes the image after each batch of moves.  A flush cuts off the free end of the file
+(`Reclaim.run`).
 
 `qedfuse.disk.maintenance.mover` moves a cluster, and says why that is safe.
 """
@@ -45,7 +48,7 @@ class Limits(NamedTuple):
 
     Attributes:
         bytes: Maximum number of bytes that may be moved.
-        seconds: Maximum time after the first flush.  A running call is still completed.
+        seconds: Maximum time after the first flush.  A system call that has begun is completed.
     """
 
     bytes: int
@@ -137,7 +140,7 @@ class Compaction:
     async def _shorten(
         self, limits: Limits | None, counter: MoveCounter, *, within_bound: bool
     ) -> None:
-        """Move the highest clusters, pass by pass, until none is free or a pass has moved none."""
+        """Move the highest clusters in passes, until no cluster is free or a pass moves nothing."""
         max_moves = None if limits is None else limits.bytes >> self._bits
         counter.expect(self._data.count_used_from(self._data.target(max_moves)))
         while self._allocator.free.count:

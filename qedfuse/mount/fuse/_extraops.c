@@ -106,14 +106,15 @@ void *libfuse_function(const char *name)
     found = dlsym(library, name);
 #ifdef __GLIBC__
     if (found == NULL)
-        found = dlvsym(library, name, "FUSE_3.0"); /* dlsym() skips versions for old programs */
+        /* dlsym() does not find functions that are kept only for programs built earlier. */
+        found = dlvsym(library, name, "FUSE_3.0");
 #endif
     dlclose(library); /* it stays loaded, because this module is linked to it */
     return found;
 }
 
-/* Returns a copy of pyfuse3's table with this module's operations, and sets *size to its size,
- * which may be larger; NULL if there is no memory. */
+/* Returns a copy of pyfuse3's table with this module's operations; NULL if there is no memory.  The
+ * copy may be larger than the original, so *size is set to its size. */
 static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *size)
 {
     size_t min_size = sizeof(struct fuse_lowlevel_ops);
@@ -138,8 +139,8 @@ static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *si
     return copy;
 }
 
-/* Returns the arguments for a session with the table `copy`.  libfuse refuses limited arguments
- * unless init repeats the limit, as the init of _dataops.c does. */
+/* Returns the arguments for a session with the table `copy`.  The option max_read is added only if
+ * the table has the init of _dataops.c, because libfuse demands that init sets the same limit. */
 static struct fuse_args *arguments_for(const struct fuse_lowlevel_ops *copy, void *given,
                                        struct fuse_args *changed)
 {
@@ -156,8 +157,8 @@ static void *session_made(void *session, struct fuse_lowlevel_ops *copy)
     return session;
 }
 
-/* The interposed functions have other names in C: libfuse's headers may define the first one as a
- * macro, and declare the second one in different ways. */
+/* The interposed functions have other names in C than in the library: libfuse's headers may define
+ * fuse_session_new as a macro, and declare fuse_session_new_versioned in different ways. */
 typedef void *(*make_plain)(void *, const void *, size_t, void *);
 typedef void *(*make_versioned)(void *, const void *, size_t, const void *, void *);
 

@@ -1,7 +1,7 @@
 """Answers read, write and fsync requests in one step, if they need not wait.
 
-An error in this first attempt is not reported: `Operations` makes a second one, meets the same
-error, and reports it to the kernel.
+An error in this first attempt is not reported: `Operations`, the slow path, makes a second attempt,
+meets the same error, and reports it to the kernel.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ truncation after the open (`qedfuse.mount.fuse.truncation`).
 This module also changes four values in libfuse's reply:
 
 - ``max_background``: how many background requests, for which no process waits synchronously, may be
-  in flight, by default 12.  Then a program with a queue depth of 16, or a long read-ahead, waits.
-- ``congestion_threshold``: from how many of them on the kernel treats the mount as congested.
+  in flight.  The default is 12: too few for a queue depth of 16, or for a long read-ahead.
+- ``congestion_threshold``: the number of background requests in flight at which the kernel begins
+  to treat the mount as congested.
 - ``max_readahead``, which an unprivileged user cannot lower in ``/sys``
   (`qedfuse.mount.system.readahead`).
 - ``time_gran``, the granularity of times.  With the write-back cache the kernel maintains the times
@@ -19,7 +20,7 @@ This module also changes four values in libfuse's reply:
   granularity the times change less often.
 
 pyfuse3 has no interface for these changes.  So libfuse gets a socket in place of the device
-meanwhile, and the request and the reply pass through this module.
+until it has replied, and the request and the reply pass through this module.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
 
     Args:
         message: The reply.
-        readahead: Maximum read-ahead in bytes, if the value in the reply is not lower; None for
-            the value in the reply.
+        readahead: Upper limit in bytes for the value of ``max_readahead`` in the reply; None for no
+            limit.
         disks: Number of disks of the mount.
     """
     if len(message) < _OUT_HEADER.size + _INIT_OUT.size:

@@ -87,7 +87,8 @@ class Laundering:
         """Make the kernel drop all its cached pages of a disk; give up after a second.
 
         The time is limited because the caller may be about to reply to a truncation.  Before this
-        reply the kernel cannot drop a dirty page, so both would wait for each other forever.
+        reply the kernel cannot drop a dirty page, so the caller and the kernel would wait for each
+        other forever.
 
         Returns:
             True if the kernel has dropped all pages.  After False it may still drop them later.
@@ -150,7 +151,8 @@ class Laundering:
     async def _wait_for_writes(self, exported: ExportedDisk) -> bool:
         """Wait until the server has carried out the kernel's writes; return False after a second.
 
-        Before Linux 6.16 laundering does not wait for pages whose writeback is already in progress.
+        Linux before 6.16 needs this: there, laundering does not wait for pages whose writeback is
+        already in progress.
         """
         for _ in range(_MAX_WRITE_CHECKS):
             # If the kernel offers no request, and the server has no write in progress, all writes

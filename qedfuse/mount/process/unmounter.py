@@ -2,11 +2,11 @@
 
 A process under Landlock can neither mount nor unmount, and no_new_privs takes the privilege of
 fusermount3 away.  So a server in a sandbox asks the unmounter, which was forked earlier.  The
-unmounter unmounts only what is mounted on one path, which no message changes.
+unmounter unmounts only the mountpoint that it got when it was forked.
 
-The unmounter also connects to the log daemon, after a restart of the daemon.  A server that was
-allowed to connect could connect to every Unix socket of the host, because neither Landlock nor
-seccomp can permit single paths of sockets.
+After a restart of the log daemon, the unmounter also connects to it.  The sandbox does not permit
+the server to do this: neither Landlock nor seccomp can permit the path of one Unix socket, so the
+server could then connect to every Unix socket of the host.
 
 Each request has a process of its own: an ordinary unmount may wait until the server has answered
 the kernel's requests, and the request to detach the mount must not wait for that.
@@ -62,7 +62,7 @@ class Unmounter(Protocol):
         """
 
     def describe_visible_mounts(self, device: str) -> str | None:
-        """Describe where a file system is still mounted; None if no mount of it is visible.
+        """Describe the mounts of a file system that can be seen; None if there are none.
 
         Args:
             device: The device number of the file system, ``MAJOR:MINOR``.
@@ -166,7 +166,8 @@ def _answer(
 ) -> None:
     """Carry out a request, send the reply, and exit; the call never returns.
 
-    A reply is a JSON list: null and the result (or null), or an error's class and message.  The
+    A reply is a JSON list of two items.  For an error these are the name of its class and its
+    message.  Otherwise they are null and the result, which is null except for `_DESCRIBE`.  The
     reply to `_CONNECT` also carries a descriptor.
     """
     try:

@@ -26,12 +26,14 @@ class ServerNeeds:
         modes: The modes that the process may pass to chmod(2): those that the files of the disks
             have already (`SizeFixup`).
         writable: Whether the mount can be written to.
-        uses_servers: Whether a file of a chain is on a web server, object store or NBD server.
+        uses_servers: Whether an image or backing file is on a web server, object store or NBD
+            server.
         addresses: The addresses of the sources that are URLs, and the prefixes of the URLs that
             images may name as backing files.
         variables: The variables of the environment and of a file with credentials.
         cache_directory: The directory of the cache for remote files; None for no cache.
-        credentials_file: A file with credentials, which another program may replace.
+        credentials_file: A file with credentials, which may be replaced during the mount; None for
+            no such file.
         socket_directory: The descriptor of the directory of the socket for metrics; None for no
             socket.
     """
@@ -66,7 +68,8 @@ def server_needs(
         options: The options of the mount.
         is_directory: Whether the mountpoint is a directory.
         mode: The permissions of the disks.
-        uses_servers: Whether a file of a chain is on a web server, object store or NBD server.
+        uses_servers: Whether an image or backing file is on a web server, object store or NBD
+            server.
         socket_directory: The descriptor of the directory of the socket for metrics; None for no
             such socket.
     """

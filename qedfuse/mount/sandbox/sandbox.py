@@ -3,8 +3,8 @@
 Before the first request the images are open, and the process needs few other files, few system
 calls and hardly any capability.  The sandbox forbids everything else.
 
-The rules are prepared before the mount exists.  Later, a path through the mount could not be
-resolved, because the server would wait for its own reply.
+The rules are prepared before the mount exists.  After that, a path could lead through the mount.
+Its lookup would wait for a reply of this server, which would be waiting for the lookup.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ SandboxMode = Literal["on", "off", "strict"]
 """The values of the option ``sandbox``."""
 
 _MIN_LANDLOCK_VERSION: Final = 2
-"""Version 1 of Landlock cannot permit the renames of the cache for remote files."""
+"""The lowest usable version of Landlock.  Version 1 cannot permit the cache for remote files to
+rename files into another directory."""
 _DEFAULT_PORTS: Final = (53, 80, 443)
-"""Ports of name servers, stores and services for credentials, to which a server that reads remote
-files can always connect."""
+"""The TCP ports to which a server that reads remote files may always connect.  They are the usual
+ports of name servers, stores and services for credentials."""
 _ADDRESS_VARIABLE_PREFIXES: Final = ("AWS_", "AZURE_", "GOOGLE_")
 """Prefixes of environment variables whose values can be the URL of a store or of a service for
 credentials."""
@@ -51,7 +52,7 @@ class Sandbox:
     """A sandbox that is prepared by the constructor, and entered once.
 
     Attributes:
-        mode: The value of the option.
+        mode: The value of the option ``sandbox``.
         in_force: The parts that are in force, in words for users; empty before `enter`.
         missing: The parts that cannot be put into force, each with the reason.
     """
@@ -82,9 +83,10 @@ class Sandbox:
             self._filter = CallFilter(
                 CallNeeds(
                     network=needs.uses_servers,
-                    # The module is loaded only for exports of NBD, those of qemu-nbd included.
+                    # This module is loaded only if an image or backing file is on an NBD server.
+                    # That may be a qemu-nbd that this server has started.
                     host="qedfuse.nbd.connecting" in sys.modules,
-                    # The module is loaded only for an image that qemu-nbd serves.
+                    # This module is loaded only if this server has started a qemu-nbd.
                     kill="qedfuse.foreign.process" in sys.modules,
                     modes=needs.modes,
                     log=self._is_strict,
@@ -117,7 +119,7 @@ class Sandbox:
         """Return the ruleset, to which `enter` later adds the mount and some open files."""
         needs = self._needs
         # Signals to qemu-nbd must stay possible, so `SCOPE_SIGNALS` is left out.  The filter of
-        # system calls restricts signals.
+        # system calls restricts signals instead.
         rules = Ruleset(version, SCOPE_ABSTRACT_SOCKETS)
         for path, rights in allowedfiles.system_files():
             rules.try_allow_path(path, rights)

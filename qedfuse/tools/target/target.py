@@ -38,12 +38,12 @@ class Write(NamedTuple):
 class ParallelTarget(ABC):
     """A new file.
 
-    File offsets are assigned in the order of the disk, and the writes performed in any order.
+    File offsets are assigned in the order of the disk.  The writes may be performed in any order.
 
     Attributes:
         block_size: Bytes in a block, which is stored as data, as zeros, or not at all.
-        max_chunk_bytes: Maximum length of a chunk, which crosses no multiple of this length.  A
-            longer block is one chunk.
+        max_chunk_bytes: Maximum length of a chunk.  No chunk crosses a multiple of this length.  If
+            a block is longer than this, each block is one chunk.
         descriptor: The open file; negative if nothing is written, as in a measurement.
         name: Name of the file in messages.
     """
@@ -57,9 +57,9 @@ class ParallelTarget(ABC):
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
         """Assign file offsets to the next chunk, and return the writes that store the chunk.
 
-        The caller must call this method for one chunk at a time, in the order of the disk, also in
-        worker threads.  What is in no chunk or in neither mask is not stored: it reads as the base,
-        or as zeros.
+        The caller must make the calls one after another, in the order of the disk, but may make
+        them in different threads.  A block in no chunk, or in neither mask, is not stored: it reads
+        as the base, or as zeros without a base.
 
         Args:
             start: Guest offset of the chunk.
@@ -87,8 +87,8 @@ class SequentialTarget(ABC):
 
     Attributes:
         block_size: Bytes in a block, which is stored as data or as zeros.
-        max_chunk_bytes: Maximum length of a chunk, which crosses no multiple of this length.  A
-            longer block is one chunk.
+        max_chunk_bytes: Maximum length of a chunk.  No chunk crosses a multiple of this length.  If
+            a block is longer than this, each block is one chunk.
     """
 
     block_size: int
@@ -114,7 +114,8 @@ class SequentialTarget(ABC):
     async def finish(self, size: int) -> None:
         """Write zeros from the end of the last chunk up to ``size``, the end of the disk.
 
-        An image is made durable, and so is a file or device unless created with ``durable=False``.
+        An image is made durable.  So is a file or device, unless this object was made with
+        ``durable=False``.
 
         Raises:
             BrokenPipeError: The target is a pipe whose reading end is closed.
