@@ -84,7 +84,7 @@ class _Checker:
         # L1 indices and file offsets of the L2 tables to read, in the order of the disk.
         self._tables = (np.empty(0, np.int64), np.empty(0, np.uint64))
         self._free_list: FreeList | None = None
-        # Clusters of the free list that count as owned, but are not marked in `_owners`.
+        # Number of clusters of the free list that count as owned, but are not marked in `_owners`.
         self._unclaimed_clusters = 0
         self._findings = FindingCollector()
         for note in header_notes(header, size, file.name):
@@ -96,7 +96,8 @@ class _Checker:
     async def read_l1(self) -> None:
         """Find the L2 tables, and mark the clusters of the header and of the tables as owned.
 
-        A table that overlaps an earlier one is reported, and neither marked nor read.
+        A table that overlaps an earlier one is reported, and neither marked nor read.  A table that
+        is a hole of the file is marked, but not read: all its entries are 0.
         """
         header, geometry = self._header, self._geometry
         bits = geometry.cluster_bits
@@ -196,10 +197,10 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
-        """Count the clusters that do not follow the previous one; return the end of the last one.
+        """Count the clusters that do not begin where the one before ends; return the last end.
 
         ``values`` are the offsets of clusters, at least one.  ``next_offset`` is where the last
-        cluster of the table's earlier slices ends, or 0.
+        cluster of the table's earlier slices ends; 0 if there is none.
         """
         size = np.uint64(self._geometry.cluster_size)
         self._fragmented_clusters += int(np.count_nonzero(values[1:] - values[:-1] != size))
@@ -224,7 +225,7 @@ class _Checker:
             )
 
     def _count_past_end(self, l1_index: int, indices: NDArray[np.intp]) -> None:
-        """Count and report the given entries for guest offsets past the end of the disk.
+        """Count and report those of the given L2 entries that lie past the end of the disk.
 
         If the whole table is past the end, `read_l1` has reported it, so this method only counts.
         """

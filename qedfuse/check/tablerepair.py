@@ -152,9 +152,8 @@ class TableRepair:
             )
         end = int(tables[-1]) + geometry.table_bytes
         if entries_end < self._size:
-            # `fill` cannot overwrite the part of an entry that is in the file.  It does not write
-            # the value 0.  And the backup of the old bytes has only bytes that `overwrite` will
-            # change.
+            # The part of an entry that is in the file is written by `overwrite`.  `fill` cannot do
+            # this: it does not write the value 0, and saves no old bytes for a backup.
             old = bytes(await self._file.pread(entries_end, self._size - entries_end))
             new = self._cleared_value.to_bytes(ENTRY_BYTES, "little")[: len(old)]
             await self.rewriter.overwrite(entries_end, old, new)
@@ -188,8 +187,8 @@ class TableRepair:
     async def _separate_tables(self, indices: Indices, tables: Values, must_move: Mask) -> None:
         """Copy the tables that must move, so that no table overlaps another table or data.
 
-        An L1 entry past the end of the disk is cleared instead.  Afterwards `_classifier` has only
-        the tables that do not move.
+        A table past the end of the disk is not copied: its L1 entry is cleared.  Afterwards
+        `_classifier` has only the tables that do not move.
         """
         table_moves = zip(indices.tolist(), tables.tolist(), must_move.tolist(), strict=True)
         for index, table, moves in table_moves:

@@ -39,8 +39,9 @@ class AutoCompaction:
         Does nothing if compaction is not due (`_is_due`), or if no table has changed since a run
         that has succeeded.  No request may be running.
 
-        A `QedError` ends the run and is logged.  If it has made the disk read-only, the close
-        raises it instead.  See `Compaction.run` for ``within_bound``.
+        A `QedError` ends the run and is logged.  But an error that has made the disk read-only is
+        not logged here, because the close of the disk raises it.  See `Compaction.run` for
+        ``within_bound``.
         """
         components, options = self._components, self._components.options
         if not self._is_due() or self._is_up_to_date():

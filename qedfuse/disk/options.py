@@ -30,7 +30,7 @@ class BackingPolicy:
             inside ``directories``; ``any`` allows all files; ``none`` allows no base.
         directories: Further directories that a base may lie in.
         format: The format of every base, as QEMU calls it; None to decide for each base by the
-            header of its overlay and by its magic.
+            header of the image that names it, and by the first bytes of the base.
         foreign: ``qemu`` allows images to name bases in formats that only QEMU reads.  ``off``
             forbids such a base, unless the user has named the base or given its format.
         trusted: A path or URL that the user has named as the first base; None for none.  Ignored if

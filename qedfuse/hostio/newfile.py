@@ -23,8 +23,8 @@ _MAX_PREFIX_BYTES: Final = 200
 """Maximum bytes of the final name that the temporary name repeats, because of NAME_MAX."""
 
 CONTENT_ATTRIBUTE_PREFIX: Final = "user.qedfuse."
-"""The beginning of the names of extended attributes that describe the content of a file, so that a
-file with other content must not get a copy."""
+"""The beginning of the names of extended attributes that describe the content of a file.  They must
+not be copied to a file with other content."""
 
 _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """Errors of link(2) on a file system without hard links."""
@@ -52,8 +52,8 @@ class NewFile:
                 replace no file.  It must stay open until the end of the block.  The new file gets
                 the permissions of the old one and, as far as the host permits, its owner, group and
                 extended attributes.
-            overwrite: Whether the user has agreed to replace a file.  If so, the error for a file
-                other than ``old`` is `ImageInUseError`, otherwise `UsageError`.
+            overwrite: Whether the user has agreed to replace a file.  A file with the final name
+                that is not ``old`` is an error: `ImageInUseError` if True, `UsageError` if False.
         """
         follows = old is not None and os.path.islink(path)  # noqa: PTH114  a name, not a Path
         self._final = os.path.realpath(path) if follows else path
@@ -70,8 +70,9 @@ class NewFile:
         """Create the temporary file.
 
         Raises:
-            UsageError: A file of the final name exists, and nothing may be replaced.
-            ImageInUseError: Another process has just created a file of the final name.
+            UsageError: A file of the final name exists, and ``overwrite`` is False.
+            ImageInUseError: A file of the final name exists, and ``overwrite`` is True.  There was
+                none when ``old`` was opened, so another process has just created this file.
             HostError: A system call failed.
         """
         if self._old is None and os.path.lexists(self._final):
@@ -106,8 +107,9 @@ class NewFile:
         ``durable=False`` a power failure soon after the call may lose all or part of the file.
 
         Raises:
-            UsageError: Another file than ``old`` has the final name, and nothing may be replaced.
-            ImageInUseError: Another file than ``old``, which may be in use, has the final name.
+            UsageError: A file other than ``old`` has the final name, and ``overwrite`` is False.
+            ImageInUseError: A file other than ``old`` has the final name, and ``overwrite`` is
+                True.  The file may be in use.
             HostError: A system call failed; the file may have its final name nevertheless.
         """
         try:
@@ -176,7 +178,8 @@ class NewFile:
 def _copy_attributes(old: int, new: int) -> None:
     """Copy owner, mode and extended attributes of the replaced file, as far as the host permits.
 
-    The new file must have mode 0600.  Extended attributes include access control lists.
+    The caller must have created the new file with mode 0600.  Extended attributes include access
+    control lists.
     """
     status = os.fstat(old)
     with suppress(OSError):

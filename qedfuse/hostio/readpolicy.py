@@ -3,8 +3,8 @@
 In an *inline* read the event loop reads only what is in the host's page cache (``RWF_NOWAIT``).  A
 miss takes the event loop longer than a read that finds everything, and gains nothing.  So after
 some misses in a row, each read goes directly to a thread, or to a queue of the kernel
-(``_queuedread.c``).  After these have found the data of some reads in a row in the page cache, the
-event loop tries reads again.
+(``_queuedread.c``).  When the data of some of these reads in a row was in the page cache after all,
+the event loop tries reads again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HITS_IN_A_ROW: Final = 4
 _CACHED_SECONDS: Final = 15e-6
 """Maximum time of a short read that counts as cached; a fast disk takes several times as long."""
 _CACHED_SECONDS_PER_BYTE: Final = 0.25e-9
-"""Time that is added for each byte of a read.  It corresponds to 4 GB/s, a slow copy in memory."""
+"""Added to `_CACHED_SECONDS` for each byte of a read: 4 GB/s, the rate of a slow copy in memory."""
 
 
 class ReadPolicy:

@@ -1,7 +1,7 @@
 """Parsing the options of ``-o`` into `MountOptions`.
 
-An unknown option is an error, because it may be a misspelt ``ro``: ignored, it would make the mount
-writable.  Only ``sloppy`` (``-s`` of mount(8)) drops unknown options.
+An unknown option is an error.  It may be a misspelt ``ro``, and if it were ignored, the mount would
+be writable.  Only ``sloppy`` (``-s`` of mount(8)) drops unknown options.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 KERNEL_FLAGS: Final = frozenset({"nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"})
-"""Mount flags that are passed to the kernel, which enforces them.  With ``direct_io`` the handlers
-of writes enforce ``sync`` (`Operations`)."""
+"""Mount flags that are passed to the kernel, which enforces them.  There is one exception: with
+``direct_io`` the kernel leaves ``sync`` to the handlers of writes (`DataRequests`)."""
 
 _DROPPED: Final = frozenset(
     {
@@ -118,7 +118,8 @@ def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) ->
 def known_options() -> dict[str, tuple[str, ...] | None]:
     """Return all options that have an effect, and the possible values of each option.
 
-    The tuple of values is empty if the value is free.  None stands for an option without a value.
+    The tuple of values is empty if the values cannot be listed, as for a path or a number.  None
+    stands for an option without a value.
     """
     return {
         **dict.fromkeys((*_FLAGS, *KERNEL_FLAGS)),

@@ -1,7 +1,8 @@
 """Option ``prefetch=all``: fetching all data of remote files that the disks of a mount can need.
 
-The tables of all files come first, then their data.  No request begins while a reader waits for a
-server, nor shortly afterwards, because the reader will probably need further data soon.
+The tables of all files come first, then their data.  The prefetch begins no request while a reader
+waits for a server.  Nor does it shortly afterwards, because the reader will probably need further
+data soon.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_REQUESTS: Final = 3
-"""Maximum number of requests of 1 MiB that the prefetch has in flight.  For each file at most 4
-are in flight ahead of the readers (`qedfuse.remote.fetchthreads`), so at least one stays free for
-sequential readers."""
+"""Maximum number of requests of 1 MiB that the prefetch has in flight.  For each file, at most 4
+requests for data that no reader waits for are in flight (`qedfuse.remote.fetchthreads`).  So at
+least one is left for the read-ahead of sequential readers."""
 _QUIET_SECONDS: Final = 0.1
 """Time without a waiting reader before a request begins."""
 _PAUSE_SECONDS: Final = 30.0

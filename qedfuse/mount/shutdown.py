@@ -38,8 +38,8 @@ _RETRY_SECONDS: Final = 1.0
 """Maximum pause between two attempts to unmount while the mount is in use.  The server must try
 again, because the kernel does not report when a process leaves a working directory in the mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0
-"""Maximum time for which a forced unmount waits until all data is durable.  The unmount also
-waits for a write-back cycle that is running then."""
+"""Maximum time for which a forced unmount waits until all data is durable.  If a write-back cycle
+is running at the end of this time, the unmount waits for the end of the cycle as well."""
 _FAILURES: Final = (OSError, QedError)
 """Exceptions that are logged, and after which the shutdown goes on."""
 
@@ -193,7 +193,8 @@ class Shutdown:
     async def _force(self) -> None:
         """Make all disks durable, detach the mount even if it is in use, and end `pyfuse3.main`.
 
-        ``failure`` is set if not all data is durable after `_FORCED_SYNC_SECONDS`.
+        ``failure`` is set if making all data durable fails or takes longer than
+        `_FORCED_SYNC_SECONDS`.
         """
         if self._disks.open_handles:
             _log.warning(

@@ -1,7 +1,7 @@
 """Table entries: eight bytes each, little-endian in the file, in memory an ``array('Q')``.
 
-An array decodes a table 300 times faster than ``construct``, without a Python integer for each
-entry.
+An array decodes a table 300 times faster than the package ``construct``, and does not hold a Python
+integer for each entry.
 """
 
 from __future__ import annotations

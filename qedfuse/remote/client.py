@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 _STRONG_SECONDS: Final = 2.0
-"""Age from which on a Last-Modified time identifies the version (RFC 9110, 8.8.2.2)."""
+"""Minimum age at which a Last-Modified time identifies the version (RFC 9110, 8.8.2.2)."""
 _MAX_FURTHER_QUERIES: Final = 5
 """Maximum number of further queries for a version whose validator does not identify it yet."""
 

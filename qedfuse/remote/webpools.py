@@ -1,8 +1,8 @@
 """The connection pools of a client for web servers.
 
 The connections are direct or lead through proxies.  The usual variables of the environment
-(``https_proxy``, ``http_proxy``, ``all_proxy``, ``no_proxy``) configure the proxies, as obstore
-reads them too.
+(``https_proxy``, ``http_proxy``, ``all_proxy``, ``no_proxy``) configure the proxies.  obstore, the
+library for object stores, reads the same variables.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class WebPools:
     def pool_for(self, target: Address) -> urllib3.PoolManager:
         """Return the pool for an address; each scheme and host has its own pool.
 
-        The pool connects through the proxy that the environment names for the scheme, or for all.
+        The pool connects through the proxy that the environment names for the scheme, or else
+        through the one for all schemes.
         The pool connects directly if the environment names no proxy, if ``no_proxy`` excludes the
         host, or if the host is this machine.
 

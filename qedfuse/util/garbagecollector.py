@@ -22,7 +22,8 @@ def collect_rarely() -> None:
 def collect_as_usual() -> None:
     """Let the collector run as often as by default, but never visit the objects that exist now.
 
-    A collection that visits the objects of all modules would delay requests.
+    A collection that visits the objects of all modules would delay requests.  Does nothing if the
+    thresholds are not those of `collect_rarely`.
     """
     if gc.get_threshold() == _RARELY:
         gc.freeze()

@@ -9,7 +9,8 @@ from qedfuse.errors import UsageError
 
 _UNITS: Final = "KMGTPE"
 _UNIT_FACTOR: Final = 1024
-# Without re.ASCII the Kelvin sign would match K.  For thousands of digits int() would fail.
+# Without re.ASCII the Kelvin sign would match K.  The number of digits is limited, because int()
+# fails for thousands of digits.
 _PATTERN: Final = re.compile(
     r"(?P<number>\d{1,30})(?:\.(?P<fraction>\d{0,100}))?(?:(?P<unit>[kmgtpe])i?)?b?",
     re.IGNORECASE | re.ASCII,

@@ -47,7 +47,7 @@ class StdoutConsole(Console):
 def render(mounts: Iterable[tuple[Mapping[str, Any], Sequence[Interval]]]) -> RenderableType:
     """Return a line for each mount, and two tables with a row for each disk.
 
-    ``mounts`` has for each mount its document and the intervals of its disks.
+    ``mounts`` has for each mount its statistics as a JSON document, and the intervals of its disks.
     """
     rates, states = _table(_RATES), _table(_STATE)
     titles = []

@@ -109,8 +109,8 @@ def interruptible(*, ends_process: bool = False) -> Iterator[Interruption]:
     end the process, is ignored unless the command handles it.
 
     Args:
-        ends_process: Whether the process ends after the block.  If so, signals are ignored then,
-            because they could only print a traceback.
+        ends_process: Whether the process ends after the block.  If so, signals are ignored after
+            the block, because they could only print a traceback.
     """
     interruption = Interruption()
     before = {

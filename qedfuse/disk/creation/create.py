@@ -119,7 +119,7 @@ def make_image(
 
 
 def _write_empty(path: str, header: Header, backing: bytes, record: NewRecord) -> None:
-    """Write the header and the backing name into an empty file; the L1 table is a hole."""
+    """Write header, backing name and ``record`` into an empty file; the L1 table is a hole."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC), "r+b") as file:
         os.ftruncate(file.fileno(), header.l1_end)
         file.write(build_header(header) + backing)

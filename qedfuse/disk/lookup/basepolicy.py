@@ -45,7 +45,7 @@ def open_local_base(
 ) -> PosixFile:
     """Open a backing file that is a local file, if the policy allows it.
 
-    The mode of the policy must not be ``none``.
+    The caller must already have refused the file if the mode of the policy is ``none``.
 
     Args:
         path: The path of the backing file.

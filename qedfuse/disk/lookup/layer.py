@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 _MAX_REMEMBERED_KEYS: Final = 4096
-"""Maximum number of slices that are found by a remembered key, without the L1 table."""
+"""Maximum number of keys in `QedLayer.slice_keys`."""
 
 
 class Layer(Protocol):
@@ -46,7 +46,7 @@ class Layer(Protocol):
     async def lookup(self, start: int, length: int) -> list[Extent]:
         """Return how this layer, without its base, stores a range that lies within its disk.
 
-        The extents have depth 0, whatever the depth of this layer is.
+        The extents have depth 0, whatever the depth of this layer in the chain is.
 
         Raises:
             HostError: The host cannot read a table.
@@ -170,7 +170,8 @@ class QedLayer:
         """Return a slice of L2 entries; ``number`` counts slices from the disk's beginning.
 
         Returns `TableCache.empty_slice` if the L2 table does not exist.  Returns None if the slice
-        or its L1 entry is not in memory, and perhaps if a nearby L1 entry is bad.
+        or its L1 entry is not in memory.  May also return None if the slice of the L1 table that
+        has this L1 entry contains a bad entry.
         """
         key = self.slice_keys.get(number)
         if key is None:

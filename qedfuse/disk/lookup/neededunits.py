@@ -29,7 +29,7 @@ class NeededUnits:
     """
 
     def __init__(self, layer: Layer) -> None:
-        """Start with no needed unit; no program may change the file of ``layer`` meanwhile."""
+        """Start with no needed unit; the file of ``layer`` must not change from now on."""
         self._layer = layer
         self._size = layer.file.size()
         self._needed = bytearray(units_of(self._size))
@@ -75,7 +75,7 @@ class NeededUnits:
     async def add_data(self) -> None:
         """Add the units of the allocated clusters of an image, or all units of a raw file.
 
-        The tables are read without the table cache, whose content stays useful for readers.
+        The tables are not loaded into the table cache, so its content stays useful for readers.
         Invalid entries are left out.
 
         Raises:

@@ -50,8 +50,8 @@ class TableRegistry:
         # since then, some of them may belong to the disk now.
         self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
         # The end of the file when the image was opened.  In an image that is open for writing, an
-        # entry that points past this end is bad when it is read from the file.  Entries that this
-        # program adds may point past it; they are never validated.
+        # entry that points past this end when it is first read from the file is bad.  Entries that
+        # this program adds later may point past it: the table cache does not validate them.
         self._end_at_open = file.size()
 
     def set_header(self, header: Header) -> None:

@@ -6,9 +6,7 @@ target can move to a free one before it.  Tables move first, because a table nee
 free clusters.
 
 If the number of moves is limited, the target is raised until at most this number of clusters is in
-use past it.
-
-`run` flushes the image after each batch of moves.  A flush cuts off the free end of the file
+use past it.  Each batch of moves ends with a flush, which cuts off the free end of the file
 (`Reclaim.run`).
 
 `qedfuse.disk.maintenance.mover` moves a cluster, and says why that is safe.

@@ -6,11 +6,11 @@ Everything that the header points to in other sectors must be durable before tha
 
 A short name lies directly behind the header, in the same sector, so one write changes both.
 
-A long name crosses sectors.  First the name is written where neither the old name nor the header
-lies, and is made durable.  Then the header is written, which points to the new name.  There are
-three adjacent slots for names, and each can hold the longest name.  An old name can touch at most
-two slots, so one slot is always unused.  The slots end before the descriptor of a free list, in the
-last sector of the first 4 KiB of the file.
+A longer name does not fit into this sector.  First it is written where neither the old name nor the
+header lies, and is made durable.  Then the header is written, which points to the new name.  There
+are three adjacent slots for names, and each can hold the longest name.  An old name can touch at
+most two slots, so one slot is always unused.  The last slot ends where the last sector of the first
+4 KiB of the file begins, because this sector can hold the descriptor of a free list.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def change_backing_name(
         return replace(
             header,
             features=header.features & ~_NAME_FEATURES | wanted_features,
-            # The name must lie in the clusters of the header, of which some programs count none.
+            # The name must lie in the clusters of the header, but some programs write 0 here.
             header_size=max(1, header.header_size),
             backing_filename_offset=offset,
             backing_filename_size=len(name),

@@ -38,9 +38,9 @@ class FirstWriteGuard:
     ) -> None:
         """Guard modifications of ``file``.
 
-        `prepare_write` awaits all ``hooks``, in their order, after it has durably withdrawn the
-        claims and before it returns for the first time.  If a hook raises, the next call awaits all
-        hooks again.
+        If there are claims to withdraw, the first call of `prepare_write` durably withdraws them,
+        and then awaits all ``hooks``, in their order.  If a hook raises, the next call awaits all
+        hooks again.  Without claims no hook is called.
         """
         self._file = file
         self._header_store = header_store

@@ -13,7 +13,8 @@
  * Or it can call defer_read(), which returns a Request through which the read is answered later.  A
  * thread of the pool in hostio/_iothreads.c can use this Request without the GIL.
  *
- * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.
+ * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.  So their calls
+ * of PyGILState_Ensure() never wait.
  *
  * The functions that other files call are described in _extraops.h.
  */

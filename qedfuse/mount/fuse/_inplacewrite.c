@@ -1,10 +1,11 @@
 /*
- * Carries out writes without the Python code of the fast path (disk/datapath/fastpath.py).  Such a
- * write changes no table: its range is allocated in the top image as one run.  The slice (part) of
- * the table that locates the run is in memory, the write is short (InlinePolicy), and nothing must
- * be done before it.
+ * Carries out some writes without the Python code of the fast path (disk/datapath/fastpath.py):
+ * those that change no table, because their range is allocated in the top image as one run.  There
+ * are further conditions: the slice (part) of the table that locates the run is in memory, the
+ * write is short (InlinePolicy), no thread is changing the file (InodeLock), and the image needs no
+ * preparation before the write (FirstWriteGuard).
  *
- * The conditions are those of GuestChanges.try_write and InlinePolicy.can_write_inline.  The range
+ * GuestChanges.try_write and InlinePolicy.can_write_inline check these conditions, too.  The range
  * is found and the conditions are checked in one step, with the GIL held.  The GIL is released
  * during the write itself; only the thread of the event loop changes tables.
  *
@@ -101,7 +102,8 @@ static int can_write(const struct in_place_writes *writes, size_t size)
     return is_free;
 }
 
-/* Records a write.  Reports an exception, because the write must not be made again. */
+/* Records a write that is complete.  An exception is only reported: as a failure of the write, it
+ * would make the caller write again. */
 static void record(const struct in_place_writes *writes, size_t size, int64_t nanoseconds)
 {
     PyObject *result = PyObject_CallFunction(writes->record, "nd", (Py_ssize_t)size,

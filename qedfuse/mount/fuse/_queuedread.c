@@ -7,8 +7,9 @@
  * calls it between two requests and while it polls, and an eventfd wakes the loop when it sleeps.
  *
  * - Clusters.  A read is in an epoch (disk/space/epochs.py) from queue_read() until it has ended.
- *   Nothing else runs between the lookup of its cluster and queue_read().  So until the read has
- *   ended the cluster gets no other data, even if a request of the same burst frees it.
+ *   A cluster that is freed meanwhile gets no other data before the epoch's requests have ended.
+ *   This holds even if a later request of the same burst frees the cluster.  Nothing else runs
+ *   between the lookup of the cluster and queue_read().
  * - Order.  The kernel copies the data from the page cache at some time after queue_read().  A
  *   write that was answered before queue_read() is in the page cache by then, so the read returns
  *   what the write has written.
@@ -212,9 +213,9 @@ static void submit(void)
     int failed = ring_submit();
     struct queued_read *read;
 
-    /* During a pause native threads make the reads, with more of the processor's time.  So a slow
-     * submission causes none if only other programs used the processor: this thread has not waited
-     * then.  If `slow_nanoseconds` is 0, each submission causes a pause. */
+    /* During a pause native threads make the reads, which takes more processor time.  So there is
+     * no pause if the submission was slow only because other programs used the processor: this
+     * thread has not waited then.  If `slow_nanoseconds` is 0, each submission causes a pause. */
     until = monotonic_time();
     if (until - since > slow_nanoseconds && (waits() > waits_before || !slow_nanoseconds))
         paused_until = until + PAUSE_NANOSECONDS;

@@ -78,7 +78,7 @@ static void *map(size_t length, off_t what)
     return found == MAP_FAILED ? NULL : found;
 }
 
-/* Returns a counter, a mask or the flags of the ring. */
+/* Returns the address of a counter, a mask or the flags of the ring. */
 static unsigned int *number_at(unsigned int offset)
 {
     return (unsigned int *)(ring.queues + offset);

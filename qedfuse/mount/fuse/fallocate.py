@@ -134,7 +134,7 @@ class FallocateLseek:
         end, size = start + length, disk.size
         growable = self._operations.may_grow(exported)
         if mode == _KEEP_SIZE and end > size:
-            # An image has no clusters past the end of its disk.
+            # An image has no clusters past the end of its disk, so no space can be reserved there.
             raise FUSEError(errno.EOPNOTSUPP if growable else errno.ENOSPC)
         carry_out = disk.allocate if mode in {_ALLOCATE, _KEEP_SIZE} else disk.discard
         if end <= size or mode & _KEEP_SIZE:
@@ -143,7 +143,8 @@ class FallocateLseek:
         if not growable:
             raise FUSEError(errno.ENOSPC)
         if mode == _ALLOCATE and start < size:
-            # This part first: if the host has no space for it, the disk keeps its size.
+            # First the part inside the disk: if the host has no space for it, the disk keeps its
+            # size.
             await disk.allocate(start, size - start)
         await self._operations.grow(exported, end)
         try:
@@ -162,6 +163,7 @@ class FallocateLseek:
         if start < 0:
             raise FUSEError(errno.ENXIO)
         disk = exported.disk
+        # The gap is the range that the answer would report as a hole, or would skip.
         gap = await _find_gap(disk, whence, start)
         while self._may_be_dirty(exported):
             hole, end = gap
@@ -170,7 +172,7 @@ class FallocateLseek:
             # On a growable disk the kernel may have cached data past the end of the disk.  Only the
             # kernel knows where this data ends, so ``end`` stays None.
             if end is not None and hole >= end:
-                # The gap is empty, so no range would be reported as a hole.
+                # The gap is empty, so the answer reports no range as a hole and skips none.
                 break
             if not await self._laundering.launder(exported, hole, end):
                 return self._assume_data(exported, whence, start)
@@ -189,8 +191,8 @@ class FallocateLseek:
         """Return the guest offset for lseek(2) if dirty pages cannot be written back.
 
         Zeros that are reported as data only make a copy larger.  Data that is reported as a hole is
-        lost.  Past the end of a growable disk the server does not know where the kernel's data
-        ends, so SEEK_HOLE fails with EIO there.
+        missing in the copy.  Past the end of a growable disk the server does not know where the
+        kernel's data ends, so SEEK_HOLE fails with EIO there.
         """
         size = exported.disk.size
         growable = self._operations.may_grow(exported)

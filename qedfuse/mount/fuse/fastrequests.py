@@ -1,4 +1,4 @@
-"""Answers read, write and fsync requests in one step, if they need not wait.
+"""Answers read, write and fsync requests that need not wait, without a coroutine for each.
 
 An error in this first attempt is not reported: `Operations`, the slow path, makes a second attempt,
 meets the same error, and reports it to the kernel.

@@ -119,7 +119,7 @@ class Laundering:
             return errno.ENOTCONN
         try:
             if self._socket is None:
-                # The byte has no meaning (see `Launderer`).
+                # The launderer ignores the byte, but a descriptor cannot be sent without one.
                 socket.send_fds(self._launderer.socket, [b"c"], [self._fuse_connection])
                 self._socket = trio.socket.from_stdlib_socket(self._launderer.socket)
             while self._unread_answers:

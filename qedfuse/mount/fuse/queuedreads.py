@@ -1,8 +1,9 @@
 """Reads in a queue of the kernel (io_uring), from the side of the event loop.
 
 A short read whose data is not in the host's page cache waits in this queue, if the tables for its
-range are in memory (``_queuedread.c``).  `Scheduler` looks for ended reads while it polls, and a
-task of this module waits for a descriptor.
+range are in memory (``_queuedread.c``).  While `Scheduler` polls for requests, it also answers
+reads that have ended.  When the event loop sleeps instead, the end of a read makes a descriptor
+readable, and a task of this module answers the read.
 
 Threads make these reads if the kernel is older than Linux 6.1 or does not permit io_uring, if the C
 extension is missing, or if the user chooses threads (`HOST_CALLS_VARIABLE`).

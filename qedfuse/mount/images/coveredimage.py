@@ -44,7 +44,10 @@ def refuse_image_as_mountpoint(mountpoint: str, sources: Sequence[str]) -> None:
 
 
 def _image_format(path: str) -> str | None:
-    """Return the format of an image, from its first bytes; None for anything else."""
+    """Return the format of an image, from its first bytes; None for anything else.
+
+    Returns None also if a mount covers the file, or if it cannot be read.
+    """
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode) or find_mount(path) is not None:
             return None

@@ -38,7 +38,8 @@ class SignalDispatcher:
             numbers.remove(signal.SIGHUP)
         early = _replace_handlers(numbers)
         with trio.open_signal_receiver(*numbers) as signals:
-            # Raised again, so that the receiver gets what arrived before it was open.
+            # Signals that arrived before the receiver was open are raised again, so that it gets
+            # them.
             for number in early:
                 signal.raise_signal(number)
             task_status.started()

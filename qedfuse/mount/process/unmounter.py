@@ -54,7 +54,7 @@ class Unmounter(Protocol):
         """Unmount the mountpoint.
 
         Args:
-            lazy: Whether to detach a mount that is in use instead of raising.
+            lazy: Whether to detach the mount even if it is in use.
 
         Raises:
             QedError: The mount cannot be unmounted, as in `qedfuse.mount.system.unmount.unmount`.

@@ -153,7 +153,8 @@ class Sandbox:
         """Put the sandbox into force in all threads, and set ``in_force``.
 
         Args:
-            files: Descriptors of files to add to the rules, each with the rights that stay.
+            files: Descriptors of files to add to the rules, each with the rights that the server
+                keeps.
 
         Raises:
             HostError: The mode is ``strict``, and the kernel refused something.

@@ -22,7 +22,7 @@ example is ``0:42.1234.stats``."""
 
 
 def remove_socket(directory: int, record: str) -> None:
-    """Remove the socket beside the record in the file ``record``; ignore a failure."""
+    """Remove the socket that belongs to the record file ``record``; ignore a failure."""
     with contextlib.suppress(OSError):
         os.unlink(record + STATISTICS_SUFFIX, dir_fd=directory)
 

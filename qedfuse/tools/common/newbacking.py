@@ -107,7 +107,7 @@ def examine_base(image: str, backing: str, wanted: BackingFormat | None) -> NewB
 
 
 def foreign_driver_of_base(image: str, backing: str, wanted: BackingFormat | None) -> str | None:
-    """Return QEMU's name of the format of a new image's base that only QEMU reads; else None.
+    """Return the format of a new image's base, in QEMU's words, if only QEMU reads it; else None.
 
     Args:
         image: Path of the new image.
@@ -122,7 +122,7 @@ def foreign_driver_of_base(image: str, backing: str, wanted: BackingFormat | Non
 
 
 def foreign_base_driver(path: str, wanted: BackingFormat | None, about: str = "") -> str | None:
-    """Return QEMU's name of the format of a new backing file that only QEMU reads; else None.
+    """Return the format of a new backing file, in QEMU's words, if only QEMU reads it; else None.
 
     An image does not record this format, so later the first bytes alone decide.  A file whose
     first bytes are not those of ``wanted`` is refused even if QEMU could read it, such as a fixed
@@ -164,7 +164,8 @@ async def examine_foreign(image: str, backing: str, driver: str, options: OpenOp
         options: Which files the backing file itself may name, and how they are read.
 
     Raises:
-        BackingError: The backing file cannot be used, or `refuse_backing_loop` refuses it.
+        BackingError: The backing file cannot be opened, locked or used, or `refuse_backing_loop`
+            refuses it.
         ForeignError: QEMU is not installed or fails, or the backing file is refused.
         QedError: A file cannot be opened or locked.
     """

@@ -213,7 +213,7 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 
     Args:
         base_file: The base.
-        options: The options of the overlay; the ``trusted`` path of their policy is ignored.
+        options: The options of the overlay; their `BackingPolicy.trusted` is ignored.
 
     Raises:
         BackingError: The chain below the base cannot be used.

@@ -52,13 +52,13 @@ async def compact(
         CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or a system call failed.
     """
-    # Otherwise closing the disk could compact the image a second time, in vain.
+    # With another value, the close of the disk could compact the image a second time, in vain.
     disk_options = replace(options or OpenOptions(), compact="off")
     async with open_writable(path, disk_options, with_bases=False) as disk:
         before = disk.fstat().st_size
-        # The bound protects the host against guests, and no guest can start this compaction.  Past
-        # the bound more tables can move, because data in their way can first move to the end of the
-        # file.
+        # A bound on the file's length (`Geometry.bound`) protects the host against guests, but no
+        # guest can start this compaction.  Without the bound more tables can move, because data in
+        # their way can first move to the end of the file.
         moved = await disk.compact(progress, within_bound=False)
         if disk.damaged:
             msg = (

@@ -3,7 +3,8 @@
  *
  * The last extent of a slice may continue in the next slice.  So it is kept in `pending`, and gets
  * its line when a later call finds its end.  If an entry may be invalid, `lines` returns None and
- * leaves `pending` unchanged; the caller maps the disk from there on without this module.
+ * leaves `pending` unchanged.  Then the caller uses other code for the rest of the disk, from the
+ * beginning of `pending` on.
  */
 
 #define PY_SSIZE_T_CLEAN

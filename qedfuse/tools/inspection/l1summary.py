@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from qedfuse.tools.inspection.imagereader import ImageReader
 
 MAX_L1_BYTES: Final = 8 << 20
-"""Maximum number of bytes of an L1 table that are read; holes and slices of zeros do not count."""
+"""Maximum length in bytes of the slices of an L1 table that are read and hold an entry.  Holes and
+slices of zeros do not count."""
 
 
 @dataclass(frozen=True, slots=True)

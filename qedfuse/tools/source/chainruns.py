@@ -166,9 +166,9 @@ def _overlaid(
 ) -> tuple[Runs, Array]:
     """Combine the runs of the upper layers with those of the next layer below, of depth ``depth``.
 
-    ``below`` begins at the first unallocated run of ``above``.  It ends with the last one, or
-    earlier where a layer ends.  It may also end earlier because a reader returns a limited number
-    of runs (``below_is_partial``), and then the result ends there too.
+    ``below`` begins at the first unallocated run of ``above``.  It ends with the last unallocated
+    run, or earlier where a layer ends.  With ``below_is_partial`` it ends even earlier, because a
+    reader returns a limited number of runs; then the result ends there, too.
     """
     end = min(above.end, below.end) if below_is_partial else above.end
     starts = np.concatenate((above.starts, below.starts, [below.end]))
@@ -190,7 +190,7 @@ def _overlaid(
 
 
 def _offset_within(runs: Runs, indices: NDArray[np.intp], starts: Array) -> Array:
-    """Return how far each guest offset is from its run's start, in bytes; 0 without file offset.
+    """Return how far each guest offset is from its run's start; 0 if the run has no file offset.
 
     ``indices`` has for each guest offset the index of the run that contains it.
     """
