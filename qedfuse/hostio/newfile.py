@@ -71,8 +71,8 @@ class NewFile:
 
         Raises:
             UsageError: A file of the final name exists, and ``overwrite`` is False.
-            ImageInUseError: A file of the final name exists, and ``overwrite`` is True.  There was
-                none when ``old`` was opened, so another process has just created this file.
+            ImageInUseError: A file of the final name exists, and ``overwrite`` is True.  The caller
+                found no file to replace, so another process has just created this one.
             HostError: A system call failed.
         """
         if self._old is None and os.path.lexists(self._final):

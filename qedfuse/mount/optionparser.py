@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 KERNEL_FLAGS: Final = frozenset({"nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"})
 """Mount flags that are passed to the kernel, which enforces them.  There is one exception: with
-``direct_io`` the kernel leaves ``sync`` to the handlers of writes (`DataRequests`)."""
+``direct_io`` the kernel leaves ``sync`` to the handlers of writes (`Operations`)."""
 
 _DROPPED: Final = frozenset(
     {

@@ -4,11 +4,12 @@ An *opener* is an open `UnitFile`.  The data file is longer than the object by o
 opener uses the entry, and by two bytes while several may use it.  So one lseek(2) shows whether
 there are other openers.
 
-If another program truncates the file, it has neither of the two lengths, which openers notice.
-Later writes to the file cannot hide this: they end before the added bytes, so they do not give it
-one of the two lengths again.  Only a `join` that runs during the truncation can do so.
+If another program truncates the file, the file has neither of the two lengths, and its openers
+notice this.  Later writes do not give the file one of these lengths again, because no opener writes
+to the added bytes at its end.  Only a `join` that runs during the truncation can do so.
 
-Each opener holds a read lock on the first byte of the data file.  The next opener finds this lock.
+Each opener holds a read lock on the first byte of the data file.  So the next opener finds that it
+is not alone.
 """
 
 from __future__ import annotations

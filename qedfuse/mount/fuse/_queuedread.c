@@ -8,8 +8,8 @@
  *
  * - Clusters.  A read is in an epoch (disk/space/epochs.py) from queue_read() until it has ended.
  *   A cluster that is freed meanwhile gets no other data before the epoch's requests have ended.
- *   This holds even if a later request of the same burst frees the cluster.  Nothing else runs
- *   between the lookup of the cluster and queue_read().
+ *   Nothing else runs between the lookup of the cluster and queue_read(), so not even a request of
+ *   the same burst can free the cluster before the read is in the epoch.
  * - Order.  The kernel copies the data from the page cache at some time after queue_read().  A
  *   write that was answered before queue_read() is in the page cache by then, so the read returns
  *   what the write has written.

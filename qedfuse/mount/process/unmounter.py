@@ -4,9 +4,9 @@ A process under Landlock can neither mount nor unmount, and no_new_privs takes t
 fusermount3 away.  So a server in a sandbox asks the unmounter, which was forked earlier.  The
 unmounter unmounts only the mountpoint that it got when it was forked.
 
-After a restart of the log daemon, the unmounter also connects to it.  The sandbox does not permit
-the server to do this: neither Landlock nor seccomp can permit the path of one Unix socket, so the
-server could then connect to every Unix socket of the host.
+After a restart of the log daemon, the unmounter also connects to it.  If the sandbox permitted
+this to the server, the server could connect to every Unix socket of the host, because neither
+Landlock nor seccomp can permit single paths of sockets.
 
 Each request has a process of its own: an ordinary unmount may wait until the server has answered
 the kernel's requests, and the request to detach the mount must not wait for that.
@@ -62,7 +62,7 @@ class Unmounter(Protocol):
         """
 
     def describe_visible_mounts(self, device: str) -> str | None:
-        """Describe the mounts of a file system that can be seen; None if there are none.
+        """Describe the visible mounts of a file system; None if there are none.
 
         Args:
             device: The device number of the file system, ``MAJOR:MINOR``.

@@ -3,8 +3,8 @@
 Before the first request the images are open, and the process needs few other files, few system
 calls and hardly any capability.  The sandbox forbids everything else.
 
-The rules are prepared before the mount exists.  After that, a path could lead through the mount.
-Its lookup would wait for a reply of this server, which would be waiting for the lookup.
+The rules are prepared before the mount exists, because making a rule looks up a path.  Later, a
+path could lead through the mount.  Then the server would wait for its own reply.
 """
 
 from __future__ import annotations
