@@ -3,9 +3,10 @@
 After an image was opened for writing, the scan walks once over all its L2 tables, in the
 background, while requests change them; `Marking` describes why the result is correct nevertheless.
 
-If the image has a valid free list, the scan is postponed until a table is about to change.  An
-untrusted image can have a list with matching checksums that names a cluster in use.  Such a cluster
-must not be handed out, cut off or punched, so the scan decides which listed clusters are free.
+If the image has a valid free list, the scan is postponed until a table is about to change.  The
+list does not replace the scan: in an untrusted image, a list with matching checksums can name a
+cluster in use.  Such a cluster must not be handed out, cut off or punched, so the scan decides
+which listed clusters are free.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ class Scan:
             log.debug("%s: free clusters: %d", self._layer.file.name, free)
 
     async def _adopt_free(self) -> None:
-        """Give the allocator the clusters without an owner that have not changed meanwhile."""
+        """Give the allocator the clusters without an owner that have not changed since `begin`."""
         allocator, marking, bits = self._allocator, self._marking, self._allocator.cluster_bits
         last = marking.owners.clusters
         if allocator.end == self._end_at_begin:
