@@ -82,7 +82,8 @@ FREE_LIST_CODES: Final = frozenset({Code.FREE_LIST_BAD, Code.FREE_LIST_CONTRADIC
 _INVALID_L2_CODES: Final = frozenset(
     {Code.L2_RESERVED_BITS, Code.L2_UNALIGNED, Code.L2_OUT_OF_FILE, Code.L2_OVER_METADATA}
 )
-"""Errors of an L2 entry that refers to no data cluster; L2_CUT_SHORT refers to a part of one."""
+"""Errors of L2 entries that refer to no data cluster.  L2_CUT_SHORT is missing here, because such
+an entry refers to a part of a cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +117,16 @@ class CheckReport:
 
     Attributes:
         findings: Up to `MAX_FINDINGS_PER_CODE` findings of each code.
-        counts: Number of all findings of each code that has any; for leaks, of clusters.
+        counts: Number of findings of each code that has any, kept or not; for leaks, the number of
+            leaked clusters.
         allocated_clusters: Number of L2 entries that refer to a data cluster in the file.
         file_clusters: Number of whole clusters in the file.
         listed_clusters: Number of clusters in the persistent free list, which are not leaked; None
             without a valid list.
         past_end_clusters: How many of ``allocated_clusters`` lie past the end of the disk.
         hidden_findings: Number of findings that no kept finding describes.
-        fragmented_clusters: Number of L2 entries whose cluster does not follow, in the file, that
-            of the previous entry with an offset in the same table.
+        fragmented_clusters: Number of L2 entries whose cluster is not the next one in the file
+            after that of the previous entry.  Entries without an offset are left out.
     """
 
     findings: tuple[Finding, ...]
@@ -187,8 +189,9 @@ class CheckReport:
 class LostRange:
     """A range of the disk whose data is lost or possibly wrong.
 
-    The range reads as zeros after the repair, or perhaps as before if a table overlapped its data
-    (`Code.L2_OVER_METADATA`).  If there are too many ranges, the last may cover intact data too.
+    After the repair the range reads as zeros, or perhaps as before if a table overlapped its data
+    (`Code.L2_OVER_METADATA`).  If there are too many ranges to list, the last one stands for
+    several, and includes the intact data between them.
 
     Attributes:
         start: Guest offset in bytes.

@@ -1,4 +1,4 @@
-"""Changes of a disk: what a guest can request that changes the disk or makes changes durable.
+"""Changes of a disk by its guest: writes, discards, allocations, and flushes.
 
 D1 and D7 are rules in docs/durability.md.
 """
@@ -49,7 +49,7 @@ class GuestChanges(GuestReads):
 
     @property
     def writable(self) -> bool:
-        """Whether the image may be modified; False also after an error (D7)."""
+        """Whether the image may be modified; False once an error has made it read-only (D7)."""
         return self._file.writable and self._writeback.failure is None
 
     @property
@@ -58,7 +58,10 @@ class GuestChanges(GuestReads):
         return None if self._writeback.failure is None else str(self._writeback.failure)
 
     def tables_for_reads(self) -> ReadTables:
-        """Return the objects with which the mount's extension answers reads and makes writes."""
+        """Return the objects by which the mount's extension answers reads and, if allowed, writes.
+
+        Allowed are writes to allocated clusters of a writable disk without ``detect_zeroes``.
+        """
         tables = super().tables_for_reads()
         target = self._file.write_target
         if target is None or not self._plain_writes:
@@ -81,8 +84,9 @@ class GuestChanges(GuestReads):
         """Write bytes without waiting; return False if that would block or fail.
 
         Returns False also if ``data`` is empty, ends past the end of the disk, or needs entries of
-        two slices of a table, or if the state or the options of the disk require `write`.  After
-        False a part may have been written, so the caller must pass all of ``data`` to `write`.
+        two slices of a table.  Until the image has been prepared for its first change, and if zeros
+        are detected (``detect_zeroes``), the result is always False.  After False a part may have
+        been written, so the caller must pass all of ``data`` to `write`.
         """
         return (
             self._plain_writes
@@ -141,8 +145,8 @@ class GuestChanges(GuestReads):
         async with AsyncExitStack() as stack:
             if start + length >= self.size and self._layer.geometry.in_cluster(self.size):
                 # The last cluster is deallocated together with its bytes past the end of the disk.
-                # If the disk grew before that, the guest could write to these bytes, and lose what
-                # it wrote.  So this task holds the lock that a change of the size needs.
+                # If the disk grew during this call, the guest could write to these bytes, and then
+                # lose what it wrote.  So this task holds the lock that a change of the size needs.
                 await stack.enter_async_context(self._components.disk_size.lock)
             end = min(start + length, self.size)
             await self._discard.discard(start, end, free=self._options.discard)
@@ -188,7 +192,8 @@ class GuestChanges(GuestReads):
         Raises:
             HostError: A system call failed.  Once an error has made the disk read-only, each later
                 call raises that error again (see `failure`).
-            ReadOnlyError: An error has made the disk read-only during this call.
+            ReadOnlyError: The writes are durable, but the disk has become read-only while the call
+                gave space back to the host.
         """
         await self._flusher.flush()
 

@@ -146,7 +146,7 @@ def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
         BackingError: A file is missing or refused, an image states an unknown format of its backing
             file, or the chain is a loop or too long.
         ForeignError: An image is encrypted or damaged, has too many extents, or names a file
-            without permission (`Limits.any_file`).
+            although there is no Landlock (`Limits.any_file`).
         ImageError: The header of a QED image is not valid.
         HostError: A file cannot be read.
     """

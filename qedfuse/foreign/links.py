@@ -2,8 +2,8 @@
 
 QEMU gets backing files and data files as open descriptors, and does not look up their names.  So
 even if QEMU read a header differently from this module, it would read only files that the policy
-for backing files allows.  QEMU itself opens only a VMDK image with extents, and the extents
-(`qedfuse.foreign.vmdk`), within the sandbox.
+for backing files allows.  There is one exception: QEMU itself opens the files of a VMDK image that
+consists of several (`qedfuse.foreign.vmdk`), within the sandbox.
 """
 
 from __future__ import annotations
@@ -127,7 +127,10 @@ def _qcow2(fd: int, name: str) -> Links:
 
 
 def _qcow2_extensions(fd: int, at: int) -> dict[int, bytes]:
-    """Return the contents of the header extensions from ``at`` on, by type, without long ones."""
+    """Return the contents of the header extensions from ``at`` on, by type.
+
+    Extensions longer than `_MAX_NAME_BYTES` are left out.
+    """
     found: dict[int, bytes] = {}
     for _ in range(_MAX_EXTENSIONS):
         head = os.pread(fd, 8, at)

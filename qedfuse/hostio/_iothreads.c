@@ -19,8 +19,8 @@
  * answer->call must not wait for the event loop: the event loop may be waiting for a queued call
  * that only this thread can make.
  *
- * answer->call may run even after the IoThreads object was freed.  It may use memory besides the
- * capsule and the buffer.  Such memory may be freed only after pending() has returned 0, or under a
+ * answer->call may run even after the IoThreads object was freed.  If it uses memory besides the
+ * capsule and the buffer, that memory may be freed only after pending() has returned 0, or under a
  * lock that keeps answer->call from running (as in _request.c).
  */
 
@@ -67,7 +67,7 @@ static void release_all(struct list jobs)
         release(job);
 }
 
-/* Return the pool of an object; NULL with an exception in a child process, which has no threads. */
+/* Return the pool of an object; NULL with an exception after a fork, which copies no threads. */
 static struct pool *pool_of(PyObject *self)
 {
     IoThreads *object = (IoThreads *)self;

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def lock_replaced_file(
     path: str, stack: ExitStack, *, overwrite: bool, offers_in_place: bool = False
 ) -> int | None:
-    """Open and lock the file that will be replaced; return its descriptor, or None without a file.
+    """Open and lock a file that will be replaced; return its descriptor; None if it does not exist.
 
     Args:
         path: The name of the file.

@@ -146,7 +146,7 @@ class NbdFile(ReadOnlyFile):
     async def next_hole(self, offset: int) -> int | None:
         """Return where the first hole at or past ``offset`` begins.
 
-        The end of the file counts as a hole.  Returns None if ``offset`` is past it.
+        The end of the file counts as a hole.  Returns None if ``offset`` is not before the end.
 
         Raises:
             QedError: See `next_data`.

@@ -1,8 +1,8 @@
 """The limits for the file offsets in table entries, as plain numbers.
 
-Image metadata is untrusted.  An entry that points to the header or to a table would let a guest
-overwrite it.  An entry that points past the end of the file would point to another entry's cluster
-as soon as the file has grown.
+Image metadata is untrusted.  If an entry points to the header or to a table, a guest can overwrite
+this metadata.  If an entry points past the end of the file, the file can later grow, and the same
+cluster is then allocated for another entry.
 
 This module does not import numpy, because loading numpy takes longer than a whole fast check or
 fast map.  `qedfuse.ondisk.entryrules` applies the same limits to whole slices of a table.
@@ -75,7 +75,7 @@ class EntryLimits(NamedTuple):
 
     @property
     def largest_marker(self) -> int:
-        """The largest entry that is not an offset: 0 in the L1 table, 1 (zero) in L2 tables."""
+        """The largest entry that is not an offset: 0 for L1, 1 (a zero cluster) for L2 tables."""
         return UNALLOCATED if self.target == "table" else ZERO
 
     @property
@@ -87,8 +87,9 @@ class EntryLimits(NamedTuple):
     def lowest_clear(self) -> int:
         """The first offset past the header and the L1 table.
 
-        A multiple of the cluster size up to `highest` is valid, unless its target overlaps an L2
-        table.  If there is space before the L1 table, lower offsets can be valid too.
+        From there up to `highest`, each multiple of the cluster size is valid, unless its target
+        overlaps an L2 table.  If there is space before the L1 table, lower offsets can be valid,
+        too.
         """
         return max(self.header_end, self.l1_end)
 

@@ -99,6 +99,9 @@ class Geometry:
         return -(-image_size // self.table_span)
 
     def bound(self, header_end: int, image_size: int) -> int:
-        """Return the bound: the length in bytes of a file in which every cluster is allocated."""
+        """Return the bound of an image file: its length in bytes if every cluster is allocated.
+
+        ``header_end`` is the file offset at which the header ends.
+        """
         tables = 1 + self.l1_used(image_size)
         return header_end + tables * self.table_bytes + self.ceil(image_size)

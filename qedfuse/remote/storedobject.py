@@ -59,14 +59,15 @@ class StoredObject:
     ) -> None:
         """Raise the error of a failed upload, unless the store has the content nevertheless.
 
-        If the store's response was lost, the request was repeated.  The repeated request fails,
-        because the object exists already, or the upload does not exist any more.
+        The store has the content if the first request succeeded, but its response was lost.  The
+        repeated request then failed, because the object existed already, or the upload did not
+        exist any more.
 
         Raises:
             RemoteError: ``error``, or the store does not answer whether it has the content.
             UsageError: ``error``.
-            StoppedError: `Upload.stop` was called.  If the upload must not replace an object, an
-                object with the content is deleted first.
+            StoppedError: `Upload.stop` was called.  Without ``overwrite``, the object is deleted
+                first if it has the content.
         """
         try:
             self._check.compare("")
@@ -112,8 +113,8 @@ class StoredObject:
 
         Raises:
             RemoteError: The object differs, or the store does not answer.
-            StoppedError: `Upload.stop` was called.  If the upload must not replace an object, the
-                object is deleted first.
+            StoppedError: `Upload.stop` was called.  Without ``overwrite``, the object is deleted
+                first.
         """
         try:
             self._check.compare(etag)

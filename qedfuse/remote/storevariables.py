@@ -121,7 +121,7 @@ class Variables:
 
 
 def find_store_id(scheme: str, variables: Variables) -> str:
-    """Return the values of `STORE_VARIABLES`: the endpoint or account that has a bucket."""
+    """Return the endpoint or account that has a bucket: the values of `STORE_VARIABLES`, joined."""
     return " ".join(variables.first(names) or "-" for names in STORE_VARIABLES[scheme])
 
 

@@ -1,10 +1,12 @@
-"""The data file of the cache for one version of an object, with the units that were fetched.
+"""The data file in which the cache keeps the fetched parts of one version of a remote file.
 
-The content is divided into *units* of 256 KiB, each with a checksum in a second file, the map
-(`qedfuse.remote.checksummap`).  A process uses a unit only if it has fetched the unit itself, or
-has compared the bytes in the page cache with the checksum.  So the cache needs no order of writes,
-no datasync and no journal: a unit that a crash, a full disk or another program has damaged differs
-from its checksum, and is fetched again.
+The remote file, the *object*, is divided into *units* of 256 KiB.  Each unit has a checksum in a
+second file, the map (`qedfuse.remote.checksummap`).  The two files are an *entry* of the cache.
+
+A process uses a unit only if it has fetched the unit itself, or has compared the bytes in the page
+cache with the checksum.  So the cache needs no order of writes, no datasync and no journal: a unit
+that a crash, a full disk or another program has damaged differs from its checksum, and is fetched
+again.
 
 If several processes have an entry open, a unit is first read with ``O_DIRECT``, around the page
 cache, and compared.  Otherwise another process could read unchecked bytes in the page cache.
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 _INTERFACE: Final = 1
 """The interface number of the extension."""
 
-# None also if the processor lacks the instruction.
+# None if the extension is not installed, or if the processor lacks the instructions that it uses.
 _extension = try_import_extension("qedfuse.remote._crc32", _INTERFACE)
 _crc32: Final[Callable[[Buffer, int], int]] = zlib.crc32 if _extension is None else _extension.crc32
 
@@ -108,7 +110,7 @@ class UnitFile:
         try:
             _require_file(map_fd, map_bytes(units_of(size)))
             join(data_fd, map_fd, size)
-            # No readahead: only bytes that `load` compares may enter the page cache.
+            # No readahead: it would bring bytes into the page cache that `load` has not compared.
             os.posix_fadvise(data_fd, 0, 0, os.POSIX_FADV_RANDOM)
             return cls(path, data_fd, map_fd, size)
         except BaseException:
@@ -157,11 +159,11 @@ class UnitFile:
             self._use.leave()
 
     def has_units(self, needed: bytes | None = None, first: int = 0) -> bool:
-        """Return whether the map has an entry for each needed unit of a range.
+        """Return whether the map has a checksum for each needed unit of a range.
 
         Args:
             needed: A byte for each unit of the range: 1 if the unit is needed, 0 if it is not; None
-                for all units of the object.
+                if all units from ``first`` on are needed.
             first: The first unit of the range.
 
         Raises:
@@ -176,7 +178,7 @@ class UnitFile:
             self._use.leave()
 
     def has_any(self, first: int, last: int) -> bool:
-        """Return whether the map has an entry for one of the units ``first`` to ``last``.
+        """Return whether the map has a checksum for one of the units ``first`` to ``last``.
 
         Raises:
             OSError: A system call failed, or the files are closed (EBADF).
@@ -189,7 +191,7 @@ class UnitFile:
             self._use.leave()
 
     def is_in(self, directory: int) -> bool:
-        """Return whether an open directory has the data file of this entry; False after `close`.
+        """Return whether the data file in an open directory is this entry's; False after `close`.
 
         Raises:
             OSError: A system call failed, or the directory has no data file.

@@ -72,8 +72,8 @@ class UploadCheck:
     def compare(self, etag: str, *, is_stoppable: bool = True) -> str:
         """Compare the object with the content; return the entity tag of the object.
 
-        The entity tag of most stores is a checksum of the object.  If the tag is another one, the
-        object is read.
+        In most stores the entity tag is a checksum of the object.  If it is not the checksum of the
+        content, the object is read and compared.
 
         Args:
             etag: The entity tag that the store has returned for the upload; empty if unknown.

@@ -131,7 +131,7 @@ class Portal(Generic[T]):
             del future  # breaks a cycle: future -> error -> traceback -> this frame
 
     def raise_failure(self) -> None:
-        """Raise PortalClosedError if the event loop has failed, until `close` raises the error."""
+        """Raise PortalClosedError if the event loop has failed; do nothing after `close`."""
         if self._failure is not None:
             raise _closed() from self._failure
 

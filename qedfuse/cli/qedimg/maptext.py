@@ -34,8 +34,8 @@ class Writer(Protocol):
     def tail(self, start: int) -> str:
         """Return the end of the output.
 
-        ``start`` is the offset of the disk at which the listed range begins, for a list without
-        extents.
+        ``start`` is the guest offset at which the listed range begins; it is needed for a list
+        without extents.
         """
 
 

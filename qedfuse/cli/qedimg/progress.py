@@ -56,7 +56,7 @@ class Meter:
         self._closed = threading.Event()
         self._starter: threading.Thread | None = None
         if bar and delay_seconds > 0:
-            # Without a thread, the first `report` after the delay shows the bar.
+            # If no thread can be started, the first `report` after the delay shows the bar.
             with suppress(OSError):
                 self._starter = start_thread(self._draw_after, delay_seconds)
 

@@ -41,7 +41,7 @@ _MAX_COPY_BYTES: Final = 1 << 20
 _MAX_BYTES_PER_LOOKUP: Final = 1 << 26
 """Maximum bytes of the disk in one lookup by `WritePath.allocate`."""
 _MAX_CLUSTERS_PER_LOOKUP: Final = 1024
-"""Maximum number of clusters in one lookup by `WritePath.allocate`: about a millisecond."""
+"""Maximum number of clusters in one lookup by `WritePath.allocate`, for about a millisecond."""
 
 
 class WritePath:
@@ -78,7 +78,7 @@ class WritePath:
     async def write(self, start: int, data: memoryview) -> None:
         """Write ``data`` at a guest offset.
 
-        The range must lie in the clusters of the disk, so it may reach past the end of the disk.
+        The range may reach past the end of the disk, but only up to the end of the last cluster.
         After an error, parts of the range may have been written.
 
         Raises:
@@ -95,7 +95,8 @@ class WritePath:
                 else:
                     new.append(extent)
         finally:
-            # Allocating may wait until all requests of this epoch have ended (deadlock).
+            # Allocating may wait until all requests of this epoch have ended: a deadlock, if this
+            # request did not leave it.
             self._epochs.leave(epoch)
         for extent in new:
             segment = data[extent.start - start : extent.end - start]
@@ -122,7 +123,7 @@ class WritePath:
                         await self._allocate_extent(extent, segment)
 
     async def _allocate_extent(self, extent: Extent, data: memoryview) -> None:
-        """Allocate and fill all clusters of an extent that has no data; hold their range lock."""
+        """Allocate and fill the clusters of an extent without data; the caller locks the range."""
         geometry = self._layer.geometry
         start = extent.start
         while start < extent.end:
@@ -161,7 +162,8 @@ class WritePath:
             tail = await self._previous_content(end, run_end, from_base=from_base)
             await pwrite(run.offset, head, data, tail)
         else:
-            # A cluster can be 64 MiB long, and writes run concurrently, so copy in steps.
+            # Copied in steps to save memory: a cluster can be 64 MiB long, and writes run
+            # concurrently.
             await pwrite(run.offset + offset_in_run, data)
             for begin, stop in ((first, start), (end, run_end)):
                 for at in range(begin, stop, _MAX_COPY_BYTES):

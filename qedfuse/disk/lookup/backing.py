@@ -81,8 +81,8 @@ async def open_bases(
         path: The path or URL of the image.
         file: The image's open file.
         header: The image's header.
-        options: The policy for bases, and whether to lock the bases.  The first base may be
-            ``options.backing.trusted`` in any directory or on any server.
+        options: The policy for bases, and whether to lock them.  The file that
+            ``options.backing.trusted`` names is allowed as the first base wherever it lies.
         store: Holds the table slices of all layers.
         name: The name of the first base; None to read the name that the image stores.
 
@@ -191,16 +191,18 @@ async def open_base(
         path: The path or URL of the backing file.
         image: The image that names it.
         options: The policy, and how to read a URL.
-        trusted: A path or URL that is allowed in any directory and on any server, unless the mode
-            is ``none``; None without one.
-        images: The images above the backing file; see `verify_bases`.  The version of a URL that
-            they remember is wanted (`open_url`), unless the policy accepts other versions.
+        trusted: A path or URL that is allowed in any directory and on any server, unless the
+            policy forbids all bases; None if there is no such path.
+        images: The images above the backing file; see `verify_bases`.  If the backing file is a
+            URL and they remember its version, `open_url` tries to open that version, unless the
+            policy accepts other versions.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened, or the URL
             is not valid.
         RemoteError: The server cannot be reached, or does not serve the file.
-        HostError: For a URL, the cache cannot be used, or the host has no free descriptor.
+        HostError: The backing file is a URL, and the cache cannot be used, or the host has no free
+            descriptor.
         BackingRefusedError: The policy forbids the file.
     """
     if options.backing.mode == "none":
@@ -250,9 +252,10 @@ async def _format_of(
 ) -> str:
     """Return the format of a base as QEMU calls it.
 
-    If the header of the image forbids probing (BACKING_FORMAT_NO_PROBE), the base is raw, whatever
-    its magic: a guest that writes to a raw disk can put any magic there.  A foreign format is
-    refused unless the policy allows it or the user has named the base.
+    A format that the policy states counts first.  Then, if the header of the image forbids probing
+    (BACKING_FORMAT_NO_PROBE), the base is raw, whatever its magic: a guest that writes to a raw
+    disk can put any magic there.  Otherwise the magic counts.  A foreign format is then refused
+    unless the policy allows it or the user has named the base.
     """
     if policy.format is not None:
         return policy.format

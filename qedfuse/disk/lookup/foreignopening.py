@@ -46,7 +46,8 @@ async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> For
     Raises:
         UsageError: The image is not a local file.
         BackingError: A file that the image names is missing or refused.
-        ForeignError: QEMU is not installed or fails, or the image is refused.
+        ForeignError: QEMU is not installed or fails, or the image is encrypted, damaged or
+            otherwise unusable.
         ImageInUseError: Another program has locked a file.
         HostError: A file cannot be read, or a system call failed.
     """
@@ -99,13 +100,13 @@ def driver_of(file: ReadableFile) -> str | None:
 
 
 def graph_of(file: ReadableFile) -> Graph | None:
-    """Return the files of an image that QEMU serves, and of its bases; None for other files."""
+    """Return the files from which QEMU serves a disk, bases included; None for other disks."""
     graph: Graph | None = getattr(file, "graph", None)
     return graph
 
 
 def start_maps(layers: Iterable[Layer]) -> None:
-    """Start the programs of QEMU that find out where layers that QEMU serves have their data.
+    """Start one program of QEMU for each layer that QEMU serves; it finds where the layer has data.
 
     The call blocks for some milliseconds for each such layer.
     """

@@ -69,7 +69,7 @@ def verify_bases(
 
 
 def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> FileVersion | None:
-    """Return the version of a base on a server that the images above remember; None if none does.
+    """Return the version of a base that the images above it remember; None if none does.
 
     If the images remember different versions, the uppermost one decides.
 
@@ -176,9 +176,9 @@ def accept_commit(image: HostFile, name: str, status: os.stat_result) -> None:
 class NewRecord:
     """Stores the versions of the bases of a new image, in two steps.
 
-    An attribute is stored before the image gets its final name, so that the image never has that
-    name without the record.  A record file is made afterwards, because its name is derived from the
-    image's.
+    The record is an extended attribute of the image, or else a file beside it.  The attribute is
+    stored before the image gets its final name, so that the image never has that name without the
+    record.  The file is made afterwards, because its name is derived from the image's.
     """
 
     def __init__(self, name: str, versions: BaseVersions | None) -> None:
@@ -239,7 +239,8 @@ def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) ->
 def _read(image: HostFile, name: str, *, is_vital: bool) -> BaseVersions | None:
     """Return the versions that are remembered for the bases of an image; None if there are none.
 
-    The log has a failure to read the record, as a warning only if ``is_vital`` is set.
+    A failure to read the record is logged: as a warning if ``is_vital`` is set, otherwise for
+    debugging.
     """
     try:
         record = read_record(image.fileno(), image.path)

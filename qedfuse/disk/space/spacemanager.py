@@ -23,7 +23,7 @@ class FreeClusterSource(Protocol):
         """Free clusters if there are many to free, so that the file need not grow."""
 
     async def wait_for_free_clusters(self) -> bool:
-        """Wait until clusters may have become free; return False if waiting frees none."""
+        """Wait until clusters may have become free; return False if there are none to wait for."""
 
 
 class SpaceManager:
@@ -85,7 +85,7 @@ class SpaceManager:
         return await self._hand_out_and_grow(*(found or self._allocator.choose_any()))
 
     async def allocate_table(self) -> Run:
-        """Hand out the clusters of a new table: within the bound if possible, else at the end.
+        """Hand out the clusters of a new table: free ones if possible, else at the file's end.
 
         The caller must have left its epoch (`Epochs`): see `allocate`.
         """
@@ -97,7 +97,7 @@ class SpaceManager:
         return await self._hand_out_and_grow(found, self._free.table_clusters)
 
     async def allocate_table_at_end(self) -> Run:
-        """Hand out the clusters of a table at the end of the file, even past its bound.
+        """Hand out the clusters of a table at the end of the file, even past `Geometry.bound`.
 
         Does not wait for clusters to become free.
         """
@@ -113,7 +113,7 @@ class SpaceManager:
     async def allocate_from(self, first: int, clusters: int) -> Run:
         """Hand out the lowest free run of at most ``clusters`` clusters from ``first`` on.
 
-        If there is none, the run lies at the end of the file, even past the file's bound.
+        If there is none, the run lies at the end of the file, even past `Geometry.bound`.
         """
         end = self._allocator.end >> self._allocator.cluster_bits
         found = self._free.take_from(first, clusters) or (end, clusters)
@@ -133,7 +133,8 @@ class SpaceManager:
         # clusters.
         self._hand_out(run)
         try:
-            # Free clusters lie past the end of the file if it could not be grown for them earlier.
+            # Even a cluster that was free can lie past the end of the file: it was handed out
+            # before, but the file could not be grown for it.
             await self._length.grow(run.end)
         except BaseException:
             self.release(run)

@@ -1,4 +1,4 @@
-"""Arithmetic on the runs of a free list: their single clusters, and adding them to a `FreeMap`."""
+"""Arithmetic on the runs of a free list: expanding runs to clusters, adding runs to a `FreeMap`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ async def add_runs(free_map: FreeMap, runs: Runs) -> None:
     """Add the clusters of ``runs`` to a map; the runs must ascend and not touch each other."""
     first = runs[:, 0].astype(np.int64) + free_map.alignment
     end = first + runs[:, 1].astype(np.int64)
-    # To add a single run takes three microseconds.  So all runs that lie within one block of the
-    # map are added in one step.
+    # Adding runs singly takes three microseconds for each of perhaps millions.  So the runs that
+    # lie within the same block of the map are added in one step.
     within = first // BLOCK_CLUSTERS == (end - 1) // BLOCK_CLUSTERS
     for cluster, count in runs[~within].tolist():
         free_map.add(cluster, count)

@@ -1,8 +1,8 @@
 /*
  * Answers reads without the Python code of the fast path (disk/datapath/fastpath.py), if the range
  * is one run of data in one file of a chain, and the slices (parts) of the tables are in memory.  A
- * read of data in the host's page cache is answered immediately; a read of other data waits in a
- * queue of the kernel (_queuedread.c).
+ * read of data in the host's page cache is answered immediately; a read of other data is made
+ * through io_uring (_queuedread.c).
  *
  * The range is found (_readview.c) and the read is answered in one step, with the GIL held.  A read
  * that waits enters an epoch in the same step, as Disk.try_start_read does.

@@ -1,6 +1,6 @@
 /*
  * The units of a file in the cache for remote files: which units may be read from the page cache,
- * and whether the result of such a read may be used.  LocalData (remote/localdata.py) says why.
+ * and whether the result of such a read may be used.  remote/localdata.py explains the rules.
  *
  * Everything happens with the GIL held.
  */
@@ -66,8 +66,8 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
 
     if (offset + size > units->content_bytes || !are_ready(units, first, last))
         return 0;
-    /* At the end of a unit, if a unit ahead is missing, Python code carries out the read.  It also
-     * fetches the units that a sequential reader needs soon. */
+    /* A read that reaches the end of its first unit is left to Python if one of the next units is
+     * not ready.  Python also fetches the units that a sequential reader needs soon. */
     if ((offset + size) >> units->unit_bits == first || last + 1 >= count)
         return 1;
     ahead = count - last - 1 < MAX_AHEAD_UNITS ? count - 1 : last + MAX_AHEAD_UNITS;
@@ -81,11 +81,11 @@ static int is_uncut(const struct checked_units *units, off_t length)
     return length == units->file_bytes || length == units->file_bytes + 1;
 }
 
-/* A file that was cut never gets a valid length again, with one exception: a process that opens the
- * entry may look at the length before the cut, and set the other valid length after the cut.  So
- * the length after a read must equal the length before it.  The length after the last read replaces
- * the length before this read.  If the length has changed between the two reads, this read fails,
- * and its units are compared again. */
+/* Compares the length of the file with its length after the previous read.  A change can mean that
+ * the file was cut between the two reads.  Then this read fails, and its units are compared again.
+ * A file that was cut never gets a valid length again, with one exception: a process that opens the
+ * entry may look at the length before the cut, and set the other valid length after the cut.  That
+ * length differs from the previous one, too. */
 int keeps_length(struct checked_units *units, int fd)
 {
     off_t before = units->seen_bytes;
@@ -100,11 +100,11 @@ static int is_alone(const struct checked_units *units)
     return units->seen_bytes == units->file_bytes;
 }
 
-/* Settles a unit, if its pages are valid and not waiting to be written.  Such a page stays valid
- * until a process writes to it or it leaves the page cache.  Only a process that fetches the unit
- * writes to it.  If this process fetches it, the unit is not ready any more (UnitStore).  If
- * another process does, is_alone() is false.  If a page has left the page cache, cached_pages()
- * reports that. */
+/* Settles a unit, if its pages are valid and not waiting to be written.  A page is invalid while
+ * the kernel reads it, and after the kernel has failed to write it.  So the pages of a settled unit
+ * stay valid until they leave the page cache, which cached_pages() reports, or a process writes to
+ * them because it fetches the unit anew.  Before this process does, it makes the unit not ready
+ * (UnitStore).  While another process may write, is_alone() is false. */
 static void settle_unit(const struct checked_units *units, int fd, uint64_t unit)
 {
     uint64_t offset = unit << units->unit_bits, size = (uint64_t)1 << units->unit_bits;
@@ -116,7 +116,7 @@ static void settle_unit(const struct checked_units *units, int fd, uint64_t unit
 }
 
 /* Returns whether a range may be passed on by splice(2), which would read an invalid page from the
- * disk.  A page becomes invalid if the kernel fails to write it. */
+ * disk. */
 static int may_splice_units(const struct checked_units *units, int fd, uint64_t offset, size_t size)
 {
     static unsigned int reads;
@@ -159,7 +159,8 @@ int may_have_holes(const struct checked_units *units, const char *data, uint64_t
 {
     size_t at = 0, length;
 
-    /* A block of zeros may be a hole, unless its content is known to be zeros. */
+    /* A block of zeros may be a hole that a failed write has left, unless the remote file is known
+     * to have zeros there. */
     for (; at < size; at += length) {
         length = BLOCK_BYTES - (size_t)((offset + at) % BLOCK_BYTES);
         if (length > size - at)

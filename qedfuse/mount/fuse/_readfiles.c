@@ -13,8 +13,9 @@
 /* The layout of the cells (RunMap). */
 enum { COUNT, END, FIRST_START };
 
-/* A target is 0 or 1 and has no file; or its lowest FILE_BITS bits are the number of a file plus
- * FILE_BIAS, and the other bits the offset in that file (RunMap). */
+/* The target of a run says where its bytes are (RunMap).  The targets 0 and 1 mean that they are in
+ * no file.  In another target, the lowest FILE_BITS bits are the number of the file plus FILE_BIAS,
+ * and the other bits are the offset in the file. */
 #define FILE_BITS 8
 #define FILE_BIAS 2
 
@@ -91,7 +92,7 @@ struct read_file *make_files(PyObject *sources)
     return files;
 }
 
-/* Returns the index of the last run that begins at or before an offset.  The first run must. */
+/* Returns the index of the last run that begins at or before an offset.  There must be one. */
 static uint64_t run_at(const uint64_t *starts, uint64_t count, uint64_t offset)
 {
     uint64_t low = 0, middle;

@@ -1,9 +1,9 @@
 /*
- * Request objects: requests of the kernel that are answered outside of libfuse's call.
+ * Request objects: requests of the kernel, which may be answered after libfuse's callback returned.
  *
  * While the session exists, each request is answered exactly once: if a Request is freed without an
- * answer, EINTR is sent.  After the end of the session the object sends no answer, because libfuse
- * frees the requests with their session.
+ * answer, EINTR is sent.  After the end of the session no answer is sent, because libfuse frees the
+ * requests with their session.
  */
 
 #include "_extraops.h"
@@ -32,10 +32,10 @@ unsigned long current_session(void)
 }
 
 /*
- * Normally the event loop answers a request.  But it can pass the capsule of a deferred read to a
- * thread without the GIL, which reads the data (hostio/_iothreads.c).  If the thread has read all
- * bytes, it answers; otherwise the event loop must answer.  Both know the result of the read, so
- * they never use `request` concurrently.
+ * Normally the event loop answers a request.  But it can let a thread without the GIL read the data
+ * (hostio/_iothreads.c); the thread gets a capsule with `answer`.  If it has read all bytes, the
+ * thread answers; otherwise the event loop must answer.  Both know the result of the read, so they
+ * never use `request` concurrently.
  */
 typedef struct {
     PyObject_HEAD

@@ -1,12 +1,13 @@
 /*
- * Answers lseek(2) with SEEK_DATA and SEEK_HOLE by the tables that are in memory.
+ * Answers lseek(2) with SEEK_DATA and SEEK_HOLE from the tables that are in memory.
  *
  * An image without a base has data exactly where an L2 entry is neither 0 nor that of a zero
  * cluster.  Where an L1 entry is 0, there is no L2 table, and the whole range of the entry is a
  * hole.
  *
  * The search is left to Python (fallocate.py) if the disk has a base, if a slice (part) of a table
- * is not in memory or has an invalid entry, or if the search is too long or not permitted.
+ * is not in memory or has an invalid entry, or after MAX_SLICES slices.  Python also answers if
+ * is_seek_permitted() returns 0.
  */
 
 #include "_readview.h"

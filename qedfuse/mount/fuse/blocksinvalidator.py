@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
 MIN_INTERVAL_SECONDS: Final = 0.1
-"""Minimum time between two checks of ``st_blocks``, in which du(1) may show a wrong size."""
+"""Minimum time between two checks of ``st_blocks``; between them du(1) may show a wrong size."""
 
 
 class BlocksInvalidator:

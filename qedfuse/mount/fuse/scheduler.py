@@ -11,9 +11,9 @@ short (`AdaptivePoll`).  If the kernel still has no request, the event loop slee
 After a request the C extension itself polls for the next one (`_burst.c`), because a program with
 one request in flight sends the next one before the event loop calls the scheduler again.
 
-Reads in the queue of the kernel (`_queuedread.c`) are answered between two requests and while the
-descriptor is polled.  The next request usually follows soon after such an answer.  So while the
-queue holds reads, the descriptor is polled before the other tasks run.
+Reads that io_uring makes (`_queuedread.c`) are answered between two requests and while the
+descriptor is polled.  The next request usually follows soon after such an answer.  So while
+io_uring holds reads, the descriptor is polled before the other tasks run.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ MAX_BURST_BESIDE_OTHERS: Final = 8
 """The same as `MAX_BURST`, while the event loop is needed for other work."""
 
 MAX_BURST_BESIDE_READS: Final = 16
-"""Number of requests in a row up to which the descriptor is polled before the other tasks run,
-while the queue of the kernel holds reads."""
+"""While io_uring holds reads, the descriptor is polled before the other tasks run, but only until
+this number of requests was taken in a row."""
 
 EXTENSION_POLL_SECONDS: Final = 5e-3
 """For how long after a run of the other tasks the extension may poll."""
@@ -72,6 +72,7 @@ DEFAULT_POLL_SECONDS: Final = 100e-6
 class SchedulerStatistics:
     """Counts how the tasks waited for requests, for the debug log.
 
+    The requests that the extension took are counted with the next request that a task takes.
     Attributes:
         ready: Requests that had arrived before a task waited for them.
         polled: Requests that arrived while the descriptor was polled.
@@ -237,8 +238,9 @@ class Scheduler:
     def _is_loop_needed(self) -> bool:
         """Return whether the event loop is needed for other work, which polling would delay.
 
-        Only trio notices the end of its threads and of those that fetch bytes from a server.  The
-        end of a native thread's call is noticed while polling (`HostCalls.has_finished`).
+        Polling delays threads of trio and threads that ask a server, because only the event loop
+        notices their end.  The end of a native thread's call is noticed while polling, too
+        (`HostCalls.has_finished`).
         """
         return (
             self._load.polled_reads > 0

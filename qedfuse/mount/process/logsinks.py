@@ -1,8 +1,8 @@
 """Log handlers that never wait for the reader of the log.
 
 The event loop writes the log, and serves no disk while it waits.  If the reader of the log stored
-its files on one of the disks, the two would wait for each other forever.  So if the reader has no
-space for a message, it is dropped and counted.  The number of dropped messages is logged later.
+its files on one of the disks, the two would wait for each other forever.  So a message for which
+the reader has no space is dropped and counted.  The number of dropped messages is logged later.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def make_undumpable() -> None:
 
 
 def thread_restrictor() -> Callable[[Ruleset | None, int], None] | None:
-    """Return a function that restricts all threads by a ruleset, and drops most capabilities.
+    """Return a function that restricts all threads by a ruleset, and makes them drop capabilities.
 
     Returns None if the extension, which is optional, cannot be used.
 
@@ -78,8 +78,8 @@ def may_have_capabilities() -> bool:
 def removing_needs_override(directory: int) -> bool:
     """Return whether removing a file from an open directory can need CAP_DAC_OVERRIDE.
 
-    In a directory of another user, an access control list can forbid what the permission bits
-    allow.
+    It can if the owner may not write, and in every directory of another user: there an access
+    control list can forbid what the permission bits allow.
     """
     try:
         status = os.fstat(directory)

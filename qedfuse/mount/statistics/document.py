@@ -1,6 +1,6 @@
 """The statistics of one mount as a document: values that JSON can express.
 
-docs/stats.md describes the fields.  Each layer has its own counters, which this module reads.
+docs/stats.md describes the fields.  This module reads the counters that the components keep.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StatisticsSource:
     async def document(self) -> dict[str, Any]:
         """Return the document.
 
-        Other tasks can run after each disk, so two disks can be from different moments.
+        Other tasks can run after each disk, so the counters of two disks can differ in age.
         """
         disks = []
         for exported in self._disks.first_files:

@@ -110,7 +110,8 @@ def _run(function: Callable[[], object], writing: int) -> NoReturn:
     """Call a function in the child, write its result or exception to a pipe, and exit.
 
     A child that blocks in the kernel can outlive its parent, and other processes could wait for a
-    pipe or a lock that it keeps.  So the child closes all descriptors but its own pipe.
+    pipe or a lock that it keeps.  So the child keeps no descriptors but ``writing`` and the
+    standard streams, which become /dev/null.
     """
     try:
         reply: tuple[Any, ...]

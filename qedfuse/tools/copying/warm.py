@@ -40,7 +40,7 @@ class WarmedFile:
 
     Attributes:
         url: The normalised URL, without a secret query.
-        cached_bytes: Number of bytes that a mount can need.
+        cached_bytes: Number of bytes that a mount can need; the cache has all of them.
         fetched_bytes: Number of bytes that were fetched from the server.
         is_complete: Whether the file can now be read without its server.
     """

@@ -95,8 +95,8 @@ class FastMap:
         left = geometry.clusters(self.size)
         for table in self._tables:
             count = min(left, geometry.entries)
-            # A missing table is unallocated.  To save time, only one of its entries is passed to
-            # the extension, and the extent is then extended by the others.
+            # The range of a missing table is unallocated.  To save time, only one entry is passed
+            # to the extension for it, and the extent is then extended by the rest of the range.
             rest = count - 1 if table == UNALLOCATED else 0
             for raw in self._slices(table, count - rest):
                 if raw is None:
@@ -146,7 +146,8 @@ class FastMap:
     ) -> str | None:
         """Return the text of the extents that end within the entries ``raw``.
 
-        ``pending`` is the extent before (start, length, first entry), and becomes the last extent.
+        ``pending`` is the extent that has not ended before ``raw`` (start, length, first entry).
+        It is replaced by the extent that has not ended after ``raw``.
         Returns None, without a change, if one of the entries may be invalid.
         """
         limits = self._limits

@@ -101,7 +101,7 @@ class QedInfo:
 
 @dataclass(frozen=True, slots=True)
 class ForeignInfo:
-    """What is described of an overlay in a format that only QEMU reads.
+    """The description of an overlay in a format that only QEMU reads.
 
     Attributes:
         backing: The backing file that the header names.
@@ -120,8 +120,8 @@ class ImageInfo:
     Attributes:
         path: Path or URL by which the file was opened.
         format: ``qed``, ``raw``, or the name that QEMU has for another format.
-        virtual_size: Size of the disk, in whole sectors for a raw file; None if the file ends
-            before the header field ``image_size``.
+        virtual_size: Size of the disk, for a raw file rounded up to whole sectors; None if a QED
+            image ends before the header field ``image_size``.
         file_size: Length of the file.
         disk_usage: Space that the file uses where it is stored.
         qed: The description of a QED image; None for all other files.
@@ -139,7 +139,7 @@ class ImageInfo:
 
     @property
     def backing(self) -> BackingName | None:
-        """The backing file that the image names; None if there is none, or it cannot be read."""
+        """The backing file that the image names; None if it names none that can be read."""
         if self.foreign is not None:
             return self.foreign.backing
         return None if self.qed is None else self.qed.backing

@@ -43,7 +43,7 @@ class QedSource:
             *(column.tolist() for column in columns), strict=True
         ):
             if kind == BAD:
-                # The range is looked up again, because a run lacks the reason for the message.
+                # Looked up again, because a run does not say what is wrong with the table entry.
                 result += await self._disk.extents(run_start, run_length)
             else:
                 result.append(Extent(_KINDS[kind], run_start, run_length, offset, depth))
