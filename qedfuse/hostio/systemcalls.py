@@ -96,7 +96,7 @@ def size_and_blocks(fd: int) -> tuple[int, int]:
 
 
 def waits_for_server(fd: int) -> bool:
-    """Return whether a call on an open file may wait for a server (FUSE, NFS), without a limit.
+    """Return whether a call on an open file may wait for a server (FUSE, NFS) without a time limit.
 
     Returns True also if fstatfs(2) fails, which happens only if it asks a server.
     """

@@ -159,7 +159,7 @@ class NbdFile(ReadOnlyFile):
         return self._size
 
     def stat(self) -> os.stat_result:
-        """Return the attributes of a read-only file of this user, with the time of the opening."""
+        """Return the attributes of a read-only file of this user; all times are that of opening."""
         return self._status(self._opened)
 
     def statvfs(self) -> os.statvfs_result:

@@ -20,7 +20,7 @@ class FreeClusterSource(Protocol):
         """Return whether `reclaim_before_growth` is worth waiting for."""
 
     async def reclaim_before_growth(self) -> None:
-        """Free clusters if there are many to free, so that the file need not grow."""
+        """Make clusters free, if there are enough to be worth it, so that the file need not grow."""
 
     async def wait_for_free_clusters(self) -> bool:
         """Wait until clusters may have become free; return False if there are none to wait for."""
@@ -85,7 +85,9 @@ class SpaceManager:
         return await self._hand_out_and_grow(*(found or self._allocator.choose_any()))
 
     async def allocate_table(self) -> Run:
-        """Hand out the clusters of a new table: free ones if possible, else at the file's end.
+        """Hand out the clusters of a new table.
+
+        If possible they lie below `Geometry.bound`, otherwise at the end of the file.
 
         The caller must have left its epoch (`Epochs`): see `allocate`.
         """
@@ -106,7 +108,7 @@ class SpaceManager:
         )
 
     async def allocate_lowest(self, clusters: int) -> Run | None:
-        """Hand out the lowest free run, or only its first clusters; None if no cluster is free."""
+        """Hand out the lowest free run, or its first ``clusters`` clusters; None without one."""
         found = self._free.take(clusters)
         return found and await self._hand_out_and_grow(*found)
 
@@ -133,8 +135,8 @@ class SpaceManager:
         # clusters.
         self._hand_out(run)
         try:
-            # Even a cluster that was free can lie past the end of the file: it was handed out
-            # before, but the file could not be grown for it.
+            # Even a cluster that was free can lie past the end of the file, if an attempt to grow
+            # the file has failed.
             await self._length.grow(run.end)
         except BaseException:
             self.release(run)

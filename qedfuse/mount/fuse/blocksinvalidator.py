@@ -2,9 +2,9 @@
 
 The kernel caches the attributes of a disk (`Attributes`), but ``st_blocks`` changes without a
 request of the kernel when the image file gets or loses space on the host.  After each invalidation
-the server must read the times of the image file, which slows down later changes of the file (see
-`qedfuse.hostio.systemcalls.size_and_blocks`).  So thousands of fsync(2) a second must not cause as
-many invalidations.
+the kernel asks for the attributes again.  To answer, the server must read the times of the image
+file, which slows down later changes of the file (see `qedfuse.hostio.systemcalls.size_and_blocks`).
+So thousands of fsync(2) a second must not cause as many invalidations.
 """
 
 from __future__ import annotations

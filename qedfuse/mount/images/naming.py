@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SUFFIX: Final = ".qed"
 _EXPORT: Final = "export"
-"""The name for the disk of an NBD export whose own name is empty."""
+"""Stands for the name of an NBD export if it is empty; the file name of the disk begins with it."""
 MAX_NAME_BYTES: Final = 255
 """Maximum length of the file name of a disk, as in other file systems."""
 
@@ -56,8 +56,8 @@ def shown_source(path: str) -> str:
 def disk_file_name(path: str) -> bytes:
     """Return the file name of a disk: ``vm.raw`` for ``vm.qed``, ``x.img.raw`` for ``x.img``.
 
-    Other suffixes are kept, because two images may differ only in their suffix.  The name of a URL
-    is the last component of its path; an NBD export without a path is named ``export.raw``.
+    Other suffixes are kept, because two images may differ only in their suffix.  Of a URL, the last
+    component of the path is used; the disk of an NBD export without a path is ``export.raw``.
     """
     if is_url(path):
         path = os.fsdecode(unquote_to_bytes(parse_address(path).path)).rstrip("/") or _EXPORT

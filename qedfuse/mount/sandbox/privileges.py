@@ -29,7 +29,7 @@ _NAMES: Final = {
 _PR_SET_DUMPABLE: Final = 4
 
 SIGNAL: Final = signal.SIGRTMAX - 5
-"""The signal that makes a thread give up its rights; `_iothreads.c` has the same number."""
+"""The signal that makes a thread give up its rights; ``_iopool.c`` has the same number."""
 
 _INTERFACE: Final = 1
 """The interface number of the extension."""

@@ -104,7 +104,7 @@ async def describe_chain(
 async def _describe_layer(
     file: HostFile, image_format: FormatChoice, allowed: Sequence[Address]
 ) -> list[ImageInfo]:
-    """Return the description of an open file of a chain, and of all bases that QEMU reads for it.
+    """Return the descriptions of an open file of a chain, and of all bases that QEMU reads for it.
 
     Args:
         file: The file.
