@@ -126,7 +126,7 @@ class CheckReport:
         past_end_clusters: How many of ``allocated_clusters`` lie past the end of the disk.
         hidden_findings: Number of findings that no kept finding describes.
         fragmented_clusters: Number of L2 entries whose cluster is not the next one in the file
-            after that of the previous entry.  Entries without an offset are left out.
+            after that of the previous entry of the table.  Entries without an offset are left out.
     """
 
     findings: tuple[Finding, ...]

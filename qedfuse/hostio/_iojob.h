@@ -72,8 +72,9 @@ static inline struct list take_all(struct list *list)
     return all;
 }
 
-/* Makes the system calls of a job; returns -errno, or the number of bytes read or written.  After
- * `stop` is set, the descriptor may belong to another file, so no further call is made. */
+/* Makes the system calls of a job; returns the number of bytes read or written (0 for other kinds),
+ * or -errno.  After `stop` is set, the descriptor may belong to another file, so no further call is
+ * made. */
 int64_t make_call(struct job *job, const atomic_int *stop);
 
 #endif

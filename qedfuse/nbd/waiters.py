@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qedfuse.nbd.requests import Request
 
 CANCEL_POLL_SECONDS: Final = 0.2
-"""Interval at which waiting threads and tasks check whether they must wait any longer."""
+"""Interval at which waiting threads and tasks check whether they should give up."""
 
 NO_CONNECTION: Final = "found no connection in time"
 """The message of the error if no connection could be made in time."""

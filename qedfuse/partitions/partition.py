@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 ReadDisk: TypeAlias = Callable[[int, int], Awaitable[bytes]]
-"""Returns the bytes of a range within the disk, by its guest offset and its length."""
+"""Takes the guest offset and the length of a range within the disk, and returns its bytes."""
 
 Scheme: TypeAlias = Literal["dos", "gpt"]
 """The kind of a partition table, by the name that sfdisk uses."""

@@ -41,7 +41,7 @@ _MAX_COPY_BYTES: Final = 1 << 20
 _MAX_BYTES_PER_LOOKUP: Final = 1 << 26
 """Maximum bytes of the disk in one lookup by `WritePath.allocate`."""
 _MAX_CLUSTERS_PER_LOOKUP: Final = 1024
-"""Maximum number of clusters in one lookup by `WritePath.allocate`, for about a millisecond."""
+"""Maximum number of clusters in one lookup by `WritePath.allocate`, which takes about 1 ms."""
 
 
 class WritePath:

@@ -20,7 +20,7 @@ class FreeClusterSource(Protocol):
         """Return whether `reclaim_before_growth` is worth waiting for."""
 
     async def reclaim_before_growth(self) -> None:
-        """Make clusters free, if there are enough to be worth it, so that the file need not grow."""
+        """Make clusters free, if there are enough to be worth it, so the file need not grow."""
 
     async def wait_for_free_clusters(self) -> bool:
         """Wait until clusters may have become free; return False if there are none to wait for."""

@@ -126,9 +126,10 @@ def _be_child(
         os.chdir("/")
 
         def ready() -> None:
-            # Without this, a program that waits for the end of an inherited pipe, or for an
-            # inherited lock, would wait as long as the child runs.  The descriptors are not closed
-            # earlier, because the user may have named a source or the pid file by one (/dev/fd/N).
+            # If the child kept its inherited descriptors, a program that waits for the end of an
+            # inherited pipe, or for an inherited lock, would wait as long as the child runs.  They
+            # are not closed earlier, because the user may have named a source or the pid file by
+            # one (/dev/fd/N).
             discard_standard_streams()
             close_descriptors(inherited)
             try:

@@ -76,8 +76,9 @@ class PidFile:
     def write(self) -> None:
         """Write the pid of this process as one line, without waiting for a reader.
 
-        A file is written in place if it is special, if it was open in this process before, or if it
-        cannot be replaced.  Any other file is created or replaced atomically.
+        A file is written in place if it is special, if this process had it open before the
+        constructor ran, or if it cannot be replaced.  Any other file is created or replaced
+        atomically.
 
         Raises:
             HostError: The file cannot be written now, for example because a FIFO has no reader
