@@ -95,7 +95,8 @@ class Finding:
         message: One line that says where the finding is, what was found, and what was expected.
         file_offset: Value of a table entry, valid or not; file offset of the first leaked cluster;
             None for all other findings.
-        guest_start: Guest offset of the range of one table entry; None for other findings.
+        guest_start: If the finding is about one table entry, the guest offset of the range that the
+            entry describes; None for other findings.
         guest_length: Length of that range; None if ``guest_start`` is None.
     """
 
@@ -121,8 +122,8 @@ class CheckReport:
             leaked clusters.
         allocated_clusters: Number of L2 entries that refer to a data cluster in the file.
         file_clusters: Number of whole clusters in the file.
-        listed_clusters: Number of clusters in the persistent free list, which are not leaked; None
-            without a valid list.
+        listed_clusters: Number of clusters in the persistent free list; they do not count as
+            leaked.  None without a valid list.
         past_end_clusters: How many of ``allocated_clusters`` lie past the end of the disk.
         hidden_findings: Number of findings that no kept finding describes.
         fragmented_clusters: Number of L2 entries whose cluster is not the next one in the file
@@ -213,7 +214,7 @@ class RepairPlan:
         copied: Number of data clusters that would be copied.
         cleared: Number of entries that would be cleared.
         written: Approximate number of bytes that would be written.
-        end: Length of the file after the repair in bytes; 0 if nothing is planned.
+        end: Length of the file in bytes after the repair; 0 if nothing is planned.
     """
 
     lost: tuple[LostRange, ...] = ()

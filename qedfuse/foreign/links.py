@@ -51,7 +51,7 @@ class Links:
         backing: Name of the backing file; empty if there is none.
         backing_driver: Format of the backing file as stated; None if it is not stated.
         data_file: Name of the file that has the data of a qcow2 image; empty if there is none.
-        extents: Names of the files that make up a VMDK image.
+        extents: Names of the files in which a VMDK image stores its data, if it names such files.
     """
 
     backing: bytes = b""

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_THREADS: Final = 1024
-"""Maximum number of native threads, and of trio's threads of an event loop.  `PosixFile` lets one
-file occupy at most 32, so 31 files that do not answer leave threads for another file."""
+"""Maximum number of native threads, and maximum number of trio's threads for an event loop.
+`PosixFile` lets one file occupy at most 32, so 31 files that do not answer leave threads for
+another file."""
 
 
 _INTERFACE: Final = 1

@@ -1,4 +1,4 @@
-"""The object that an upload has stored: comparing it with the content, or deleting it."""
+"""The object that an upload has stored: comparing it with the upload's content, or deleting it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class StoredObject:
         self._remains = Remains.OBJECT
 
     def raise_failure(self, error: RemoteError | UsageError, *, has_parts: bool) -> NoReturn:
-        """Raise the error of a failed upload; add to its message if the store may have parts.
+        """Raise the error of a failed upload, with `MAY_REMAIN` if the store may have parts.
 
         obstore has tried to remove the parts, but does not report whether they were removed.
 

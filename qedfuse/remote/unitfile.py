@@ -260,7 +260,7 @@ class UnitFile:
             try:
                 done = os.preadv(self._direct_fd, [buffer], offset)
             except OSError as error:
-                if error.errno == errno.EINVAL:  # blocks larger than the alignment of the buffer
+                if error.errno == errno.EINVAL:  # the disk needs a larger alignment of the buffer
                     return True
                 raise
             with memoryview(buffer) as view, view[:length] as content:

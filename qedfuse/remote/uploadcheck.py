@@ -48,7 +48,8 @@ class UploadCheck:
             options: How to connect.
             part_bytes: Length in bytes of each part of the content, except the last.
             digests: The MD5 checksum of each part; the caller fills the list before `compare`.
-            progress: Called with the number of bytes compared, and the size, if the object is read.
+            progress: Called with the number of bytes compared, and the size; not called if the
+                entity tag shows that the object is equal.
             stopped: Another thread sets the event to end the comparison.
         """
         self._address = address

@@ -24,8 +24,8 @@ class LoopLoad:
     """Knows what other work waits for one event loop; see `loop_load`.
 
     Attributes:
-        polled_reads: How many reads of host files tasks are retrying now, until the page cache has
-            the data; these tasks need the event loop.
+        polled_reads: How many reads of host files are retried now until the page cache has the
+            data.  The tasks that retry them need the event loop.
         fetched_reads: How many reads wait for a thread that needs the GIL and is not a thread of
             trio, such as a thread that asks a server.
     """

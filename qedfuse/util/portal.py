@@ -1,4 +1,4 @@
-"""A blocking portal: synchronous code calls async functions in an event loop of its own.
+"""A blocking portal: synchronous code calls async functions in the portal's own event loop.
 
     with closing(Portal(open_something(...), "something")) as portal:
         answer = portal.call(portal.value.ask, "what")

@@ -110,7 +110,7 @@ class WritePath:
         self._writeback.note_write()
 
     async def _write_to_new(self, start: int, end: int, data: memoryview) -> None:
-        """Write to a guest range that has no data yet; empty ``data`` only allocates clusters."""
+        """Write to a guest range that was found without data; empty ``data`` only allocates it."""
         geometry = self._layer.geometry
         await self._table_writer.limit_dirty()
         async with self.allocation_lock.hold(geometry.floor(start), geometry.ceil(end)):

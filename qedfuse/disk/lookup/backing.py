@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 async def read_backing_name(file: HostFile, header: Header) -> str:
-    """Return the name that an image stores for its backing file; see `backing_path`.
+    """Return the name that an image stores for its backing file; `backing_path` resolves it.
 
     The header must be that of an image with a backing file (`Header.has_backing`).
 
@@ -99,7 +99,7 @@ async def open_bases(
     """
     layers: list[Layer] = []
     # The images above the base that is opened next, each with the name that it stores for its own
-    # base.  With an empty name, the versions that an image remembers are ignored.
+    # base.  If the name is empty, the versions that the image remembers are ignored.
     images = [] if name is None else [(file, "")]
     seen = {file.identity}
     trusted = options.backing.trusted

@@ -54,9 +54,8 @@ class SpaceManager:
     def try_allocate(self, clusters: int) -> Run | None:
         """Hand out ``clusters`` neighbouring clusters; return None if that would block or fail.
 
-        Returns None also if the file would grow although clusters are worth reclaiming first, or if
-        the chosen run is too short, even if a longer run is free.  After None, nothing has been
-        handed out.
+        Returns None also if clusters should be reclaimed before the file grows, or if the chosen
+        run is too short (a longer one may be free).  After None, nothing has been handed out.
         """
         if not self._free.count and self._should_reclaim():
             return None
@@ -75,7 +74,7 @@ class SpaceManager:
         """Hand out a run of 1 to ``clusters`` clusters; the caller must call again for the rest.
 
         The caller must have left its epoch (`Epochs`).  This method may wait until all requests of
-        the epoch have ended, so the caller would wait for itself.
+        the epoch have ended, and would otherwise wait for the caller itself.
         """
         if not self._free.count:
             await self._source.reclaim_before_growth()

@@ -52,7 +52,7 @@ static enum attempt answer_from_buffer(struct read_file *file, fuse_req_t reques
     /* keeps_length() must come after the read. */
     if (has_units(units) && !keeps_length(units, file->fd))
         return FAILED;
-    if (count != (ssize_t)size) /* perhaps the file ends there */
+    if (count != (ssize_t)size) /* a page is not in the page cache, or the file ends there */
         return NOT_CACHED;
     if (has_units(units) && may_have_holes(units, buffer, offset, size))
         return NOT_CACHED;

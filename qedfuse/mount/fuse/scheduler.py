@@ -73,6 +73,7 @@ class SchedulerStatistics:
     """Counts how the tasks waited for requests, for the debug log.
 
     The requests that the extension took are counted with the next request that a task takes.
+
     Attributes:
         ready: Requests that had arrived before a task waited for them.
         polled: Requests that arrived while the descriptor was polled.
@@ -203,7 +204,7 @@ class Scheduler:
             forbid_polling()
 
     def _poll_beside_reads(self, since: float) -> bool:
-        """Poll before other tasks run, if the queue has reads; return whether a request arrived."""
+        """Poll before other tasks run, if io_uring holds reads; return whether a request came."""
         seconds = self._adaptive_poll.seconds
         if not seconds or self._burst >= MAX_BURST_BESIDE_READS or not queued_reads():
             return False

@@ -62,8 +62,8 @@ async def warm(
     Args:
         url: The URL of the image.
         options: How to open the image and its bases, and where the cache is; None for the defaults.
-        progress: Called with the number of needed bytes that are in the cache, and of all needed
-            bytes.
+        progress: Called with the number of needed bytes that are in the cache, and the number of
+            all needed bytes.
 
     Raises:
         UsageError: ``url`` is a path, the URL of an NBD server, or not valid; or the object is an
@@ -133,7 +133,7 @@ class _NeededFile:
             raise CacheError(msg)
 
     async def fill(self, report: Callable[[int], object]) -> None:
-        """Fetch the needed units; ``report`` is called with the bytes of each run of units."""
+        """Fetch the needed units; call ``report`` with the number of bytes of each run of units."""
         await fill(
             self._file,
             self.units.runs(MAX_RUN_UNITS),

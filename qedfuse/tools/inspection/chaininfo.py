@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 async def describe_any(
     path: str, image_format: FormatChoice = "auto", options: OpenOptions | None = None
 ) -> ImageInfo:
-    """Return the description of a local file, as `describe` does, or of a URL.
+    """Return the description of a local file in any format, or of a URL of a QED or raw image.
 
     Args:
         path: The file, or the URL.

@@ -73,7 +73,7 @@ class EntryRange:
         count: Number of entries.
         value: Value of the first entry.
         step: Difference in bytes between adjacent values; 0 if all values are equal.
-        guest_start: Guest offset in bytes where the range of the first entry begins.
+        guest_start: Guest offset in bytes of the part of the disk that the first entry describes.
         guest_length: Bytes of the disk that the entries describe, perhaps past its end.
         verdict: ``ok``, ``zeros``, or one of the values of `VERDICTS`.
     """
@@ -246,7 +246,7 @@ def _ranges(
 def _entry_range(
     item: tuple[int, int, int, int, int], first: int, guest: int, span: int
 ) -> EntryRange:
-    """Convert a range that `_ranges` has yielded of a slice.
+    """Convert a range that `_ranges` has yielded for a slice.
 
     ``first`` is the index of the slice's first entry, ``guest`` the guest offset of the table, and
     ``span`` the bytes of the disk per entry.

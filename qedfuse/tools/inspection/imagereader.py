@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ImageReader(Protocol):
-    """Reads an image, and blocks the thread.
+    """Reads an image by calls that may block the thread.
 
     Attributes:
         size: Length of the file in bytes.

@@ -62,7 +62,7 @@ class QedInfo:
 
     @property
     def mountable(self) -> bool:
-        """Whether the image permits a mount; the backing file is not examined."""
+        """Whether the image permits a mount; of the backing file only the name is examined."""
         return not any(problem.fatal for problem in self.problems)
 
     @property
@@ -139,7 +139,7 @@ class ImageInfo:
 
     @property
     def backing(self) -> BackingName | None:
-        """The backing file that the image names; None if it names none that can be read."""
+        """The backing file that the image names; None if its name is missing or cannot be read."""
         if self.foreign is not None:
             return self.foreign.backing
         return None if self.qed is None else self.qed.backing
