@@ -127,10 +127,7 @@ def _qcow2(fd: int, name: str) -> Links:
 
 
 def _qcow2_extensions(fd: int, at: int) -> dict[int, bytes]:
-    """Return the contents of the header extensions from ``at`` on, by type.
-
-    Extensions longer than `_MAX_NAME_BYTES` are left out.
-    """
+    """Return the contents of the header extensions from ``at`` on, by type; leave out long ones."""
     found: dict[int, bytes] = {}
     for _ in range(_MAX_EXTENSIONS):
         head = os.pread(fd, 8, at)

@@ -99,9 +99,6 @@ class Geometry:
         return -(-image_size // self.table_span)
 
     def bound(self, header_end: int, image_size: int) -> int:
-        """Return the bound of an image file: its length in bytes if every cluster is allocated.
-
-        ``header_end`` is the file offset at which the header ends.
-        """
+        """Return the bound of an image file: its length in bytes if every cluster is allocated."""
         tables = 1 + self.l1_used(image_size)
         return header_end + tables * self.table_bytes + self.ceil(image_size)
