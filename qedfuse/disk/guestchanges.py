@@ -58,7 +58,7 @@ class GuestChanges(GuestReads):
         return None if self._writeback.failure is None else str(self._writeback.failure)
 
     def tables_for_reads(self) -> ReadTables:
-        """Return what the mount's extension needs for reads, and for writes in place if possible."""
+        """Return what the mount's extension needs for reads, and perhaps for writes in place."""
         tables = super().tables_for_reads()
         target = self._file.write_target
         if target is None or not self._plain_writes:
