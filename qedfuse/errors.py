@@ -9,7 +9,7 @@
     │   ├── CacheError            (host's)  2  the cache for remote files cannot be used
     │   ├── RemoteError           EIO      22  a server cannot be reached, or does not serve a file
     │   │   └── ObjectChangedError ESTALE  23  the file on the server has changed
-    │   └── ForeignError          EIO      25  QEMU cannot serve an image that is not QED or raw
+    │   └── ForeignError          EIO      25  an image in another format of QEMU cannot be served
     ├── ImageError                EINVAL   12  the base of the errors about an image's content
     │   ├── NotQedError           EINVAL   12  no QED magic, or shorter than a header
     │   ├── HeaderError           EINVAL   12  a header field is out of its range

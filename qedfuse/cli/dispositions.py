@@ -33,8 +33,8 @@ def sigint_raises() -> None:
 def report_sigterm(program: str) -> None:
     """Let SIGTERM print a line with the name of the program before it ends the process.
 
-    The line appears only while the program has no handler of its own.  If SIGTERM is ignored or has
-    a handler already, nothing changes.
+    If SIGTERM is ignored or has a handler already, nothing changes.  A handler that the program
+    sets later replaces this one.
     """
 
     def end(number: int, _frame: object) -> None:

@@ -191,7 +191,7 @@ class ForeignFile(ReadOnlyFile):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """If qemu-nbd has ended, replace a HostError of the block by a ForeignError."""
+        """If qemu-nbd has ended by itself, replace a HostError of the block by a ForeignError."""
         try:
             yield
         except HostError as error:

@@ -145,7 +145,7 @@ def without_zeros(
 ) -> Iterator[tuple[Part, memoryview]]:
     """Fill a view with zeros where the disk has zeros; yield the other parts.
 
-    Each part is yielded with its part of the view, which begins at disk offset ``offset``.
+    The whole view begins at disk offset ``offset``.  Each part comes with its piece of the view.
     """
     for part in parts:
         into = view[part.start - offset :][: part.length]

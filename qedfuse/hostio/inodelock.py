@@ -22,9 +22,9 @@ _MAX_CHANGING_THREADS: Final = 4
 """Maximum number of threads that change one file.  The kernel runs one change at a time, so more
 threads would only wait for the lock instead of serving reads."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
-"""Throttling is assumed if two slow writes follow each other within this time, until a fast write
-follows or this time has passed.  The kernel pauses a throttled writer again and again, for at most
-200 ms each time."""
+"""Throttling is assumed after two slow writes within this time.  The assumption ends with a fast
+write, or this time after the last slow write.  The kernel pauses a throttled writer again and
+again, for at most 200 ms each time."""
 
 
 async def acquire(semaphore: trio.Semaphore) -> None:
@@ -42,7 +42,7 @@ class InodeLock:
 
     A short write in a thread counts as contention, so several writers could keep each other in
     threads permanently.  Therefore, if short writes are the only contention, another short write
-    waits for their end (`wait_for_short_writes`) and can then run inline.
+    waits for their end (`wait_for_short_writes`) and can then run in the event loop.
 
     Attributes:
         contention: How many calls of `in_thread` have not ended, plus 1 while throttling is

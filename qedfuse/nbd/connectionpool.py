@@ -92,8 +92,8 @@ class Slot:
             try:
                 connection = self._make(end)
             except BrokenError as error:
-                # Other callers that wait get the same error (see ``since``), unless only the time
-                # of this caller is over.
+                # Other callers that wait get the same error (see ``since``).  But if the time of
+                # this caller is over, they may still have time.
                 now = time.monotonic()
                 if now < end:
                     self._failed_at, self._failure = now, error

@@ -36,9 +36,9 @@ def open_nbd(
 
     Args:
         connect: Function that returns a connected stream socket within a limited time.  Any thread
-            may call it again, for a new or a further connection.  If it raises OSError, a read
-            repeats the call until the time of the read is over.  If it raises `QedError`, the read
-            fails with this error.
+            may call it again, to replace a broken connection or to add one.  If it raises OSError,
+            a read repeats the call until the time of the read is over.  If it raises `QedError`,
+            the read fails with this error.
         export_name: The name of the export; empty for the default export of the server.
         shown_name: The name in messages.
         deadlines: How long to wait for the server.

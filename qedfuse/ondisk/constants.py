@@ -16,7 +16,7 @@ HEADER_BYTES: Final = 64
 """Length of the fixed part of the header, in bytes."""
 
 SECTOR: Final = 512
-"""Bytes in a sector, of which a disk has a whole number; a host disk writes a sector atomically."""
+"""Bytes in a sector.  A disk has a whole number of sectors; a host disk writes each atomically."""
 
 MIN_CLUSTER_SIZE: Final = 1 << 12
 MAX_CLUSTER_SIZE: Final = 1 << 26

@@ -5,8 +5,8 @@
  * Four accumulators of 128 bits are folded over the data, 64 bytes in each step.  The four are then
  * folded into one, and a Barrett reduction turns it into 32 bits.
  *
- * The module cannot be imported on other processors, or if neither gcc nor clang has compiled it;
- * its importer then uses zlib.
+ * The module can be imported only if gcc or clang has compiled it and the processor has this
+ * instruction.  Otherwise its importer uses zlib.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -17,7 +17,7 @@
 
 #include <immintrin.h>
 
-#define FOLD_BYTES 64u /* input of the four accumulators in one step, and their minimum input */
+#define FOLD_BYTES 64u /* what one step folds; shorter inputs are computed bit by bit */
 #define RELEASE_BYTES 4096 /* a shorter input is not worth the time for releasing the GIL */
 #define POLYNOMIAL UINT32_C(0xedb88320) /* reflected */
 
@@ -32,7 +32,7 @@ static uint32_t by_bytes(uint32_t state, const uint8_t *bytes, size_t length)
     return state;
 }
 
-/* Fold an accumulator over a distance, and add `next`. */
+/* Move an accumulator forward by the distance that `constants` stand for, and add `next`. */
 __attribute__((target("pclmul,sse4.1"))) static inline __m128i fold(
     __m128i sum, __m128i constants, __m128i next)
 {
@@ -130,7 +130,7 @@ static int is_supported(void)
 
 #endif
 
-/* The same number as in unitfile.py, and raised together with it (util/extensions.py). */
+/* The same number as in unitfile.py, and increased together with it (util/extensions.py). */
 #define INTERFACE 1
 
 static struct PyModuleDef definition = {

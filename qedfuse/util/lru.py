@@ -40,7 +40,7 @@ class LRU(Generic[K, V]):
 
         Args:
             budget: Maximum number of bytes of all values; pinned values can exceed it.
-            weigh: Returns how many bytes a value takes, which must not change in the cache.
+            weigh: Returns how many bytes a value takes; always the same number for one value.
             pinned: Returns whether a value must not be evicted now.
         """
         self._budget = budget

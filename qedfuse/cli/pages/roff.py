@@ -63,7 +63,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Yield a paragraph as lines of roff, which recognises only a sentence that ends a line."""
+    """Yield a paragraph as lines of roff; each sentence ends a line, as roff requires."""
     # Lines are joined by one blank, or by two after a punctuation mark that can end a sentence.
     joined = re.sub(r"(?<![.:;?!])\s+", " ", text.strip()).replace("\n", "  ")
     for sentence in _SENTENCE_END.split(joined):

@@ -1,6 +1,6 @@
-"""The activity of disks between two documents of statistics of their mount.
+"""What the disks of a mount have done between two readings of the mount's statistics.
 
-`qedfuse.mount.statistics.document` makes these documents, and docs/stats.md describes them.
+Each reading is a document of `qedfuse.mount.statistics.document`; docs/stats.md describes it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Interval:
 def intervals(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[Interval]:
     """Return what each disk of a mount has done between two documents.
 
-    If ``before`` is None, or is a document of another process, the interval began with the mount.
+    If ``before`` is None or comes from another process, the intervals begin with the mount.
     """
     if before is None or before["pid"] != after["pid"]:
         return [Interval(after["uptime_seconds"], disk) for disk in after["disks"]]

@@ -1,4 +1,4 @@
-"""Deallocating clusters: discards, ranges of zeros, and written clusters of zeros.
+"""Deallocating clusters: for discards, and for ranges or clusters that become zeros.
 
 A guest cluster that is deallocated becomes unallocated, or a zero cluster where the base would show
 through (S1 in docs/space.md).  If a discard covers only a part of a cluster, zeros are written to
@@ -170,8 +170,8 @@ class Discard:
             start: Guest offset at a cluster boundary.
             end: Guest offset at a cluster boundary.
             free_data: Whether to deallocate allocated clusters.
-            zero_unallocated: Whether to make unallocated clusters over data of the base zero
-                clusters.
+            zero_unallocated: Whether an unallocated cluster over data of the base becomes a zero
+                cluster.
             show_base: Whether to make all clusters unallocated.  Requires ``free_data``.
             progress: Called with the number of bytes that are done, and the length of the range.
         """
@@ -270,7 +270,7 @@ class Discard:
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries
         last = first + geometry.clusters(end - start)
-        # How many of the clusters lie over the base, so that they become zero clusters.
+        # How many of the clusters become zero clusters, because the base must not show.
         hidden = 0 if show_base else geometry.clusters(max(0, min(end, self._base_end) - start))
         if last - first > _MAX_CLUSTERS_ONE_BY_ONE:
             values = np.array(slice_.entries[first:last], np.uint64)

@@ -17,8 +17,8 @@
  *
  * stop_blocking() makes reads of the device non-blocking.  A request may vanish after poll(2) has
  * found it, because its process was killed; a read(2) that blocks would then stop the event loop
- * until the next request arrives.  If the kernel has no request, pyfuse3 gets EINTR in place of
- * EAGAIN, because pyfuse3 takes EAGAIN for a failure of the mount, and reads again after EINTR.
+ * until the next request arrives.  If the kernel has no request, such a read fails with EAGAIN,
+ * which pyfuse3 takes for a failure of the mount.  So pyfuse3 gets EINTR, and reads again.
  */
 
 #include "_extraops.h"
@@ -32,7 +32,7 @@
 /* Maximum number of requests of one burst, after the one that pyfuse3's loop has taken. */
 #define MAX_REQUESTS 7
 
-/* The same while polling is permitted. */
+/* Maximum number while polling is permitted. */
 #define MAX_POLLED_REQUESTS 63
 
 /* Size and alignment of a huge page, into which writes are copied faster. */
@@ -41,7 +41,7 @@
 /* Maximum length of a request without the data of a write (FUSE_BUFFER_HEADER_SIZE in libfuse). */
 #define HEADER_BYTES 4096
 
-/* Maximum length of the data of a write for which memory is allocated here. */
+/* If writes can have more data than this, libfuse allocates the memory for requests. */
 #define MAX_WRITE_BYTES ((size_t)1 << 24)
 
 /* Number of pause instructions between two looks for a request.  Meanwhile the other hardware
@@ -141,7 +141,7 @@ PyObject *stop_blocking(PyObject *module, PyObject *unused)
     return PyBool_FromLong(is_nonblocking);
 }
 
-/* Returns whether has_finished() reports that the event loop is needed, or has failed. */
+/* Returns whether polling must stop: has_finished() has failed, or another task needs the loop. */
 static int must_stop_polling(void)
 {
     PyObject *result = PyObject_CallNoArgs(has_finished);

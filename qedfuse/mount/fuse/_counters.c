@@ -2,9 +2,9 @@
  * Counts the requests that this extension answers, in arrays that belong to Python
  * (RequestCounters in requestcounters.py, which describes the cells).
  *
- * Reading the clock twice costs almost a percent of a short request.  So of the requests that are
- * answered in one step only one in SAMPLING is timed, and its time also counts for those that
- * follow.  A request that waits for the host's disk is always timed.
+ * Reading the clock twice costs almost a percent of a short request.  So of the requests that do
+ * not wait, only one in SAMPLING is timed.  Each request up to the next timed one is counted with
+ * the same time.  A request that waits for the host's disk is always timed.
  *
  * Everything happens in the thread of the event loop, with the GIL held.
  */
@@ -15,7 +15,7 @@
 
 /* The cells of one operation; requestcounters.py has the same numbers. */
 enum { REQUESTS, BYTES, ERRORS, FAST, NANOSECONDS, HISTOGRAM };
-#define OPERATIONS 4 /* the extension itself answers the first three: enum operation */
+#define OPERATIONS 4 /* the three of enum operation, and one that only Python code answers */
 #define BUCKETS 27
 #define CELLS (HISTOGRAM + BUCKETS)
 

@@ -23,8 +23,8 @@ class PartitionInfo:
 
     Attributes:
         table: The partition table; None if the disk has none.
-        file_systems: The file systems that blkid recognises, by the number of the partition;
-            without a partition table, that of the whole disk by the number 0.
+        file_systems: What blkid recognises in each partition, by the number of the partition.
+            Without a partition table, number 0 stands for the whole disk.
     """
 
     table: PartitionTable | None
@@ -37,7 +37,7 @@ async def describe_partitions(
     """Read the partition table of a disk, and find the file systems.
 
     Args:
-        path: An image, whose bases are read as well, a file or block device with raw content, or a
+        path: An image (its bases are read as well), a file or block device with raw content, or a
             URL.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the file.

@@ -129,7 +129,7 @@ class QedRunReader:
         return self._runs(values, start, stop)
 
     def _runs(self, values: Array, start: int, end: int) -> Runs:
-        """Join the entries of a range into runs as long as possible; each invalid entry is a run.
+        """Join the entries of a range into the longest runs; each invalid entry is its own run.
 
         ``values`` begins with the entry of the cluster that contains ``start``.
         """
