@@ -34,8 +34,8 @@ _COPY_BYTES: Final = 1 << 20
 class Rewriter:
     """Writes copies and new tables to the end of an image, and changes entries in place.
 
-    The methods raise NoSpaceError if no file can be long enough or the host is full, and HostError
-    after another failed system call.
+    The methods raise NoSpaceError if the host is full or the image would be longer than a file can
+    be, and HostError if another system call fails.
 
     Attributes:
         end: The file offset from which on copies and tables are appended; a multiple of the cluster
@@ -159,11 +159,11 @@ class Rewriter:
     async def sync_pending(self) -> None:
         """Make durable what `clear_entries`, `fill` and `overwrite` have written.
 
-        The caller must call this method before it makes the file longer, if it has cleared entries,
-        or changed entries of a table that the end of the file cuts short.  Otherwise a crash could
-        leave a longer file with the old entries.  An old entry that pointed past the end of the
-        file may be valid in the longer file.  After `new_table` no call is needed, because no entry
-        points to the new table yet.
+        Two kinds of changes must be durable before the caller makes the file longer: cleared
+        entries, and entries of a table that the end of the file cuts short.  Otherwise a crash
+        could leave a longer file with the old entries.  An old entry that pointed past the end of
+        the file may be valid in the longer file.  After `new_table` no call is needed, because no
+        entry points to the new table yet.
         """
         if self._has_pending:
             await self._file.datasync()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS: Final = 16
-"""Maximum number of reads in flight, one on each connection; further reads take the slow path."""
+"""Maximum number of reads in flight, one on each connection; tasks carry out further reads (the
+slow path)."""
 _MAX_READ_BYTES: Final = 32 << 20
 """Maximum length of a read; equal to MAX_EXPORT_READ_BYTES in ``hostio/_iothreads.c``."""
 _MIN_PAUSE_SECONDS: Final = 1.0
@@ -103,7 +104,7 @@ class DirectReads:
                 self._drop(self._free.popleft())
 
     def _start_connecting(self) -> None:
-        """Start the thread that makes connections, unless it runs, pauses or has made some."""
+        """Start the thread that makes connections, unless it runs, some exist, or a pause lasts."""
         with self._lock:
             if self._is_connecting or self._all or self._is_closed:
                 return
@@ -117,7 +118,7 @@ class DirectReads:
             self._end_connecting(made=0)
 
     def _make_connections(self) -> None:
-        """Make the connections up to the first error, because fewer suffice."""
+        """Make the connections; stop at the first error, because any number of them suffices."""
         made = 0
         try:
             while made < _MAX_CONNECTIONS and self._make_connection():
@@ -142,7 +143,7 @@ class DirectReads:
         return True
 
     def _end_connecting(self, made: int) -> None:
-        """Let later reads make connections: after a pause if no connection was made."""
+        """Record that the thread has ended, and begin a pause if it made no connection."""
         with self._lock:
             self._is_connecting = False
             if made:

@@ -43,7 +43,7 @@ class Deadlines:
 
     @classmethod
     def limited(cls, connect_seconds: float, attempt_seconds: float, total_seconds: float) -> Self:
-        """Return deadlines that are consistent, by reducing those that are too long."""
+        """Return the given times; a time that exceeds the one after it is reduced to that one."""
         attempt_seconds = min(attempt_seconds, total_seconds)
         return cls(min(connect_seconds, attempt_seconds), attempt_seconds, total_seconds)
 

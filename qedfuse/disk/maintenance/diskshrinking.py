@@ -4,8 +4,8 @@ Shrinking has three steps, each durable before the next one begins:
 
 1. The range past the new end is zeroed or deallocated.
 2. The size changes.
-3. The tables past the new end are removed, except those with a bad entry or with data, which can
-only lie past the old end.
+3. The tables past the new end are removed.  A table with data or a bad entry is kept; it can only
+lie past the old end.
 
 Step 2 comes after step 1.  Otherwise a crash could leave entries past the end of the disk, and a
 program that later grew the disk could show the old data.  After a crash before step 2 the range may
@@ -128,7 +128,8 @@ class DiskShrinking:
         geometry = self._layer.geometry
         async with self._disk_size.lock:
             old = self._layer.size
-            # Otherwise the disk would show these bytes again if another program grew it.
+            # Zero the rest of the last cluster.  Otherwise the disk would show these bytes again if
+            # another program grew it.
             rest = await first_in_use(self._layer, size, min(old, geometry.ceil(size)))
             if rest is not None:
                 await self._write_path.zero_range(rest.start, rest.end)

@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Source]:
     """Return the sources that must be opened read-only: the backing files of other sources.
 
-    Each source in the result is logged.  The result is empty in a read-only mount, and with
-    ``backing=none``, because every source that has a backing file is then refused at its opening.
+    Each source in the result is logged.  The result is empty if the mount writes to no source.  It
+    is also empty with ``backing=none``: sources that have a backing file are refused later.
 
     Raises:
         ImageInUseError: A backing file in the chain of a source is itself a source that the user
