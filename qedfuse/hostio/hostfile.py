@@ -115,7 +115,8 @@ class ReadableFile(Protocol):
     def stat(self) -> os.stat_result:
         """Return the file's attributes (fstat(2)).
 
-        Reading the times slows down later changes of the file; see `size_and_blocks`.
+        Reading the times slows down later changes of the file; see
+        `qedfuse.hostio.systemcalls.size_and_blocks`.
 
         Raises:
             HostError: A system call failed.

@@ -140,9 +140,10 @@ async def read_mbr(read: ReadDisk, size: int) -> PartitionTable | None:
 def _partition(
     number: int, entry: Entry, start: int, sectors: int, problems: list[str]
 ) -> Partition | None:
-    """Return the partition of an entry, cut at the end of the disk; None if it begins outside.
+    """Return the partition of an entry, cut at the end of the disk.
 
-    ``start`` counts from the beginning of the disk.  A fault is added to ``problems``.
+    Returns None if it begins at sector 0 or outside of the disk.  ``start`` counts from the
+    beginning of the disk.  A fault is added to ``problems``.
     """
     if not start:
         problems.append(f"partition {number}: begins at sector 0, which holds the partition table")

@@ -81,8 +81,9 @@ async def _lookup_end(chain: Chain, start: int) -> int:
 async def _slice_end(layer: QedLayer, start: int) -> int:
     """Return the guest offset where the slice of L2 entries for ``start`` ends.
 
-    If the L1 entry for ``start`` is 0 or bad, there is no such slice.  Then the result is where the
-    range of the next L1 entry that is not 0 begins, or where the slice of L1 entries ends.
+    If the L1 entry for ``start`` is 0 or bad, the rest of its slice of L1 entries is searched for
+    an entry that is not 0.  The result is the first guest offset of the entry that is found, or the
+    first one past the slice.
     """
     geometry = layer.geometry
     l1_index = geometry.l1_index(start)
@@ -98,8 +99,8 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
 async def _past_data(chain: Chain, start: int) -> int:
     """Return the guest offset at which the image's own data at ``start`` ends.
 
-    Only one slice of L2 entries is searched, so data may go on there.  Bad L2 entries count as
-    data.  Returns ``start`` if the image itself has no data there, or is raw.
+    Only one slice of L2 entries is searched, so the next slice may continue the data.  Bad L2
+    entries count as data.  Returns ``start`` if the image itself has no data there, or is raw.
     """
     top = chain.layers[0]
     if isinstance(top, QedLayer):

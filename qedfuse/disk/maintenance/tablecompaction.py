@@ -66,13 +66,13 @@ class TableCompaction:
     async def move(
         self, pass_moves: int, max_moves: int | None, counter: MoveCounter, *, within_bound: bool
     ) -> int:
-        """Move the tables that end past the target to free slots before the target.
+        """Move the tables that end past the target to free space before the target.
 
         The target is the cluster at which the file should end after this pass of the compaction.
 
         Args:
-            pass_moves: How many clusters this pass may move; at most as many are in use past the
-                target.
+            pass_moves: How many clusters this pass may move.  The target is chosen so that no more
+                than this number are in use past it.
             max_moves: How many clusters the whole compaction may move; None for no limit.
             counter: Counts the moves.
             within_bound: See `Compaction.run`.
@@ -122,7 +122,7 @@ class TableCompaction:
     async def _pack(
         self, max_moves: int | None, counter: MoveCounter, *, within_bound: bool
     ) -> None:
-        """Move all tables into slots next to each other, directly after the L1 table.
+        """Move all tables into adjacent places (slots), directly after the L1 table.
 
         The data clusters that are in the way move up first, which can make the file longer until
         the end of the compaction.  Nothing moves if the tables would reach past the target, if the

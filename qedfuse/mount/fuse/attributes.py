@@ -30,7 +30,7 @@ expired, and it ignores the reply if another write has ended in the meantime.  S
 concurrent writes the kernel would request the attributes again and again.
 """
 _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
-"""The same with ``force_share``, which permits that another program changes the image."""
+"""How long with ``force_share``, which permits that another program changes the image."""
 _ENTRY_TIMEOUT_SECONDS: Final = 300.0
 """How long the kernel may cache which disk a name stands for; any time is safe, because names of
 disks never change."""
@@ -97,7 +97,7 @@ class Attributes:
         return entry
 
     def of_root(self, disks: Iterable[ExportedDisk]) -> pyfuse3.EntryAttributes:
-        """Return the attributes of the directory, with the times of the image file changed last."""
+        """Return the attributes of the directory, with the times of the newest image file."""
         statuses = (exported.disk.fstat() for exported in disks)
         newest = max(statuses, key=lambda status: status.st_mtime_ns)
         entry = self._common(pyfuse3.ROOT_INODE, self._directory_mode, newest)

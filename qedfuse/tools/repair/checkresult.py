@@ -74,7 +74,8 @@ class CheckResult:
     def leaks_fixed(self) -> int:
         """The leaked clusters in the first check minus those in the last check; at least 0.
 
-        Clusters that seemed leaked can belong to a table that the repair has made valid.
+        This includes clusters that only seemed leaked, because their table was not valid before
+        the repair.
         """
         return max(0, self.before.leaks - self.after.leaks)
 
