@@ -1,4 +1,4 @@
-"""Checking an image before it is opened for writing, if its tables must not be trusted."""
+"""Checking an image before it is opened for writing, if its tables may be damaged."""
 
 from __future__ import annotations
 

@@ -32,14 +32,14 @@ _THROTTLED_SECONDS: Final = 8e-3
 """A write of at most `ALWAYS_SHORT_WRITE_BYTES` counts as slow if it takes longer.  The kernel may
 have throttled it: the shortest pause of a throttled writer is 10 ms."""
 _MAX_INLINE_DATASYNC_BYTES: Final = 1 << 21
-"""The event loop makes a datasync itself if at most this was written since the last one began."""
+"""If more was written since the last datasync began, a thread makes the next one."""
 
 
 class InlinePolicy:
     """Decides which calls on one file are inline: made by the event loop itself."""
 
     def __init__(self, inode_lock: InodeLock) -> None:
-        """Decide for the file whose inode's lock ``inode_lock`` observes."""
+        """Decide for one file; ``inode_lock`` observes the lock of its inode."""
         self._inode_lock = inode_lock
         self._long_writes = AdaptivePoll(_FAST_WRITE_SECONDS, start_enabled=True)
         self._datasyncs = AdaptivePoll(_FAST_DATASYNC_SECONDS)

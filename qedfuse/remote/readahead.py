@@ -45,9 +45,9 @@ class ReadAhead:
     """Recognises sequential readers by the units that they read.
 
     A read is sequential if it begins near the unit where an earlier read has ended.  But most reads
-    of a *ready* unit are not recorded, because the mount's extension answers them.  So a read is
-    also sequential if it needs the marker, one of the units that were fetched ahead, or begins
-    directly after these units.
+    of a *ready* unit (`UnitStore.ready`) are not recorded, because the mount's extension answers
+    them.  So a read is also sequential in two other cases: it needs the marker, which is one of the
+    units that were fetched ahead; or it begins directly after these units.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class ReadAhead:
 
         The window is the number of units to fetch after ``last``: 0 for the first read of a reader,
         and 1 for the second.  It doubles with each read that ends in a later unit, up to
-        ``max_units``, and to 8 MiB until the reader has read more.
+        ``max_units``.  Until the reader has read 32 units in sequence, the maximum is 32.
         """
         found = [stream for stream in self._streams if stream.is_continued_by(first, last)]
         if found:

@@ -91,8 +91,8 @@ class WebClient:
     def head(self) -> Version:
         """Return the object's present version.
 
-        The request is a GET of the first byte.  A signed URL may not permit HEAD, and the response
-        shows whether the server can serve ranges.
+        The request is a GET of the first byte, because some signed URLs permit no HEAD.  Besides,
+        the response shows whether the server can serve ranges.
         """
         return settled_version(self._query)
 

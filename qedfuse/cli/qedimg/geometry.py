@@ -28,7 +28,7 @@ _DESTINATIONS: Final = {
 
 
 def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
-    """Declare ``--cluster-size``, ``--table-size`` and ``-o``; ``more`` are further keys."""
+    """Declare ``--cluster-size``, ``--table-size`` and ``-o``; ``more`` are further ``-o`` keys."""
     parser.add_argument(
         "--cluster-size",
         metavar="SIZE",

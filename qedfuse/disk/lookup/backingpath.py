@@ -56,8 +56,8 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
     """Yield the paths of the bases of an image, from the first down, by reading headers only.
 
     The chain ends with a file that is raw, has no base, cannot be read or parsed, or is a URL.  The
-    path of this last file is yielded too, and may lead to no file.  At most `MAX_CHAIN_DEPTH` + 1
-    paths are yielded, also if the chain is a loop.
+    last path may lead to no file.  At most `MAX_CHAIN_DEPTH` + 1 paths are yielded, even if the
+    chain is a loop.
 
     Names after ``file:`` are relative to ``directory``, as for `backing_path`.
     """

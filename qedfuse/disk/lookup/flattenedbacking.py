@@ -128,7 +128,7 @@ class FlattenedBacking:
             if not is_undecided.any():
                 break
             found = await _codes_of_layer(layer, starts, size, depth)
-            # A layer reads as zeros past its end, and the cluster with the end is `MIXED`.
+            # A layer reads as zeros past its end.  A cluster that contains the end is `MIXED`.
             found[starts + np.uint64(size) > layer.size] = MIXED
             found[starts >= layer.size] = ZEROS
             codes = np.where(is_undecided, found, codes)

@@ -208,9 +208,10 @@ class TableCache:
         )
 
     def take_dirty(self) -> tuple[list[WriteBack], list[WriteBack]]:
-        """Take the changes of all dirty slices, which are clean and pinned afterwards.
+        """Take the changes of all dirty slices.
 
-        The caller must end each write-back with `end_write_back`.
+        The slices are clean and pinned afterwards.  The caller must end each write-back with
+        `end_write_back`.
 
         Returns:
             The write-backs of L2 tables, and those of the L1 table.

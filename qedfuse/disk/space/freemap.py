@@ -48,8 +48,8 @@ class FreeMap:
             table_clusters: Number of clusters in a table.
             anchor: A cluster at which a row of adjacent tables can begin.  No table of the row
                 crosses the border of a block.
-            counts_slots: Whether to maintain `slots`, which is most of the work of a change if the
-                free clusters are scattered.
+            counts_slots: Whether to maintain `slots`.  If the free clusters are scattered, this is
+                most of the work of a change.
         """
         self.table_clusters = table_clusters
         self.count = 0

@@ -2,8 +2,8 @@
 
 The extension and the Python code count in the same array, each request once.
 
-The time of a request is the time from its receipt until its answer.  Of the requests that the
-extension answers in one step, it times only one in 16.  That time counts for the following 15
+The time of a request is the time from its receipt until its answer.  The extension times only one
+in 16 of the requests that it answers without waiting.  That time counts for the following 15 such
 requests as well.
 """
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.extents import Extent
 
 _CLUSTERS_PER_BATCH: Final = 1 << 14
-"""Number of clusters in a batch, of which only the last one of a disk may have fewer."""
+"""Number of clusters in a batch; only the last batch of a disk may have fewer."""
 
 
 def batch_starts(size: int, cluster_size: int) -> range:
