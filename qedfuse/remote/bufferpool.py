@@ -1,4 +1,4 @@
-"""Buffers for parts of an object, each of which is used again when no view of it is left.
+"""Buffers for parts of an object; a buffer is used again when no view of it is left.
 
 To allocate a buffer of 1 MiB takes longer than to receive 1 MiB: the kernel clears the pages, and
 then Python, holding the GIL, clears them again.

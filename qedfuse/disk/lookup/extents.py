@@ -29,7 +29,7 @@ class Extent(NamedTuple):
         kind: How the range is stored.
         start: Guest offset of the first byte.
         length: Length in bytes.
-        file_offset: File offset of the data; 0 for the other kinds.
+        file_offset: File offset of the data; 0 if ``kind`` is not `Kind.DATA`.
         depth: Depth of the layer that stores the range: 0 for the image itself, 1 for its base and
             so on.  For zeros below the image itself, this may be the depth of the last base.
         reason: For a bad extent a message about what is wrong; empty for the other kinds.

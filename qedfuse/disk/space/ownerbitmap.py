@@ -56,7 +56,7 @@ class OwnerBitmap:
     def claim(self, clusters: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Give each cluster an owner; return for each whether it had an owner before.
 
-        Of a number that occurs more than once, all occurrences except the first count as owned
+        If a cluster occurs more than once, all its occurrences except the first count as owned
         before.  No cluster may lie past the end of the file.
 
         Raises:
@@ -138,7 +138,7 @@ class OwnerBitmap:
             self.claim(np.arange(first, last, dtype=np.uint64))
             return
         # A header can claim 2^31 clusters.  To bound the memory, set whole bytes without a list of
-        # clusters, and count the bits that were set before in steps.
+        # clusters.  The bits that were set already are counted in steps.
         first_byte, end_byte = min(-(-first // 8), last // 8), last // 8
         if first_byte * 8 < first:  # the range lies within one byte
             self.claim(np.arange(first, last, dtype=np.uint64))

@@ -154,13 +154,14 @@ class PersistentFreeList:
             return
         await self._writeback.barrier()
         await self._header_store.change(lambda header: header.with_free_list(value=True))
-        # Without this barrier a power failure could lose the bit, which would only cost a scan.
+        # Without this barrier a power failure could lose the bit, and the next open would scan.
         await self._writeback.barrier()
 
     def _at_rest(self) -> bool:
-        """Return whether NEED_CHECK is clear, the tables are durable, and the file has no tail.
+        """Return whether NEED_CHECK is clear, the tables are durable, and the file's end is right.
 
-        The clusters of an unused tail would be missing in the list, and so would be leaked.
+        The file must end where the allocator's clusters end.  Clusters after that would be missing
+        in the list, and so would be leaked.
         """
         return (
             self._file.size() == self._allocator.end
