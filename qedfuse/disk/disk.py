@@ -54,8 +54,9 @@ class Disk(GuestChanges):
     ) -> None:
         """Build a disk over open files.
 
-        The caller must have locked the files if ``options`` demand locks, and checked the image if
-        `open_disk` would.  The caller must enter `serving` before it calls any other method.
+        The caller must have locked the files if ``options`` demand locks, and checked the image in
+        the cases in which `open_disk` checks it.  The caller must enter `serving` before it calls
+        any other method.
         """
         components = Components(file, header, bases, options, store)
         super().__init__(components)
@@ -92,9 +93,9 @@ class Disk(GuestChanges):
         return self._file.writable and scan.is_short and not scan.is_postponed
 
     async def ensure_scanned(self) -> None:
-        """Run the scan for free clusters, or wait for its end, successful or not.
+        """Run the scan for free clusters, or wait for the end of the running scan.
 
-        The caller must have opened the disk for writing.
+        Returns even if the scan has failed.  The caller must have opened the disk for writing.
         """
         await self._components.scan.run()
 

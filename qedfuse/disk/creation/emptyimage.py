@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class EmptyImage(ReadOnlyFile):
     """An image without data clusters and without a backing name, to stand above a disk in a chain.
 
-    Its disk has the same size.  The image has the name and the attributes of the file below.
+    The header states the size of the disk below.  The name and the attributes are those of the file
+    below.
 
     Attributes:
         path: The path of the disk below.

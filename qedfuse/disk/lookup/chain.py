@@ -91,7 +91,7 @@ class Chain:
         return joined(result)
 
     async def _walk(self, start: int, end: int) -> list[Extent]:
-        """Return how the layers below the top image store a range, in no order, layer by layer."""
+        """Look up a range below the top image layer by layer; the extents are in no order."""
         result, missing = await self._descend(start, end, 1)
         bottom = len(self.layers) - 1
         result += [Extent(Kind.ZERO, first, last - first, depth=bottom) for first, last in missing]

@@ -58,7 +58,7 @@ def classify(
         content: A chunk of the disk.
         block_size: Bytes in a block.
         min_zero_bytes: Without a base, a shorter run of zero blocks counts as data, unless it
-            touches an end of the chunk.  With 0, all zeros count as data, even with a base.
+            touches an end of the chunk.  With 0, zeros are treated like other data.
         base: Content of the base in the same range; None without a base.  Blocks that are equal in
             both are in neither mask.
     """
