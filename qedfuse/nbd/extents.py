@@ -23,7 +23,7 @@ class KnownExtent(NamedTuple):
     """The rest of an extent, from an offset on.
 
     Attributes:
-        is_zero: Whether all bytes from the offset to ``end`` read as zeros; if False, they may.
+        is_zero: Whether all bytes from the offset to ``end`` read as zeros; False if unknown.
         end: Offset of the end of the extent.
     """
 
@@ -69,7 +69,7 @@ class ExtentMap:
 
 
 class SmallSteps:
-    """Measures the time that a search spends on replies that cover few bytes each, for a limit.
+    """Limits the time that a search spends on replies that cover few bytes each.
 
     Without a limit, a server that reports extents of one byte could prolong a search almost without
     end.  A request for a lower offset than the last one, or for offset 0, begins a new search.

@@ -88,7 +88,7 @@ def read_parts(
 
     Args:
         response: The response of a pool of `qedfuse.remote.deadline`.
-        lengths: The length in bytes of each part; at least one.
+        lengths: The length in bytes of each part; there must be at least one part.
         part_seconds: Maximum time for each part after the first one.
         allocate: Returns a buffer of a given length for a part.
 

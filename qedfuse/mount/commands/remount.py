@@ -93,8 +93,8 @@ def remount(
     if fake:
         return
     if "noatime" not in flags:
-        # Without any flag about times of access, the kernel keeps those of the mount, so a missing
-        # ``noatime`` or ``nodiratime`` would not be cleared.  ``relatime`` is the default.
+        # Without any flag about times of access, the kernel would keep such flags of the mount, for
+        # example an old ``noatime``.  ``relatime`` is the default.
         flags.add("relatime")
     bits = ctypes.c_ulong(_MS_REMOUNT | sum(_FLAGS[flag] for flag in flags))
     if _libc.mount(b"none", os.fsencode(mountpoint), None, bits, None) != 0:

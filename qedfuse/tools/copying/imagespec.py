@@ -44,8 +44,8 @@ class ImageSpec:
         backing: Name of the backing file of a new QED image, see `backing_path`; None for none.
             Only clusters that differ from the backing file are written.
         backing_format: Format of the backing file; None accepts any but raw.
-        sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0 writes
-            all zeros as data.  In a QED image only whole clusters of zeros make a run.
+        sparse_size: Minimum length in bytes of a run of zeros that is not written as data; with 0,
+            zeros are written like other data.  In a QED image only whole clusters make a run.
         foreign_options: Arguments for ``-o`` of qemu-img; ignored for ``raw`` and ``qed``.
     """
 

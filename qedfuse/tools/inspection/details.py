@@ -1,4 +1,4 @@
-"""The free list of an image, and the numbers of its tables and clusters."""
+"""The free list of an image, and how many tables and clusters the image has."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """The numbers of tables and clusters that an image stores.
+    """How many tables and clusters an image stores.
 
     Attributes:
         l2_tables: Number of valid L1 entries that point to a table.
@@ -47,7 +47,7 @@ class Details:
 
     Attributes:
         free_list: The persistent free list; None if the image has none.
-        allocation: The numbers of tables and clusters; None if they were not counted.
+        allocation: How many tables and clusters there are; None if they were not counted.
     """
 
     free_list: FreeListInfo | None = None
