@@ -21,7 +21,7 @@ class GuestReads:
 
     def __init__(self, components: Components) -> None:
         """Read the disk that consists of ``components``."""
-        # Attributes of the disk as well, so that requests need one attribute lookup less.
+        # Copied from the components, so that requests need one attribute lookup less.
         self._components = components
         self._file = components.file
         self._layer = components.layer
@@ -59,9 +59,9 @@ class GuestReads:
     def try_read(self, start: int, length: int) -> memoryview | None:
         """Read a range without waiting; return None if that would block or fail.
 
-        Returns None also if the range ends past the end of the disk, or is not one for the fast
-        path.  Then the caller must use `read`.  The next call of this method or of `try_write` may
-        overwrite the returned view.
+        Returns None also for some ranges, such as one that ends past the end of the disk
+        (`FastPath.try_read`).  Then the caller must use `read`.  The next call of this method or of
+        `try_write` may overwrite the returned view.
         """
         return self._fast_path.try_read(start, length)
 

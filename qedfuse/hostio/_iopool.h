@@ -2,8 +2,8 @@
  * The pool of threads, as the threads that hold the GIL use it (_iopool.c).
  *
  * No function here touches a Python object, or waits for a call.  The jobs that a function returns
- * belong to the caller.  So do the jobs in *garbage, whose answers have ended after they were
- * collected.  The caller must release these jobs, for which it needs the GIL.
+ * belong to the caller.  So do the jobs in *garbage: they were still being answered when
+ * pool_set_collected() was called for them.  To release them, the caller needs the GIL.
  */
 
 #ifndef QEDFUSE_IOPOOL_H

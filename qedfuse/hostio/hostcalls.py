@@ -43,7 +43,7 @@ class HostCalls(Protocol):
 
     @property
     def retries_reads(self) -> bool:
-        """Whether a read that misses the page cache is retried before a call (`NowaitRetry`)."""
+        """Whether a read that misses the page cache is first retried (`NowaitRetry`)."""
 
     @property
     def can_start_reads(self) -> bool:
@@ -133,7 +133,7 @@ def host_calls() -> HostCalls:
     """Return the object that makes the calls of the current event loop.
 
     Raises:
-        OSError: The host refused an eventfd, which the first call in an event loop makes.
+        OSError: This is the first call in the event loop, and the host refused an eventfd.
     """
     try:
         return _calls.get()

@@ -173,8 +173,7 @@ class UnitStore:
     def forget(self, first: int, last: int) -> None:
         """Make adjacent units not ready, because one of their bytes was not in the page cache.
 
-        The kernel may read the missing bytes from the disk, which nothing has compared with the
-        checksum.
+        The bytes that the kernel reads from the disk in their place may differ from the checksum.
         """
         with self._lock:
             self._forgotten += 1

@@ -278,7 +278,7 @@ def _report_os_error(error: OSError, code: int) -> int:
 
 
 def _exit_code(name: str, error: BaseException) -> int:
-    """Return the error's own code if the subcommand lists it, and otherwise that for a failure."""
+    """Return the error's own code if the subcommand lists it, and otherwise `_failure_code`."""
     # Do not import the module here, because its import may be what has failed.
     module = sys.modules.get(f"{_PACKAGE}.{name}")
     codes: Mapping[int, str] = getattr(module, "EXIT_CODES", EXIT_CODES)
