@@ -26,12 +26,12 @@ class CheckedUnits(NamedTuple):
         ready: A byte for each unit.  0: the extension must not read the unit.  1: it may.  2: it
             may, and all pages of the unit are valid and not waiting to be written.  (A page is not
             valid while it is being read, and after a failed write.)
-        zero_blocks: For each unit a number of 64 bits, in which a bit is set if the block of the
-            same number is known to be all zeros.  Missing numbers count as 0.
+        zero_blocks: For each unit a mask of 64 bits: bit i is set if block i of the unit is known
+            to be all zeros.  Empty if the host had no memory for the masks; then no block is known.
         unit_bits: Binary logarithm of the number of bytes in a unit.
         content_bytes: Offset at which the readable part of the file ends.
         file_bytes: Length of the file while one process uses it; it is one byte longer while
-            several do.  After a read at any other length, the bytes must not be used.
+            several do.  If the file has any other length after a read, the bytes must not be used.
         address: Address at which the file is mapped, for mincore(2).
         forget: Called with the first and the last unit of a read that failed; makes all units from
             the first to the last not ready.
@@ -81,8 +81,8 @@ class WriteTarget(NamedTuple):
     Attributes:
         fd: The descriptor.
         inode: The lock of the file's inode.  The extension writes only while ``contention`` is 0.
-        is_short: Returns whether a write of the given number of bytes is short enough.  It is not
-            called for a write of at most `ALWAYS_SHORT_WRITE_BYTES`.
+        is_short: Returns whether a write of the given number of bytes counts as short; longer ones
+            are left to Python code.  Not called for at most `ALWAYS_SHORT_WRITE_BYTES`.
         record_write: Must be called after each write, with its length in bytes and its seconds.
     """
 

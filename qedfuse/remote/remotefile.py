@@ -51,7 +51,7 @@ class RemoteFile(ReadOnlyFile):
 
     @property
     def page_source(self) -> PageSource | None:
-        """The data file of the cache; None if there is none, or it must not be read this way."""
+        """The data file of the cache; None if there is none, or the extension must not read it."""
         if self._local is None:
             return None
         return self._local.page_source(

@@ -1,9 +1,9 @@
 """The errors of obstore as exceptions of `qedfuse.remote.client`, each with its reason in one line.
 
 obstore's own texts contain the whole response of the server and the URL of the request, which may
-have a secret (a signature of Azure).  So a message has only the status of a response with its code
-and its first sentence, the cause of a failed connection, or the last part of obstore's text without
-the secrets of URLs.
+have a secret (a signature of Azure).  So a message has only one of three things: the status of a
+response, with its code and its first sentence; the cause of a failed connection; or the last part
+of obstore's text, without the secrets of URLs.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Identity:
 
     Attributes:
         hint: How to give credentials; empty if requests have credentials.
-        key_url: The URL of the service of a container that gives the key; empty if there is none.
+        key_url: The URL from which a container gets the key of its role; empty if there is none.
     """
 
     hint: str = ""

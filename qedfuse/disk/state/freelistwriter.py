@@ -52,8 +52,8 @@ class DescriptorEraser:
     async def erase(self) -> None:
         """Erase the descriptor; do nothing if `has_descriptor` is False.
 
-        The header's bit for the list must be durably cleared.  The erasing itself need not be
-        durable, because without the bit no program reads the descriptor.
+        The caller must first clear the header's bit for the list durably.  The erasing itself need
+        not be durable, because without the bit no program reads the descriptor.
 
         Raises:
             HostError: A system call failed.

@@ -121,7 +121,7 @@ async def _open_overlay(path: str, overlay: str, options: MountOptions) -> Async
 
 
 def _overlay_options(source: str, options: MountOptions) -> OpenOptions:
-    """Return the options for opening an overlay of ``source``, which is allowed as its base."""
+    """Return the options for opening an overlay; they allow ``source`` as the overlay's base."""
     without_source = disk_options(options)
     return replace(without_source, backing=replace(without_source.backing, trusted=source))
 
@@ -136,8 +136,8 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
     source_options = replace(disk_options(options), writable=False)
     async with open_disk(source, source_options) as disk:
         files = [layer.file for layer in disk.chain.layers]
-        # If the source is not a QED image, `open_disk` puts an empty image in memory over it, which
-        # must not become a base.
+        # If the source is not a QED image, `open_disk` puts an empty image in memory over it.  This
+        # empty image must not become a base.
         is_wrapped = isinstance(files[0], EmptyImage)
         await create_image(
             overlay,
