@@ -45,8 +45,8 @@ class Header:
     Attributes:
         cluster_size: Bytes in a cluster.
         table_size: Clusters in an L1 or L2 table.
-        header_size: Clusters reserved for the header.  0 is valid, as in QEMU, and takes up one
-            cluster, without space for a backing name.
+        header_size: Clusters reserved for the header.  With 0, which is valid as in QEMU, the
+            header takes up one cluster, without space for a backing name.
         features: Incompatible feature bits, all of which this program knows.
         compat_features: Compatible feature bits; unknown ones are ignored and preserved.
         autoclear_features: Autoclear feature bits; unknown ones must be cleared before the first

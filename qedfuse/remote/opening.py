@@ -149,7 +149,7 @@ def _open_cache(
 ) -> UnitFile | None:
     """Open or make the entry of the cache for a version; None if there is no cache or entry.
 
-    A version of which only the size is known gets none: another version may have the same size.
+    A version of which only the size is known gets no entry: another version may have this size.
     """
     if directory is None or not (version.validator or address.version):
         return None

@@ -36,7 +36,7 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
         path: The mountpoint; None for all mounts of this user, or of all users if root asks.
         output: ``human``, ``json`` or ``prometheus``.
         report: Called with the error of each mount whose statistics cannot be read, if there are
-            several mounts.  The exit code is that of the last one, or 0.
+            several mounts.  The exit code is that of the last such error, or 0.
 
     Raises:
         QedError: The statistics of ``path``, or of the only mount, cannot be read, or there is no
@@ -147,7 +147,7 @@ def _print(text: str) -> None:
 
 
 def _formatted(format_documents: Callable[[], T]) -> T:
-    """Return the result of ``format_documents``; NoStatisticsError for a bad document.
+    """Return the result of ``format_documents``; raise NoStatisticsError for a bad document.
 
     Documents are not trusted: they can come from another version or, for root, from another user.
     """

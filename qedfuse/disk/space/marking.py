@@ -47,7 +47,7 @@ class Marking:
         self.owners = OwnerBitmap(0, name)
         # Number of references since `restart` whose cluster was marked already.
         self._marked_duplicates = 0
-        # Number of dropped references that were not the first that their cluster lost.
+        # Number of references that were dropped after another reference to the same cluster.
         self._dropped_twice = 0
         # The value of `_dropped_twice` at the last `restart`: the walk does not find these
         # references any more.  `mark` or `record_drop` counts those that are dropped later.
