@@ -81,7 +81,7 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
 
     Raises:
         HostError: The host refused an access, or the file would become too long.  If a table was
-            changed, NEED_CHECK is still set, unless the last step, which clears it, has failed.
+            changed, NEED_CHECK is still set; only a failure of the last step may leave it clear.
         NeedsCheckError: The file is too large, or has too many tables or invalid L1 entries, to be
             checked in bounded memory.  Normally nothing has been changed; otherwise NEED_CHECK
             stays set.

@@ -197,8 +197,8 @@ class Disk(GuestChanges):
     async def write_zero_clusters(self, start: int, length: int) -> None:
         """Turn the unallocated clusters of a range into zero clusters, whatever the base holds.
 
-        ``start`` must be at a cluster boundary, and so must the end of the range, unless it is at
-        or past the end of the disk.
+        ``start`` must be at a cluster boundary.  The end of the range must be at a cluster
+        boundary, too, or at or past the end of the disk.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.

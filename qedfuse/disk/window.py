@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class DiskWindow:
     """A range of a disk.
 
-    The methods and their errors are those of `Disk`, without changes of the size.  Offsets count
-    from the beginning of the range, and no method reads or changes bytes past its end.
+    The methods and their errors are those of `Disk`; none changes the size.  Offsets count from the
+    beginning of the range, and no method reads or changes bytes past its end.
 
     Attributes:
         disk: The disk, whose lifetime the caller manages.

@@ -104,7 +104,7 @@ class DirectReads:
                 self._drop(self._free.popleft())
 
     def _start_connecting(self) -> None:
-        """Start the thread that makes connections, unless it runs, some exist, or a pause lasts."""
+        """Start the thread that makes connections, if there are none yet and no pause lasts."""
         with self._lock:
             if self._is_connecting or self._all or self._is_closed:
                 return

@@ -55,7 +55,7 @@ class ForeignFile(ReadOnlyFile):
             graph: The files of the image and its bases.
             disk: The disk as a file, whose reads go to ``server``.
             server: The process of qemu-nbd.
-            open_files: Closes the image and the files that it names, which qemu-nbd reads.
+            open_files: Closes the files that qemu-nbd reads: the image and those that it names.
             local: Reads these files directly, where they have the bytes of the disk.
         """
         top = graph.images[0]

@@ -1,9 +1,9 @@
 """Finding out from QEMU where the files of a chain have the bytes of the disk.
 
 ``qemu-img map`` runs in a sandbox like that of qemu-nbd, and prints one JSON object per line.  The
-output is not trusted.  A hostile image that takes over the program gains nothing by false output,
-which can only name other ranges of the files of the image's own chain.  qemu-nbd could serve these
-ranges as well.
+output is not trusted.  But false output gains nothing for a hostile image that takes over the
+program.  Such output can only name other ranges of the files of the image's own chain, which
+qemu-nbd could serve as well.
 """
 
 from __future__ import annotations

@@ -112,7 +112,8 @@ def write_record_file(fd: int, path: str, record: bytes) -> None:
 def remove_record(fd: int, path: str) -> None:
     """Remove the record of an image, and the record file of an earlier image of the same name.
 
-    Errors are ignored, because the next opening of the image finds a record that does not match.
+    Errors are ignored: the next opening of the image notices that a record left here does not
+    match.
     """
     with suppress(OSError):
         os.removexattr(fd, _ATTRIBUTE)

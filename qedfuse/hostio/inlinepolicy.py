@@ -78,7 +78,7 @@ class InlinePolicy:
             self._inode_lock.record_slow_write(seconds)
 
     def begin_datasync(self) -> None:
-        """Record that a datasync begins, which covers all writes that were recorded before."""
+        """Record the beginning of a datasync; it covers all writes that were recorded before."""
         self._unsynced_bytes = 0
 
     def can_datasync_inline(self) -> bool:

@@ -90,7 +90,7 @@ class WriteBehind:
         for start, count in old:
             if self._waits:
                 self._sync(start, count, SYNC_AND_WAIT)
-            # This loses no data, because the kernel keeps dirty pages.
+            # POSIX_FADV_DONTNEED loses no data, because the kernel keeps dirty pages.
             os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_DONTNEED)
 
     def _sync(self, offset: int, length: int, flags: int) -> None:

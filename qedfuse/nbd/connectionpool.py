@@ -92,8 +92,8 @@ class Slot:
             try:
                 connection = self._make(end)
             except BrokenError as error:
-                # Other callers that wait get the same error (see ``since``).  But if the time of
-                # this caller is over, they may still have time.
+                # Other callers that wait get the same error (see ``since``).  But an error after
+                # the time of this caller is not stored, because they may have more time.
                 now = time.monotonic()
                 if now < end:
                     self._failed_at, self._failure = now, error
@@ -202,7 +202,8 @@ class ConnectionPool:
     def _choose(self) -> Slot:
         """Return the slot with the fewest requests in flight; of equal slots, the first.
 
-        Unconnected slots are left out during their backoff time, unless no other slot remains.
+        Slots without a connection are left out during their backoff time.  If none remains, all
+        slots count.
         """
         if self.is_closed:
             msg = "closed"

@@ -102,8 +102,8 @@ def parse_record(sector: bytes) -> Record | None:
 async def read_mbr(read: ReadDisk, size: int) -> PartitionTable | None:
     """Return the DOS partition table of a disk of ``size`` bytes; None if there is none.
 
-    Returns None also if the first sector protects a GPT, and for a boot record with neither
-    partitions nor an identifier, because the boot sector of a file system can look like this.
+    Returns None also if the first sector protects a GPT.  A boot record with neither partitions nor
+    an identifier does not count, because the boot sector of a file system can look like this.
 
     Raises:
         QedError: The disk cannot be read.

@@ -1,9 +1,9 @@
 """The errors of obstore as exceptions of `qedfuse.remote.client`, each with its reason in one line.
 
-obstore's own texts contain the whole response of the server and the URL of the request, which may
-have a secret (a signature of Azure).  So a message has only one of three things: the status of a
-response, with its code and its first sentence; the cause of a failed connection; or the last part
-of obstore's text, without the secrets of URLs.
+obstore's own texts contain the whole response of the server, and the URL of the request, in which
+there may be a secret (a signature of Azure).  So a message has only one of three things: the status
+of a response, with its code and its first sentence; the cause of a failed connection; or the last
+part of obstore's text, without the secrets of URLs.
 """
 
 from __future__ import annotations

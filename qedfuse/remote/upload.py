@@ -128,8 +128,9 @@ class Upload:
     def stop(self) -> None:
         """Make `run` end soon with `StoppedError`, or with its result if it has nearly ended.
 
-        `run` removes what it has stored, unless the store does not answer, has given the object no
-        entity tag, or has a complete object that was allowed to replace another.  See `remains`.
+        `run` then removes what it has stored.  It cannot do so if the store does not answer or has
+        given the object no entity tag.  It keeps a complete object that was allowed to replace
+        another.  See `remains`.
         """
         self._stopped.set()
 

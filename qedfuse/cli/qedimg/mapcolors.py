@@ -26,7 +26,7 @@ _FIRST_HUE: Final = 2 / 3
 
 
 class Cell(NamedTuple):
-    """A cell of a picture, which stands for some adjacent clusters.
+    """A cell of a picture; it stands for some adjacent clusters.
 
     Attributes:
         color: The colour of the cell.

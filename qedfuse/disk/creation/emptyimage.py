@@ -63,7 +63,7 @@ class EmptyImage(ReadOnlyFile):
         return self.read_blocking(offset, view) == len(view)
 
     async def next_data(self, offset: int) -> int | None:
-        """Return ``offset`` if it lies in the header, which is all the data; otherwise None."""
+        """Return ``offset`` if it lies in the header, the only data; otherwise None."""
         await trio.lowlevel.checkpoint()
         return offset if offset < len(self._start) else None
 

@@ -145,7 +145,7 @@ class Discard:
             await self._write_path.write(position, data[position - start :])
 
     async def _zero_in_place(self, start: int, end: int) -> None:
-        """Write zeros over the allocated clusters of a range, which stay allocated."""
+        """Write zeros over the allocated clusters of a range; they stay allocated."""
         step = _MAX_CLUSTERS_PER_STEP << self._layer.geometry.cluster_bits
         pace = Pace()
         for at in range(start, end, step):

@@ -35,8 +35,8 @@ def lacks_path(name: bytes) -> bool:
 def backing_path(image: str, name: str, directory: str = "") -> str:
     """Return the path or URL of the backing file that an image names, without any I/O.
 
-    A relative name is relative to the directory of the image, which can be a URL.  A relative path
-    after ``file:`` is relative to the working directory, as in QEMU.
+    A relative name is relative to the directory of the image, even if the image is a URL.  A
+    relative path after ``file:`` is relative to the working directory, as in QEMU.
 
     Args:
         image: The path or URL of the image.

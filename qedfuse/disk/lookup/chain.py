@@ -55,7 +55,7 @@ class Chain:
 
         The extents cover the whole range, in order.  With ``depth`` 0 the range must lie within the
         disk.  A range that no layer has allocated is of kind zero, or unallocated if there is no
-        base.  A range past the end of a base is of kind zero, unless a layer above has it.
+        base.  A range past the end of a base is of kind zero, unless a layer above stores it.
 
         Raises:
             HostError: The host cannot read a table.
@@ -81,7 +81,7 @@ class Chain:
     async def stored(self, start: int, length: int) -> list[Extent]:
         """Return how a range is stored, without the parts that no layer has allocated.
 
-        A part past the end of a base is included, of kind zero, unless a layer above has it.
+        A part past the end of a base is included, of kind zero, unless a layer above stores it.
 
         Raises:
             HostError: The host cannot read a table.

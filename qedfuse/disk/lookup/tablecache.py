@@ -202,7 +202,7 @@ class TableCache:
         return len(self._dirty) * self._slice_bytes
 
     def has_few_dirty(self, max_count: int) -> bool:
-        """Return whether at most ``max_count`` slices are dirty, and none of the L1 table."""
+        """Return whether at most ``max_count`` slices are dirty, all of them of L2 tables."""
         return len(self._dirty) <= max_count and not any(
             dirty.level == L1 for dirty in self._dirty.values()
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_BITMAP_CLUSTERS: Final = 1 << 31
-"""Maximum number of clusters of a file that gets a bitmap, which takes up to 256 MiB."""
+"""Maximum number of clusters of a file that gets a bitmap; the bitmap takes up to 256 MiB."""
 
 MAX_LISTED_CLUSTERS: Final = 1 << 24
 """Maximum number of owned clusters of a file without a bitmap; sorting takes up to 256 MiB."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
-"""`Quarantine.retire_many` collects up to this number of clusters, which take up to 2 MiB."""
+"""Maximum number of clusters that `Quarantine.retire_many` collects; the list takes 2 MiB."""
 
 
 class _Batch:

@@ -123,7 +123,7 @@ async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
 
 
 def _lowest(runs: Runs, count: int) -> NDArray[np.uint64]:
-    """Return the lowest ``count`` clusters of ``runs``, which must ascend and have enough."""
+    """Return the lowest ``count`` clusters of ascending runs, which must have that many."""
     lowest = runs[:count].copy()
     np.minimum(lowest[:, 1], np.uint64(count), out=lowest[:, 1])
     return expand_runs(lowest)[:count]

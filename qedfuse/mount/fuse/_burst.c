@@ -15,10 +15,10 @@
  * longer then (MAX_POLLED_REQUESTS).  The permission ends after a few milliseconds, because a timer
  * or a signal may make another task runnable.
  *
- * stop_blocking() makes reads of the device non-blocking.  A request may vanish after poll(2) has
- * found it, because its process was killed; a read(2) that blocks would then stop the event loop
- * until the next request arrives.  If the kernel has no request, such a read fails with EAGAIN,
- * which pyfuse3 takes for a failure of the mount.  So pyfuse3 gets EINTR, and reads again.
+ * stop_blocking() makes reads of the device non-blocking.  If a process is killed, its request can
+ * vanish after poll(2) has found it.  A read(2) that blocks would then stop the event loop until
+ * the next request arrives.  If there is no request, a non-blocking read fails with EAGAIN, which
+ * pyfuse3 takes for a failure of the mount.  So pyfuse3 gets EINTR, and reads again.
  */
 
 #include "_extraops.h"

@@ -1,7 +1,7 @@
 """The metrics of a mount over HTTP, for ``-o metrics=ADDRESS``: ``GET /metrics``.
 
-The module implements only what Prometheus and curl need of HTTP/1.0: one request per connection,
-whose headers are ignored.
+The module implements only what Prometheus and curl need of HTTP/1.0.  It answers one request per
+connection, and ignores the headers of the request.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def find_qedfuse_mount(mountpoint: str) -> MountEntry:
 
 
 def find_own_mount(mountpoint: str, action: str) -> MountEntry:
-    """Return the mount of qedfuse on a path; refuse if the caller is neither its owner nor root.
+    """Return the mount of qedfuse on a path; refuse callers other than its owner and root.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.

@@ -29,7 +29,7 @@ page cache (``MAX_SPLICE_BYTES`` in ``_extraops.h``).  A longer read-ahead gains
 the extension limits all read requests to this length (``_maxread.c``)."""
 
 _BDI: Final = Path("/sys/class/bdi")
-"""The directory with a directory for each backing device, such as a mount."""
+"""The directory with a subdirectory for each backing device; a FUSE mount is such a device."""
 _KIB: Final = 1024
 
 

@@ -194,5 +194,5 @@ def _allocation_difference(one: list[Extent], other: list[Extent]) -> int | None
 
 
 def _is_data(extent: Extent | None) -> bool:
-    """Return whether an extent is data; False for None, which is a range past the disk's end."""
+    """Return whether an extent is data; False for None (a range past the disk's end)."""
     return extent is not None and extent.kind is Kind.DATA

@@ -50,7 +50,7 @@ async def convert(
         spec: Format, geometry and backing file of the target; None for a default QED image.
         source_format: Format of the source; ``auto`` detects the format from the first bytes.
         into_existing: Write into an existing file, image or device.  Refused if the source is a
-            pipe; otherwise ignored if the target is one.
+            pipe; ignored if only the target is a pipe.
         overwrite: Replace an existing file; ignored with ``into_existing`` and for a pipe.
         compare: After the copy, compare the source and the target.  A new file gets its name only
             if they are equal.

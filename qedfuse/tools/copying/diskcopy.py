@@ -194,7 +194,7 @@ class DiskCopy:
 
         Returns:
             Two masks of the blocks of the chunk: the blocks to write as data, and the blocks to
-            write as zeros, because the base has other content there.
+            write as zeros.  With a base, blocks that are equal in the base are in neither mask.
         """
         block_size = self._target.block_size
         read_segments(content, chunk.segments)

@@ -34,8 +34,8 @@ class ImageSpec:
     """The format and geometry of a copy.
 
     For an existing target only ``format`` and ``sparse_size`` are used.  For a pipe ``format`` must
-    be ``raw``, and ``sparse_size`` only affects `ConvertResult.data_bytes`.  For both, ``backing``
-    must be None.
+    be ``raw``, and ``sparse_size`` only affects `ConvertResult.data_bytes`.  An existing target and
+    a pipe cannot have a ``backing``.
 
     Attributes:
         format: ``raw``, ``qed``, or another format that qemu-img makes.

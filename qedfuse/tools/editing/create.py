@@ -128,7 +128,7 @@ def create(
 
 
 async def preallocate(temporary: str, path: str, progress: Progress | None = None) -> None:
-    """Allocate every cluster of a new image, which has no backing file; reserve space for them.
+    """Allocate every cluster of a new image without a backing file, and reserve space for them.
 
     Args:
         temporary: The path of the image until the image is complete.

@@ -69,7 +69,7 @@ async def read_details(
     Args:
         info: The description of the image.
         options: How to open the image; None for the defaults.
-        allocation: Whether to count clusters, which reads all tables.
+        allocation: Whether to count clusters; this takes a read of all tables.
         progress: Called with the number of L2 tables read so far and in all.
 
     Raises:

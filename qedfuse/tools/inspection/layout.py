@@ -122,7 +122,7 @@ class _Counter:
         self.disk_zeros = np.zeros(self.disk_cells, np.int64)
 
     def count_tables(self, first: Counts, length: int) -> None:
-        """Count tables of ``length`` clusters, which begin at the clusters ``first``."""
+        """Count the tables that begin at the clusters ``first``, each ``length`` clusters long."""
         clusters = (first[:, None] + np.arange(length)).ravel()
         self.tables += np.bincount(
             clusters * self.file_cells // self.file_clusters, minlength=self.file_cells

@@ -29,8 +29,8 @@ class CheckResult:
         dry: Whether the repair was only planned, and nothing was changed.
         needs_force: Whether `qedfuse.tools.repair.imagecheck.repair` would refuse the planned
             repair without ``force``.
-        leaks_kept: Whether a repair has kept leaked clusters, because they may hold data that this
-            or an earlier repair lost; or would keep them, if ``dry``.
+        leaks_kept: Whether leaked clusters were kept (if ``dry``: would be kept), because they may
+            hold data that this or an earlier repair lost.
         undone: Number of ranges that were restored; 0 unless a repair was undone.
     """
 
