@@ -226,7 +226,7 @@ class ImageInUseError(QedError):
 
 
 class BackingError(QedError):
-    """A backing file is missing, not open, of the wrong kind or changed, or the chain is invalid.
+    """A backing file is missing, unopened, changed or of the wrong kind, or the chain is invalid.
 
     A chain is invalid if it is a loop, is too long, or lacks a file that the user named.
     """

@@ -38,7 +38,7 @@ int pool_threads(struct pool *pool);
  * pool_set_collected() or to pool_put_back(). */
 struct list pool_take_finished(struct pool *pool, struct list *garbage);
 
-/* Inserts jobs at the beginning of the list of finished jobs again. */
+/* Puts jobs back at the beginning of the list of finished jobs. */
 void pool_put_back(struct pool *pool, struct list jobs);
 
 /* Marks jobs as collected.  Returns those that the caller must release; the others are still being

@@ -130,7 +130,7 @@ class ReadableFile(Protocol):
         """
 
     def stop_fetching(self) -> None:
-        """Fail all present and later reads that would wait for a server; other reads go on."""
+        """Make all present and later reads fail that must wait for a server; other reads go on."""
 
     def close(self) -> None:
         """Close the file and release every lock taken through it; a second call does nothing."""

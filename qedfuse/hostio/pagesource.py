@@ -83,7 +83,8 @@ class WriteTarget(NamedTuple):
         inode: The lock of the file's inode.  The extension writes only while ``contention`` is 0.
         is_short: Returns whether a write of the given number of bytes counts as short; longer ones
             are left to Python code.  Not called for at most `ALWAYS_SHORT_WRITE_BYTES`.
-        record_write: Must be called after each write, with its length in bytes and its seconds.
+        record_write: Must be called after each write, with its length in bytes and its time in
+            seconds.
     """
 
     fd: int

@@ -158,7 +158,7 @@ def _partitions(
 
 
 def _explain_range(first: int, last: int, last_sector: int) -> str:
-    """Return why a partition cannot have the sectors ``first`` to ``last``, or an empty string."""
+    """Return why a partition cannot have the sectors ``first`` to ``last``; empty if it can."""
     if last < first:
         return f"ends at sector {last}, before its first sector {first}"
     if not first:

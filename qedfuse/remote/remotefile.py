@@ -143,7 +143,7 @@ class RemoteFile(ReadOnlyFile):
         return os.statvfs("/") if self._local is None else self._local.statvfs()
 
     def stop_fetching(self) -> None:
-        """Fail all reads that wait for the server, and later reads that would have to wait."""
+        """Make all present and later reads fail that must wait for the server."""
         self.fetcher.close()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Distinguishing an object's own blocks of zeros from holes of the data file that caches it.
+"""Distinguishing an object's own blocks of zeros from holes of the cache's data file.
 
 The kernel returns zeros for a hole without reading from the disk, and a failed write can leave a
 hole where the object has data.  So zeros from the data file are valid only in a block that is

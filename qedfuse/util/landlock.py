@@ -97,7 +97,7 @@ class Ruleset:
         Rights that the kernel's version does not know are left out.
 
         Raises:
-            OSError: The kernel refused, for example a right of directories on a file.
+            OSError: The kernel refused, for example to give a file a right of directories.
         """
         rule = struct.pack("=Qi", rights & self._handled, fd)
         check_result(

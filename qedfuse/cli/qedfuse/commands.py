@@ -73,7 +73,7 @@ def mount(arguments: Arguments) -> int:
         After that call, messages go to ``log``, or to stderr.
         """
         # By default OpenBLAS, which numpy loads, starts a thread per core.  But `run_session` must
-        # be called before there is a second thread, so 1 also replaces the user's value.
+        # be called before there is a second thread, so even a value of the user is replaced by 1.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
         def session() -> int:

@@ -68,7 +68,7 @@ class EmptyImage(ReadOnlyFile):
         return offset if offset < len(self._start) else None
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return the end of the header, or ``offset`` if higher; None past the end of the file."""
+        """Return the end of the header, or ``offset`` if higher; None at or past the file's end."""
         await trio.lowlevel.checkpoint()
         return max(offset, len(self._start)) if offset < self.size() else None
 

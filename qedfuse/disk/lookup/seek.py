@@ -50,7 +50,7 @@ async def next_hole(chain: Chain, start: int) -> int:
 
 
 async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
-    """Find the first data at or past ``start``, or the first hole; None without one."""
+    """Find the first data (with ``data``) or the first hole at or past ``start``; None without."""
     size, step = chain.layers[0].size, _FIRST_LOOKUP_BYTES
     while start < size:
         # Data of the image itself contains no hole, so a search for a hole skips this data.
@@ -126,7 +126,7 @@ def _first_true(which: NDArray[np.bool_]) -> int:
 
 
 async def _within(chain: Chain, extent: Extent, *, data: bool) -> int | None:
-    """Return the guest offset of the first data, or hole, in an extent; None without one."""
+    """Return where an extent has its first data (with ``data``) or hole; None without one."""
     if extent.kind is not Kind.DATA:
         return extent.start if data == (extent.kind is Kind.BAD) else None
     layer = chain.layers[extent.depth]

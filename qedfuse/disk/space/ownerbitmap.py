@@ -101,7 +101,7 @@ class OwnerBitmap:
         offsets = (ordered >> np.uint64(3)).astype(np.intp)
         bits = np.left_shift(np.uint8(1), (ordered & np.uint64(7)).astype(np.uint8))
         had_owner |= (self._map[offsets] & bits) != 0
-        # An indexed |= applies only one value to each byte, so combine those of one byte first.
+        # An indexed |= applies only one value to each byte, so combine the bits of a byte first.
         first = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))
         self._map[offsets[first]] |= np.bitwise_or.reduceat(bits, first)
 

@@ -158,10 +158,10 @@ class PersistentFreeList:
         await self._writeback.barrier()
 
     def _at_rest(self) -> bool:
-        """Return whether NEED_CHECK is clear, the tables are durable, and the file's end is right.
+        """Return whether NEED_CHECK is clear, all tables are durable, and no cluster is unknown.
 
-        The file must end where the allocator's clusters end.  Clusters after that would be missing
-        in the list, and so would be leaked.
+        Clusters of the file past `Allocator.end` would be missing in the list, and so would be
+        leaked.
         """
         return (
             self._file.size() == self._allocator.end

@@ -53,7 +53,7 @@ class DataRequests:
         self._nursery = nursery
         self._reply_from_file = reply_from_file
         self._defer_read = defer_read
-        self._deferred = 0  # number of deferred reads whose threads have not ended them
+        self._deferred = 0  # number of deferred reads whose threads have not ended
         self._drained = trio.Event()
         self.write = operations.fast.write
         self.fsync = operations.fast.fsync

@@ -127,7 +127,7 @@ class RequestCounters:
 
 
 class CountedRequest:
-    """One request on the slow path, from its beginning to its answer.
+    """One request that may wait, from its beginning to its answer.
 
     Attributes:
         size: The length of the request in bytes; code in the block can change this value.

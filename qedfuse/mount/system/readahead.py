@@ -50,7 +50,7 @@ def set_readahead(device: str, option: Readahead, bdi: Path = _BDI) -> str | Non
     Args:
         device: The device number of the mount, ``MAJOR:MINOR``.
         option: The value of the option ``readahead``.
-        bdi: The directory with a directory for each backing device.
+        bdi: See `_BDI`.
 
     Returns:
         None after a success, or if ``option`` is ``kernel``.  After a failure, one line with the

@@ -45,8 +45,8 @@ class DiskCopy:
     """One copy of a disk.
 
     Attributes:
-        data_bytes: Bytes of the disk that were copied as data so far; in a measurement, those to
-            copy.
+        data_bytes: Bytes of the disk that were copied as data so far.  A measurement copies
+            nothing, and counts what a copy would copy.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ async def copy_stream(
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
             writes all zeros as data.
         any_content: Accept a stream whatever its first bytes are.
-        progress: Called with the bytes copied so far as both arguments, as the total is unknown.
+        progress: Called with two equal arguments, the bytes copied so far; the total is unknown.
 
     Returns:
         The length of the stream in bytes, and how many of the bytes were copied as data.
