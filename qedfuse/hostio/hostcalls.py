@@ -43,7 +43,7 @@ class HostCalls(Protocol):
 
     @property
     def retries_reads(self) -> bool:
-        """Whether a read that misses the page cache is first retried (`NowaitRetry`)."""
+        """Whether `NowaitRetry` retries a read that misses the page cache before a thread reads."""
 
     @property
     def can_start_reads(self) -> bool:

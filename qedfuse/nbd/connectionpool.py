@@ -202,7 +202,7 @@ class ConnectionPool:
     def _choose(self) -> Slot:
         """Return the slot with the fewest requests in flight; of equal slots, the first.
 
-        Slots without a connection are left out during their backoff time.  If none remains, all
+        Slots without a connection are left out during their backoff time.  If no slot remains, all
         slots count.
         """
         if self.is_closed:

@@ -118,10 +118,10 @@ def discard_entry(path: str) -> None:
 
 
 def remove_entry(path: str) -> bool:
-    """Remove an entry if no process has it open; return whether it was removed.
+    """Remove an entry if no process has it open; return False if the entry is kept.
 
     An entry with files that are not the cache's is kept.  If the host refuses to remove a file, the
-    result is True, and the rest of the entry stays under a new name.
+    result is True, but the rest of the entry stays under a new name.
     """
     fd = -1
     try:

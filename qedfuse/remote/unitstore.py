@@ -173,7 +173,8 @@ class UnitStore:
     def forget(self, first: int, last: int) -> None:
         """Make adjacent units not ready, because one of their bytes was not in the page cache.
 
-        The bytes that the kernel reads from the disk in their place may differ from the checksum.
+        The kernel may now read the missing bytes from the disk.  If the units stayed ready, these
+        bytes would be used without a comparison with the checksum.
         """
         with self._lock:
             self._forgotten += 1

@@ -62,7 +62,7 @@ def intervals(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> lis
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part ``new`` about a disk; its counters become the differences to ``old``."""
+    """Return a copy of ``new`` (about a disk) whose counters are the differences to ``old``."""
     loads = new["table_cache"]["loads"] - old["table_cache"]["loads"]
     allocated = new["space"]["allocated_clusters"] - old["space"]["allocated_clusters"]
     changed = {
@@ -81,7 +81,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
 
 
 def _file_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part ``new`` about a file; its counters become the differences to ``old``."""
+    """Return a copy of ``new`` (about a file) whose counters are the differences to ``old``."""
     counters = ("reads", "bytes", "table_loads", "uncached_reads", "server")
     return {**new, **_subtracted(old, {name: new[name] for name in counters})}
 

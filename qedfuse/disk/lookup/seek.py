@@ -50,7 +50,7 @@ async def next_hole(chain: Chain, start: int) -> int:
 
 
 async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
-    """Find the first data (with ``data``) or the first hole at or past ``start``; None without."""
+    """Find the first data (with ``data``) or hole at or past ``start``; None if there is none."""
     size, step = chain.layers[0].size, _FIRST_LOOKUP_BYTES
     while start < size:
         # Data of the image itself contains no hole, so a search for a hole skips this data.

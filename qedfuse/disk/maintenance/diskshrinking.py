@@ -142,7 +142,7 @@ class DiskShrinking:
                 await self._flusher.flush()
 
     async def empty(self, progress: Progress | None = None) -> None:
-        """Make all clusters unallocated, so that the disk shows only its base, durably.
+        """Make all clusters unallocated, durably, so that the disk shows only its base.
 
         After that, the L2 tables are removed, except those with data or a bad entry past the end of
         the disk.

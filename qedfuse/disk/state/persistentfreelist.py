@@ -158,10 +158,10 @@ class PersistentFreeList:
         await self._writeback.barrier()
 
     def _at_rest(self) -> bool:
-        """Return whether NEED_CHECK is clear, all tables are durable, and no cluster is unknown.
+        """Return whether the image is in a state for which a list can be written.
 
-        Clusters of the file past `Allocator.end` would be missing in the list, and so would be
-        leaked.
+        NEED_CHECK must be clear, and the tables undamaged and durable.  The file must end at
+        `Allocator.end`: later clusters would be missing in the list, and so would be leaked.
         """
         return (
             self._file.size() == self._allocator.end

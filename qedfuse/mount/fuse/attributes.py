@@ -30,7 +30,8 @@ expired, and it ignores the reply if another write has ended in the meantime.  S
 concurrent writes the kernel would request the attributes again and again.
 """
 _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
-"""How long with ``force_share``, which permits that another program changes the image."""
+"""How long the kernel may cache attributes with ``force_share``, which permits that another program
+changes the image."""
 _ENTRY_TIMEOUT_SECONDS: Final = 300.0
 """How long the kernel may cache which disk a name stands for; any time is safe, because names of
 disks never change."""
@@ -127,7 +128,7 @@ async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> Non
     """Set the times of the image file to the times that the kernel has for the disk.
 
     Nothing is done if the image is open read-only, or if both times differ by less than a second.
-    A refusal of the host is only logged.
+    A refusal to set the times is only logged.
 
     Args:
         exported: The disk.

@@ -51,7 +51,7 @@ class OperationStatistics:
         requests: Requests that have been answered, those answered with an error included.
         bytes: Bytes that successful requests have read, written or discarded.
         errors: Requests that were answered with an error.
-        fast: Requests that were answered in one step, without waiting.
+        fast: Requests that were answered without waiting.
         seconds: The sum of the times that the requests took.
         histogram: The number of requests in each of the `BUCKETS` buckets of times.
     """
@@ -84,7 +84,7 @@ class RequestCounters:
             operation: `READ`, `WRITE`, `FLUSH` or `DISCARD`.
             size: The length of the request in bytes.
             start: When the request began, as `time.perf_counter_ns` returned it.
-            is_fast: Whether the request was answered in one step.
+            is_fast: Whether the request was answered without waiting.
         """
         at = operation * _CELLS_PER_OPERATION
         self.cells[at + _BYTES] += size

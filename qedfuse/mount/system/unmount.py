@@ -35,8 +35,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     Raises:
         BusyError: The mount is in use, and ``lazy`` is False.
         PrivilegeError: fusermount3 is missing, or the caller lacks the privilege to unmount.
-        FuseError: The mount cannot be unmounted for another reason, for example because nothing is
-            mounted on the path.
+        FuseError: The unmount failed for another reason, for example because nothing is mounted on
+            the path.
     """
     if os.geteuid() == 0:
         _unmount_by_syscall(mountpoint, lazy=lazy)
