@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         Exception: There is a bug, and QEDIMG_TRACEBACK is set.
     """
-    # By default OpenBLAS, which numpy loads, starts a thread per core.  None is needed here.
+    # By default OpenBLAS, which numpy loads, starts a thread per core; qedimg needs no threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     own_process = argv is None
     if own_process:
