@@ -148,13 +148,62 @@ def test_fixed_vhd(
     qemu.io(path, "write -P 5 0 64K", f"write -P 6 {(1 << 20) + 65536} 64K")
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     assert main(["commit", *target, str(path)]) == 17
-    said = capsys.readouterr().err
-    assert "base.vpc: found the footer of a fixed VHD image at 1048576, expected QED or raw" in said
+    above = tmp_path / "1.qed"
+    # From depth 2 the format on the command line would make the image above the VHD raw.
+    rebase = ["rebase", "-u", "-b", str(base), "-F", "raw", str(above)]
+    is_deep = path != above
+    hint = " ".join(["qedimg", *rebase]) if is_deep else "backing_format=raw"
+    assert capsys.readouterr().err == (
+        f"qedimg: {base}: found the footer of a fixed VHD image at 1048576, expected QED or raw "
+        f"(to write to the file all the same: {hint})\n"
+    )
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
-    if depth == 1:
-        words = ["--backing-format", "raw"]
-        assert main(["commit", "-d", *words, *target, str(path)]) == 0
-        assert base.stat().st_size == 2 << 20
+    words = ["--backing-format", "raw"]
+    if is_deep:
+        assert main(["commit", "-d", *words, str(path)]) == 17
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+        assert main(rebase) == 0
+        words = []
+    assert main(["commit", "-d", *words, *target, str(path)]) == 0
+    assert base.read_bytes()[:65536] == b"\5" * 65536
+    assert base.stat().st_size == 2 << 20
+
+
+def test_short_footer_of_a_fixed_vhd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fixed VHD without its last byte is refused too, because QEMU accepts it."""
+    base, path = tmp_path / "base.vpc", tmp_path / "1.qed"
+    options = "subformat=fixed,force_size=on"
+    qemu.run("qemu-img", "create", "-q", "-f", "vpc", "-o", options, base, "1M")
+    os.truncate(base, (1 << 20) + 511)
+    shown = qemu.run("qemu-img", "info", "-f", "vpc", base).stdout
+    assert "virtual size: 1 MiB" in shown
+    qemu.create(path, 1 << 20, backing=base, backing_format="vpc")
+    assert main(["commit", str(path)]) == 17
+    assert "found the footer of a fixed VHD image at 1048576" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base_format", ["qed", "qcow2", "vpc"])
+def test_image_that_only_the_option_calls_raw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], base_format: str
+) -> None:
+    """The option does not let a commit write over the header of an image in the chain."""
+    base, top = tmp_path / "base", tmp_path / "top.qed"
+    qemu.create(base, 1 << 20, image_format=base_format)
+    qemu.create(top, 1 << 20, backing="base", backing_format=base_format)
+    qemu.io(top, "write -P 5 0 64K")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    name = {"qed": "QED", "vpc": "VHD"}.get(base_format, base_format)
+    rebase = ["rebase", "-u", "-b", "base", "-F", "raw", str(top)]
+    for target in ((), ("-b", "base")):
+        assert main(["commit", "--backing-format", "raw", *target, str(top)]) == 17
+        assert capsys.readouterr().err == (
+            f"qedimg: {base}: found a {name} image, expected raw "
+            f"(to write to the file all the same: {' '.join(['qedimg', *rebase])})\n"
+        )
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert main(rebase) == 0
+    assert main(["commit", "-q", str(top)]) == 0
+    assert base.read_bytes()[:65536] == b"\5" * 65536
 
 
 def test_fixed_vhd_declared_raw(tmp_path: Path) -> None:

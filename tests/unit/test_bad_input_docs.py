@@ -40,6 +40,10 @@ CLAIMED: Final = {
         "test_base_of_another_format",
     ),
     "found the footer of a fixed VHD": ("tests/toolbox/test_commit.py", "test_fixed_vhd"),
+    "found a QED image, expected raw": (
+        "tests/toolbox/test_commit.py",
+        "test_image_that_only_the_option_calls_raw",
+    ),
     "found no urllib3": (URLS, "test_library_for_web_servers_is_missing_or_too_old"),
     "found no obstore": (URLS, "test_library_for_stores_is_missing"),
     "found no such bucket": (URLS, "test_no_such_key_or_bucket"),

@@ -15,6 +15,8 @@ from qedfuse.errors import BackingError, ImageInUseError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.regular import identity_of
+from qedfuse.ondisk.constants import SECTOR
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
 from qedfuse.remote.address import require_local
 from qedfuse.text import printable
 from qedfuse.tools.common.writabledisk import open_writable
@@ -26,16 +28,15 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.disk.options import BackingPolicy, OpenOptions
-    from qedfuse.hostio.hostfile import Buffer
+    from qedfuse.hostio.hostfile import Buffer, HostFile
     from qedfuse.hostio.posixfile import PosixFile
     from qedfuse.ondisk.header import Header
 
 COPY_CHUNK_BYTES: Final = 1 << 20
 """Maximum number of bytes of one read from the source or one write to the base."""
 
-
-_VHD_FOOTER_BYTES: Final = 512
 _VHD_MAGIC: Final = b"conectix"
+"""The first bytes of the footer of a VHD image, which is its last sector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
     Raises:
         UsageError: The base is a URL, or an image that QEMU serves.
         BackingError: The overlay has no base, a base cannot be used, or the overlay's base is
-            refused by `refuse_fixed_vhd`.
+            refused by `refuse_image_as_raw`.
         ImageInUseError: Another file has taken the overlay's name.
         QedError: A file of the chain cannot be opened or read.
     """
@@ -174,37 +175,58 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
         bases = await open_bases(
             overlay.path, file, header, replace(options, lock=False), make_store(1 << 20)
         )
-    with closing_layers(bases):
-        refuse_foreign(bases[0])
-        await refuse_fixed_vhd(bases[0], header, options.backing)
-        base = cast("PosixFile", bases[0].file)
-        return BaseFile(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
+        with closing_layers(bases):
+            refuse_foreign(bases[0])
+            await refuse_image_as_raw(bases[0], file, header, options.backing, 1)
+            base = cast("PosixFile", bases[0].file)
+            return BaseFile(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
 
 
-async def refuse_fixed_vhd(base: Layer, header: Header, policy: BackingPolicy) -> None:
-    """Refuse a raw base that ends with the footer of a fixed VHD, unless it was declared raw.
+async def refuse_image_as_raw(
+    base: Layer, above: HostFile, header: Header, policy: BackingPolicy, depth: int
+) -> None:
+    """Refuse a raw base that has the magic of an image, unless the image above declares it raw.
 
-    The first bytes of a fixed VHD do not show its format, so it counts as raw.  But a commit that
-    makes it longer, or writes over the footer, would leave a file that no program reads as a VHD.
+    A commit writes the bytes of the guest's disk over the header or the footer of such an image,
+    after which no program can open it.
+
+    The first bytes of a fixed VHD do not show its format, so it counts as raw, and only its footer
+    is found here.  The policy's format applies to all bases.  So the user may have stated it for
+    another base of the chain, which this base would hide.
 
     Args:
         base: The base.
-        header: The header of the image that names the base; it may declare the base raw.
-        policy: The policy, which may declare all bases raw.
+        above: The file of the image that names the base.
+        header: The header of this image; it may declare the base raw.
+        policy: The policy, which may make all bases raw.
+        depth: Number of images over the base.
 
     Raises:
         BackingError: The base is refused.
-        HostError: The base cannot be read.
+        QedError: A file cannot be read.
     """
-    if not isinstance(base, RawLayer) or header.backing_is_raw or policy.format == "raw":
+    if not isinstance(base, RawLayer) or header.backing_is_raw:
         return
-    start = max(0, base.file.size() - _VHD_FOOTER_BYTES)
-    if (await base.file.pread(start, _VHD_FOOTER_BYTES)).startswith(_VHD_MAGIC):
-        msg = (
-            f"{base.file.name}: found the footer of a fixed VHD image at {start}, expected QED or "
-            "raw (backing_format=raw writes to the file all the same)"
-        )
-        raise BackingError(msg)
+    if policy.format == "raw":
+        start = await base.file.pread(0, SIGNATURE_BYTES)
+        found = "QED" if is_qed(start) else foreign_format(start)
+        if found is None:
+            return
+        found, expected, hint = f"a {found} image", "raw", None
+    else:
+        at = max(0, -(-base.file.size() // SECTOR) * SECTOR - SECTOR)
+        if not (await base.file.pread(at, SECTOR)).startswith(_VHD_MAGIC):
+            return
+        found, expected = f"the footer of a fixed VHD image at {at}", "QED or raw"
+        hint = "backing_format=raw" if depth == 1 else None
+    if hint is None:
+        name = printable(await read_backing_name(above, header))
+        hint = f"qedimg rebase -u -b {name} -F raw {above.name}"
+    msg = (
+        f"{base.file.name}: found {found}, expected {expected} (to write to the file all the same: "
+        f"{hint})"
+    )
+    raise BackingError(msg)
 
 
 @asynccontextmanager

@@ -17,7 +17,7 @@ from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
 from qedfuse.remote.address import require_local
 from qedfuse.text import printable
-from qedfuse.tools.editing.commitbase import BaseFile, refuse_fixed_vhd
+from qedfuse.tools.editing.commitbase import BaseFile, refuse_image_as_raw
 from qedfuse.tools.editing.ownextents import batch_starts, own_extents, refuse_bad
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ async def open_upper_images(
 
     Raises:
         UsageError: The base is a URL, or an image that QEMU serves.
-        BackingError: The chain has no such file, or cannot be used, or `refuse_fixed_vhd` refuses
-            the file.
+        BackingError: The chain has no such file, or cannot be used, or the file is refused by
+            `refuse_image_as_raw`.
         QedError: An image cannot be opened or locked.
     """
     lock = LockMode.READ if options.lock else None
@@ -154,7 +154,9 @@ async def open_upper_images(
             require_local(layers[depth - 1].file.path)
             refuse_foreign(layers[depth - 1])
             above = top if depth == 1 else cast("QedLayer", layers[depth - 2])
-            await refuse_fixed_vhd(layers[depth - 1], above.header, options.backing)
+            await refuse_image_as_raw(
+                layers[depth - 1], above.file, above.header, options.backing, depth
+            )
             found = cast("PosixFile", layers[depth - 1].file)
             is_raw = isinstance(layers[depth - 1], RawLayer)
             base_file = BaseFile(found.path, found.stat(), is_raw, depth)
