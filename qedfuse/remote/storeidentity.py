@@ -13,6 +13,7 @@ obstore itself reads the environment.  This module changes four things:
 from __future__ import annotations
 
 import configparser
+import errno
 import os
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -20,8 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qedfuse.remote.client import UnusableError
+from qedfuse.remote.keyservices import is_cloud_machine
 from qedfuse.remote.storevariables import (
+    AMAZON_DEFAULT_FILE,
     CONTAINER_VARIABLES,
+    GOOGLE_DEFAULT_FILE,
     GOOGLE_METADATA_VARIABLES,
     KEY_VARIABLES,
     STS_ENDPOINT_VARIABLES,
@@ -29,6 +33,7 @@ from qedfuse.remote.storevariables import (
     Variables,
     check_files,
     check_value,
+    expand_home,
 )
 from qedfuse.text import printable
 
@@ -39,16 +44,7 @@ if TYPE_CHECKING:
 
     from qedfuse.remote.client import ClientOptions
 
-_GOOGLE_DEFAULT_FILE: Final = "~/.config/gcloud/application_default_credentials.json"
-_CLOUD_MACHINES: Final = {
-    "s3": ("sys_vendor", "Amazon EC2"),
-    "gs": ("product_name", "Google Compute Engine"),
-    "az": ("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77"),
-}
-"""For each cloud a file in `_DMI`, and the content of the file on a machine of this cloud."""
 _CONTAINER_TOKEN_VARIABLES: Final = ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",)
-_DMI: Final = "/sys/class/dmi/id"
-"""The directory in which the kernel shows the identification that the firmware gives."""
 
 
 def add_s3_identity(
@@ -175,7 +171,7 @@ def add_identity(
                 )
                 raise UnusableError(msg)
         return True
-    if variables.first(names) or (scheme == "gs" and _expand_home(_GOOGLE_DEFAULT_FILE).is_file()):
+    if variables.first(names) or (scheme == "gs" and _has_google_file()):
         return True
     if _has_metadata_service(scheme, variables):
         return True
@@ -183,9 +179,10 @@ def add_identity(
     return False
 
 
-def _expand_home(path: str) -> Path:
-    """Return a path with the home directory, if there is one, in place of ``~``."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises without a home
+def _has_google_file() -> bool:
+    """Return whether there is the file with the key of the user of Google's tools."""
+    # Path.is_file raises an error if the home directory belongs to another user.
+    return os.path.isfile(expand_home(GOOGLE_DEFAULT_FILE))  # noqa: PTH113  see above
 
 
 def _has_metadata_service(scheme: str, variables: Variables) -> bool:
@@ -197,11 +194,7 @@ def _has_metadata_service(scheme: str, variables: Variables) -> bool:
             return True
     if scheme == "gs" and any(os.environ.get(name) for name in GOOGLE_METADATA_VARIABLES):
         return True
-    name, expected = _CLOUD_MACHINES[scheme]
-    try:
-        return Path(_DMI, name).read_text(encoding="utf-8").strip() == expected
-    except (OSError, UnicodeDecodeError):
-        return False
+    return is_cloud_machine(scheme)
 
 
 def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
@@ -209,16 +202,21 @@ def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
 
     A missing file is an error only if a variable names the file or a profile; a missing profile
     only if a variable names the profile.
+
+    Raises:
+        UnusableError: The file cannot be read.  A mount then keeps its last key, and does not go on
+            with unsigned requests.
     """
     named = variables.first(("AWS_SHARED_CREDENTIALS_FILE",))
     profile = variables.first(("AWS_PROFILE",))
-    path = _expand_home(named or "~/.aws/credentials")
+    path = Path(expand_home(named or AMAZON_DEFAULT_FILE))
     shown = printable(str(path))
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     try:
         parser.read_string(path.read_text(encoding="utf-8"))
     except OSError as error:
-        if named is None and profile is None:
+        is_missing = error.errno in {errno.ENOENT, errno.ENOTDIR}
+        if is_missing and named is None and profile is None:
             return "", "", ""
         msg = f"credentials: {shown}: {error.strerror}"
         raise UnusableError(msg) from error

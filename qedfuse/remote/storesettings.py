@@ -15,6 +15,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.client import UnusableError
+from qedfuse.remote.keyservices import is_cloud_machine
 from qedfuse.remote.storeerrors import Identity, panics_translated, translated
 from qedfuse.remote.storeidentity import add_identity, add_s3_identity
 from qedfuse.remote.storevariables import (
@@ -93,6 +94,7 @@ def make_store(
     Raises:
         UnusableError: The variables, or a file with credentials, configure no usable store.
     """
+    is_cloud_machine(address.scheme)  # found out even if the configuration is not valid yet
     variables = Variables(dict(options.credentials))
     check_variables(address.scheme, variables)
     prefix = _PREFIXES[address.scheme]

@@ -15,8 +15,12 @@ from qedfuse.remote.client import UnusableError
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
     from qedfuse.remote.client import ClientOptions
 
+AMAZON_DEFAULT_FILE: Final = "~/.aws/credentials"
+GOOGLE_DEFAULT_FILE: Final = "~/.config/gcloud/application_default_credentials.json"
 KEY_VARIABLES: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 ENDPOINT_VARIABLES: Final = {
     "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
@@ -67,6 +71,12 @@ GOOGLE_FILE_VARIABLES: Final = (
 """Variables with the name of a file that obstore reads when it makes a store."""
 GOOGLE_METADATA_VARIABLES: Final = ("GCE_METADATA_HOST", "GCE_METADATA_ROOT", "GCE_METADATA_IP")
 """Environment variables that name Google's metadata server, as a host with or without a port."""
+FILE_VARIABLES: Final = (
+    *("AWS_SHARED_CREDENTIALS_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE"),
+    *("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AZURE_FEDERATED_TOKEN_FILE"),
+    *GOOGLE_FILE_VARIABLES,
+)
+"""All variables with the name of a file that has a key or a token."""
 _WITH_LINES: Final = ("GOOGLE_SERVICE_ACCOUNT_KEY",)
 """Variables whose value may have several lines."""
 _CHECKED: Final = {
@@ -118,6 +128,23 @@ class Variables:
     def is_true(self, name: str) -> bool:
         """Return whether the value of a variable is 1, true, yes or on."""
         return (self.first((name,)) or "").lower() in {"1", "true", "yes", "on"}
+
+
+def expand_home(path: str) -> str:
+    """Return a path with the home directory, if there is one, in place of ``~``."""
+    return os.path.expanduser(path)  # noqa: PTH111  Path.expanduser raises without a home
+
+
+def key_files(variables: Variables, schemes: Collection[str]) -> Iterator[str]:
+    """Yield the files with keys or tokens that the stores of ``schemes`` may read."""
+    for name in FILE_VARIABLES:
+        path = variables.first((name,))
+        if path is not None:
+            yield expand_home(path) if name == "AWS_SHARED_CREDENTIALS_FILE" else path
+    if "s3" in schemes and not variables.first(("AWS_SHARED_CREDENTIALS_FILE",)):
+        yield expand_home(AMAZON_DEFAULT_FILE)
+    if "gs" in schemes:
+        yield expand_home(GOOGLE_DEFAULT_FILE)
 
 
 def find_store_id(scheme: str, variables: Variables) -> str:

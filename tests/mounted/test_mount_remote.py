@@ -575,6 +575,37 @@ def test_the_sandbox_lets_the_key_of_a_role_be_renewed(
             stop(mount)
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_sandbox_lets_the_key_of_amazons_tools_be_replaced(
+    server: WebServer,
+    content: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    linked: bool,
+) -> None:
+    """A mount whose key is refused reads the present one in ``~/.aws/credentials``."""
+    lines = "[default]\naws_access_key_id = {}\naws_secret_access_key = secret\n"
+    directory = tmp_path / "home" / ".aws"
+    directory.mkdir(parents=True)
+    file = tmp_path / "elsewhere" / "keys" if linked else directory / "credentials"
+    if linked:
+        file.parent.mkdir()
+        (directory / "credentials").symlink_to(file)
+    file.write_text(lines.format("KEY1"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+    server.required = "Credential=KEY1/"
+    with front("-r", "s3://images/disk.qed", tmp_path / "mnt") as mount:
+        mount.wait_for_sandbox()
+        file.unlink()
+        file.write_text(lines.format("KEY2"))
+        server.required = "Credential=KEY2/"
+        assert read(mount.mountpoint / "disk.raw", FAR) == content[FAR : FAR + BLOCK]
+        stop(mount)
+    assert all("Credential=" in text for text in server.authorizations)
+
+
 def test_an_overlay_remembers_its_base(
     server: WebServer, content: bytes, tmp_path: Path, mnt: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import RemoteError
+from qedfuse.remote.keyservices import _firmware_text
 from tests.support.keyservice import ROLE, SESSION, KeyService, giving_keys
 from tests.support.proxies import proxying
 from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
@@ -233,6 +234,59 @@ def test_complete_entry_without_a_key(role: Role, failure: str, tmp_path: Path) 
     with opened(role.url, tmp_path, deadlines=DEADLINES) as file:
         assert read(file, 0, len(CONTENT)) == CONTENT
     assert len(role.store.headers) == asked
+
+
+@pytest.fixture
+def firmware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give a directory in place of that with the identification of the machine."""
+    directory = tmp_path / "dmi"
+    directory.mkdir()
+    monkeypatch.setattr("qedfuse.remote.keyservices._DMI", str(directory))
+    _firmware_text.cache_clear()
+    yield directory
+    _firmware_text.cache_clear()
+
+
+def test_a_machine_is_identified_once(
+    firmware: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A refused key of a machine is replaced, although the sandbox hides what the machine is."""
+    vendor = firmware / "sys_vendor"
+    vendor.write_text("Amazon EC2\n")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with (
+        giving_keys() as service,
+        serving(CONTENT, certificate) as store,
+        proxying({f"{AMAZON}:443": store.port, "169.254.169.254": service.port}) as proxy,
+    ):
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        with opened("s3://images/disk.qed", tmp_path / "cache") as file:
+            vendor.unlink()
+            store.required = "Credential=KEY2/"
+            assert read(file, 0, len(CONTENT)) == CONTENT
+        assert all("Credential=KEY" in text for text in store.authorizations)
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_an_unreadable_file_of_amazons_tools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the file with the key cannot be read any more, requests are signed with the last key."""
+    file = tmp_path / "home/.aws/credentials"
+    file.parent.mkdir(parents=True)
+    file.write_text("[default]\naws_access_key_id = KEY1\naws_secret_access_key = secret\n")
+    with serving(CONTENT) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{store.port}")
+        with opened("s3://images/disk.qed", tmp_path / "cache") as file_on_server:
+            file.unlink()
+            file.mkdir()
+            store.faults.append("status 403")
+            assert read(file_on_server, 0, len(CONTENT)) == CONTENT
+        assert store.struck["status 403"] == 1
+        assert all("Credential=KEY1/" in text for text in store.authorizations)
+        with pytest.raises(RemoteError, match=r"\.aws/credentials: Is a directory"):
+            opened("s3://images/disk.qed", None).__enter__()
 
 
 CONTAINER_FILE: Final = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"

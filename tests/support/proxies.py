@@ -97,7 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         connection = http.client.HTTPConnection("127.0.0.1", port)
         try:
-            connection.request(self.command, url.path, headers=dict(self.headers))
+            target = url._replace(scheme="", netloc="").geturl()
+            connection.request(self.command, target, headers=dict(self.headers))
             answer = connection.getresponse()
             body = answer.read()
         finally:
@@ -108,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_HEAD = do_GET  # noqa: N815  a name of the base class
+    do_HEAD = do_PUT = do_GET  # noqa: N815  names of the base class
 
     def _port_of(self, host: str) -> int | None:
         """Return the port that serves a host; refuse the request and return None for others."""

@@ -28,6 +28,7 @@ SAFE_TO_SHARE: Final = {
     "qedfuse.nbd.export.urlsplit": "a cache of the standard library, with a lock",
     "qedfuse.remote.address.urlsplit": "a cache of the standard library, with a lock",
     "qedfuse.remote.connecting.RESOLVER": "has a lock",
+    "qedfuse.remote.keyservices._firmware_text": "a cache of the standard library, with a lock",
     "qedfuse.remote.resolver.RESOLVER": "has a lock",
     "qedfuse.util.portal._watcher": "has a lock",
     "qedfuse.check.fastcheck._load": "a cache of the standard library, of one value",

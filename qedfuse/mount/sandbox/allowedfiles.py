@@ -50,12 +50,6 @@ _CERTIFICATES: Final = (
     *("/usr/local/share/ca-certificates", "/usr/share/ssl", "/etc/crypto-policies"),
 )
 _CERTIFICATE_VARIABLES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
-_TOKEN_VARIABLES: Final = (
-    *("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"),
-    *("AZURE_FEDERATED_TOKEN_FILE", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT"),
-)
-"""Variables that name a file with a token.  Another program replaces the file before the token
-expires, and Landlock would not permit the new file.  So the whole directory may be read."""
 
 
 def system_files() -> Iterator[tuple[str, int]]:
@@ -88,5 +82,15 @@ def network_files(variables: Iterable[tuple[str, str]]) -> Iterator[tuple[str, i
         if name in _CERTIFICATE_VARIABLES:
             for path in value.split(":"):
                 yield path, READ
-        elif name in _TOKEN_VARIABLES:
-            yield os.path.dirname(os.path.abspath(value)), READ_FILE  # noqa: PTH100, PTH120  str paths
+
+
+def key_directories(files: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Yield the directories of files with keys or tokens, and the rights on them.
+
+    Another program replaces such a file before the key expires, and Landlock would not permit the
+    new file.  So the whole directory may be read.
+    """
+    for path in files:
+        # Kubernetes replaces the target of a symbolic link.
+        for found in (os.path.abspath(path), os.path.realpath(path)):  # noqa: PTH100  str paths
+            yield os.path.dirname(found), READ_FILE  # noqa: PTH120  str paths

@@ -31,6 +31,7 @@ class ServerNeeds:
         addresses: The addresses of the sources that are URLs, and the prefixes of the URLs that
             images may name as backing files.
         variables: The variables of the environment and of a file with credentials.
+        key_files: The files with keys or tokens that stores may read, which may be replaced.
         cache_directory: The directory of the cache for remote files; None for no cache.
         credentials_file: A file with credentials, which may be replaced during the mount; None for
             no such file.
@@ -45,6 +46,7 @@ class ServerNeeds:
     uses_servers: bool = False
     addresses: Sequence[Address] = ()
     variables: Sequence[tuple[str, str]] = field(default=(), repr=False)
+    key_files: Sequence[str] = ()
     cache_directory: str | None = None
     credentials_file: str | None = None
     socket_directory: int | None = None
@@ -82,14 +84,21 @@ def server_needs(
     )
     if not uses_servers:
         return needs
+    # Only remote files need this module.
+    from qedfuse.remote.storevariables import Variables, key_files  # noqa: PLC0415  see above
+
+    addresses = (
+        *(parse_address(source) for source in sources if is_url(source)),
+        *options.backing_urls,
+    )
     return replace(
         needs,
         uses_servers=True,
-        addresses=(
-            *(parse_address(source) for source in sources if is_url(source)),
-            *options.backing_urls,
-        ),
+        addresses=addresses,
         variables=(*os.environ.items(), *options.credentials),
+        key_files=tuple(
+            key_files(Variables(dict(options.credentials)), {each.scheme for each in addresses})
+        ),
         credentials_file=options.credentials_file,
         cache_directory=options.remote_cache_directory or _default_cache_directory(),
     )

@@ -128,6 +128,8 @@ class Sandbox:
         if needs.uses_servers:
             for path, rights in allowedfiles.network_files(needs.variables):
                 rules.try_allow_path(path, rights)
+            for path, rights in allowedfiles.key_directories(needs.key_files):
+                rules.try_allow_path(path, rights)
             for port in _ports(needs.addresses, needs.variables):
                 rules.allow_connect(port)
             if needs.credentials_file is not None:
