@@ -16,6 +16,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.client import UnusableError
 from qedfuse.remote.keyservices import is_cloud_machine
+from qedfuse.remote.proxies import check_proxies
 from qedfuse.remote.storeerrors import Identity, panics_translated, translated
 from qedfuse.remote.storeidentity import add_identity, add_s3_identity
 from qedfuse.remote.storevariables import (
@@ -92,9 +93,11 @@ def make_store(
             long upload goes on with the next key when a temporary one expires.
 
     Raises:
-        UnusableError: The variables, or a file with credentials, configure no usable store.
+        UnusableError: The variables, or a file with credentials, configure no usable store, or a
+            proxy of the environment cannot be used.
     """
     is_cloud_machine(address.scheme)  # found out even if the configuration is not valid yet
+    check_proxies()
     variables = Variables(dict(options.credentials))
     check_variables(address.scheme, variables)
     prefix = _PREFIXES[address.scheme]

@@ -2,7 +2,8 @@
 
 The connections are direct or lead through proxies.  The usual variables of the environment
 (``https_proxy``, ``http_proxy``, ``all_proxy``, ``no_proxy``) configure the proxies.  obstore, the
-library for object stores, reads the same variables.
+library for object stores, reads the same variables; `qedfuse.remote.proxies` refuses values that
+the two would not read alike.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from urllib3.exceptions import HTTPError
 
 from qedfuse.remote.client import UnusableError
 from qedfuse.remote.deadline import make_pool
+from qedfuse.remote.proxies import check_proxies, with_scheme
 
 if TYPE_CHECKING:
     import urllib3
@@ -41,7 +43,7 @@ class WebPools:
         host, or if the host is this machine.
 
         Raises:
-            UnusableError: The URL of the proxy cannot be used.
+            UnusableError: The proxies of the environment cannot be used; see `check_proxies`.
         """
         with self._lock:
             pool = self._pools.get((target.scheme, target.host))
@@ -52,13 +54,14 @@ class WebPools:
 
 def _make_pool(target: Address) -> urllib3.PoolManager:
     """Return a new pool for an address."""
-    is_direct = target.is_loopback or proxy_bypass(target.host)
-    proxies = {} if is_direct else getproxies()
-    variable = f"{target.scheme}_proxy" if proxies.get(target.scheme) else "all_proxy"
+    if target.is_loopback:
+        return make_pool(None, _MAX_KEPT_CONNECTIONS)
+    check_proxies()
+    proxies = {} if proxy_bypass(target.host) else getproxies()
     proxy = proxies.get(target.scheme) or proxies.get("all")
     try:
-        return make_pool(proxy or None, _MAX_KEPT_CONNECTIONS)
-    except (HTTPError, ValueError) as error:
-        # The message has no URL, because the URL of a proxy may contain a password.
-        msg = f"found a proxy in the environment that is not a usable URL ({variable})"
+        return make_pool(with_scheme(proxy) if proxy else None, _MAX_KEPT_CONNECTIONS)
+    except (HTTPError, ValueError) as error:  # for example a character that is not in Latin-1
+        # The message does not have the URL, which may contain a password.
+        msg = "proxy: found a URL in the environment that is not usable, expected another one"
         raise UnusableError(msg) from error

@@ -83,7 +83,9 @@ class Place:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """Give a server with an image, and a directory with a local image and an overlay over it."""
     for name in list(os.environ):
-        if name.startswith(("AWS_", "GOOGLE_", "AZURE_", "SSL_CERT")) or name.endswith("_proxy"):
+        if name.startswith(("AWS_", "GOOGLE_", "AZURE_", "SSL_CERT")) or name.lower().endswith(
+            "_proxy"
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -360,6 +362,19 @@ def test_refused_connection_of_a_store(place: Place) -> None:
     place.use_store()
     place.variables["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
     refused(place)
+
+
+def test_proxy_that_is_not_usable(place: Place) -> None:
+    """A proxy that a client would ignore is refused; its password is not shown."""
+    place.variables["ALL_PROXY"] = "socks5://me:hush@127.0.0.1:9"
+    place.url = "https://example.org/vm.qed"
+    refused(place)
+    place.use_store()
+    place.variables |= {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": ""}
+    refused(place)
+    place.variables |= {"ALL_PROXY": "", "https_proxy": "http://127.0.0.1:9", "REQUEST_METHOD": ""}
+    refused(place)
+    assert not place.server.authorizations
 
 
 def test_server_that_does_not_answer(place: Place) -> None:

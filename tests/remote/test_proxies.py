@@ -63,13 +63,117 @@ def test_a_proxy_of_the_environment_is_used(
         assert set(proxy.asked) == {host}
 
 
-def test_an_unusable_proxy_is_not_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy that the web client cannot use is an error, and no reason to connect directly."""
-    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
-    with pytest.raises(RemoteError) as caught, opened(f"https:{URLS['web']}", None):
+UNUSABLE: Final = {
+    "socks5://127.0.0.1:9",
+    "ftp://PROXY",
+    "http://",
+    "http:/PROXY",
+    "PROXY:x",
+    "http://:8080",
+    "http://127.0.0.1:99999",
+    "http://127.0.0.1:0",
+    " http://PROXY",
+    "http://PROXY ",
+    "http://PROXY/path",
+    "http://PROXY?query",
+    "http://user@PROXY",
+    "http://me too:hush@PROXY",
+    "http://me%to:hush@PROXY",
+    "http://user:hush@more@PROXY",
+    "http://\xfcser:hush@PROXY",
+    "http://127.0.0.\u0661:9",
+    "http://[::1:9",
+}
+
+
+@pytest.fixture(params=URLS)
+def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of an object on another machine, which no test reaches."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://{HOST}")
+    return URLS[request.param] if request.param == "s3" else f"https:{URLS[request.param]}"
+
+
+def refusal(url: str) -> str:
+    """Return the message of an opening that fails before any request."""
+    with pytest.raises(RemoteError) as caught, opened(url, None, deadlines=DEADLINES):
         pass
-    expected = "found a proxy in the environment that is not a usable URL (all_proxy)"
-    assert str(caught.value) == f"https:{URLS['web']}: {expected}"
+    message = str(caught.value)
+    assert message.startswith(f"{url}: proxy: found ")
+    assert "attempts" not in message
+    assert "hush" not in message
+    return message.removeprefix(f"{url}: ")
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
+@pytest.mark.parametrize("value", sorted(UNUSABLE))
+def test_an_unusable_proxy_is_not_passed_by(
+    url: str, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value that a client could ignore is refused, and no client connects directly."""
+    monkeypatch.setenv(variable, value.replace("PROXY", "127.0.0.1:9"))
+    assert refusal(url) == (
+        f"proxy: found {variable} in the environment that is not a usable URL, expected "
+        "http://HOST:PORT"
+    )
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "all_proxy", "no_proxy"])
+@pytest.mark.parametrize(("upper", "lower"), [("", "P"), ("P", ""), ("P", "Q")])
+def test_two_values_of_a_proxy(
+    url: str, variable: str, upper: str, lower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two spellings with two values are refused: each client would use another one."""
+    values = {"P": "http://127.0.0.1:9", "Q": "http://127.0.0.1:10", "": ""}
+    monkeypatch.setenv(variable.upper(), values[upper])
+    monkeypatch.setenv(variable, values[lower])
+    assert refusal(url) == (
+        f"proxy: found {variable.upper()} and {variable} in the environment, expected "
+        f"{variable.upper()} or {variable}, or both with one value"
+    )
+
+
+def test_a_proxy_in_mixed_case(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that only Python knows is refused."""
+    monkeypatch.setenv("Https_Proxy", "http://127.0.0.1:9")
+    assert refusal(url).startswith("proxy: found Https_Proxy in the environment, expected ")
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
+def test_a_proxy_beside_request_method(
+    url: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable with which obstore ignores all proxies is refused beside a proxy."""
+    monkeypatch.setenv("REQUEST_METHOD", "GET")
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    assert refusal(url).startswith(f"proxy: found REQUEST_METHOD beside {variable} in the ")
+
+
+@pytest.mark.parametrize("client", URLS)
+@pytest.mark.parametrize(
+    "form", ["http://{}", "http://{}/", "HTTP://{}", "{}", "http://me:p%40s@{}", "me:pass@{}"]
+)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_the_usable_forms_of_a_proxy(
+    client: str, form: str, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both clients use a proxy whose value is accepted, also beside a value that is not used.
+
+    With proxies for both schemes, the one for all schemes is not used, so it may have any value.
+    """
+    with serving(CONTENT) as server, proxying({HOST: server.port}) as proxy:
+        value = form.format(f"{host}:{proxy.port}")
+        for variable in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY"):
+            monkeypatch.setenv(variable, value)
+        monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{HOST}")
+        url = URLS[client] if client == "s3" else f"http:{URLS[client]}"
+        options = RemoteOptions(deadlines=DEADLINES, allow_http=True)
+        file = open_remote(parse_address(url), options)
+        try:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+        finally:
+            file.close()
+        assert set(proxy.asked) == {HOST}
 
 
 @pytest.mark.parametrize(
