@@ -106,8 +106,8 @@ async def open_disk_in(
     async with disk.serving():
         if disk.scan_is_short:
             # Until the scan has ended, the free clusters of the file are not known, so writes make
-            # the file longer.  After several crashes, it would have grown several times.  A short
-            # scan takes only milliseconds.
+            # the file longer.  If these writes did not wait for the scan, the file would grow after
+            # each crash.  A short scan takes only milliseconds.
             await disk.ensure_scanned()
         yield disk
 
@@ -134,7 +134,7 @@ async def _open_foreign_disk(
 async def _open_raw_disk(
     file: HostFile, options: OpenOptions, store: SliceStore, path: str
 ) -> AsyncIterator[Disk]:
-    """Open a disk that shows the bytes of a file, the base of an empty image in memory."""
+    """Open a disk that shows the bytes of a file: an empty image in memory, over the file."""
     top = EmptyImage(file)
     disk = Disk(top, top.header, [RawLayer(file)], options, store, path)
     async with disk.serving():

@@ -38,7 +38,7 @@ async def acquire(semaphore: trio.Semaphore) -> None:
 class InodeLock:
     """Counts the reasons for which a call in the event loop might wait for one inode's lock.
 
-    Only while ``contention`` is 0, the event loop itself changes the file.
+    The event loop itself changes the file only while ``contention`` is 0.
 
     A short write in a thread counts as contention, so several writers could keep each other in
     threads permanently.  Therefore, if short writes are the only contention, another short write

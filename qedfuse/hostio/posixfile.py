@@ -77,7 +77,7 @@ class PosixFile(PosixReader):
 
     @property
     def write_target(self) -> WriteTarget | None:
-        """What the extension needs to write; None if the file is not open for writing."""
+        """What the mount's extension in C needs to write; None if the file is not writable."""
         if not self.writable:
             return None
         return WriteTarget(self.fd, self._inode, self._is_short, self._record_write)

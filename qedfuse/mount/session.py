@@ -92,7 +92,7 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     mount.
 
     The process must not have a second thread.  Such a thread would not be protected from memory
-    pressure, and a lock that it holds during a fork would stay locked in the helper process.
+    pressure, and a lock that it holds during a fork would stay locked in the forked helpers.
 
     Args:
         request: The arguments of the mount.
@@ -144,8 +144,8 @@ class _Session:
             request: The arguments of the mount.
             ready: Called when the disks can be used.
             protection_failure: Why the process is not protected from memory pressure, or None.
-            launderer: The launderer; None if there is none.
-            unmounter: The unmounter; None if there is none.
+            launderer: The helper process that makes the kernel write back pages, or None.
+            unmounter: The helper process that unmounts; None if there is none.
         """
         self._request = request
         self._ready = ready
@@ -223,7 +223,7 @@ class _Session:
                 *(shown[0], mount.lock_name, signals, announcement, self._protection_failure)
             )
             if options.compact == "auto":
-                # Each disk limits only the time of its own compaction.
+                # This limits the time for all disks; each disk limits only its own compaction.
                 nursery.start_soon(_stop_compacting_after, disks, options.compact_seconds)
         _log.info("%s: unmounted; the images are closed", printable(request.mountpoint))
 

@@ -31,7 +31,7 @@ _LONG_READ_BYTES: Final = 1 << 16
 
 
 class _TimedSocket(io.RawIOBase):
-    """The reading end of a socket, whose timeout limits all reads together."""
+    """Reads from a socket; the socket's timeout limits all reads together."""
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
         self._sock = sock
@@ -61,8 +61,8 @@ class _TimedSocket(io.RawIOBase):
     def _read_all(self, buffer: Buffer, seconds: float) -> int:
         """Fill ``buffer`` with one system call; return the number of bytes.
 
-        The number is smaller than the buffer if the stream ends, or the time runs out.  A call for
-        each packet would be slower, because each must take the GIL again.
+        The number is smaller than the buffer if the stream ends, or the time runs out after some
+        bytes.  A call for each packet would be slower, because each must take the GIL again.
         """
         # SO_RCVTIMEO limits the call as a whole, but only on a blocking socket.
         self._sock.settimeout(None)

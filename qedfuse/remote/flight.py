@@ -32,7 +32,7 @@ class Flight:
             only units that are ready for reads from the page cache (`UnitStore.ready`) can be
             missing.
         is_wanted: Whether a reader waits, or has waited, for the flight.
-        continues: Whether one request may fetch the flight together with the one before it.
+        continues: Whether one request may fetch the flight together with the preceding flight.
         is_brief: Whether failed fetches are repeated for a short time only, because a reader of one
             of the units has just waited for the server without success.
     """
@@ -54,7 +54,7 @@ class Flight:
         Args:
             first: The first unit.
             last: The last unit.
-            name: The name of the object.
+            name: The name of the remote file, for messages.
             max_seconds: How long a reader waits at most, even if no thread takes the flight.
             max_brief_seconds: The same limit for a brief flight (`is_brief`).
             ensure_thread: Called every `_POLL_SECONDS` while a reader waits.

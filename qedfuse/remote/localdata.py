@@ -1,8 +1,8 @@
 """Reads of a remote file's local copy from the page cache, without comparing checksums.
 
-The copy is the data file of an entry of the cache for remote files.  A unit becomes ready when this
-process has fetched and stored it, or has read it from the disk and compared it with its checksum
-(`UnitFile.load`).  From then on, this module reads the unit.  When the page cache has lost a page,
+The copy is the data file of an entry of the cache for remote files.  A unit (a part of the file)
+becomes ready when this process has fetched and stored it, or has read it from the disk and compared
+it with its checksum (`UnitFile.load`).  From then on, this module reads the unit.  When the page cache has lost a page,
 the disk may return other bytes, because bits have flipped or a write has failed.  So this module
 must read only what is in the page cache.
 
@@ -15,9 +15,9 @@ remedy:
   readahead is off (`UnitFile`).
 - The kernel returns zeros for a hole of the file without reading from the disk, and a failed write
   can leave a hole.  So a block of zeros counts as a miss, unless the block is known to be zeros in
-  the object (`ZeroBlocks`).
+  the remote file (`ZeroBlocks`).
 - Another program may have truncated the file.  A later write makes it longer again, with a hole,
-  but never as long as it was (`qedfuse.remote.sharing`).  So the length is checked before and after
+  but not as long as it was (`qedfuse.remote.sharing`).  So the length is checked before and after
   the read.
 
 By these rules a miss in one process brings no unchecked bytes into the page cache, where another
@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 class LocalData:
     """The data file of an entry of the cache, open for reading.
 
-    The object has a duplicate of the entry's descriptor, because the fetcher closes a damaged
-    entry.  Threads may read concurrently.  After `close`, the duplicate is closed when the last
+    This class has a duplicate of the entry's descriptor, because a damaged entry is closed while
+    reads may still run.  Threads may read concurrently.  After `close`, the duplicate is closed when the last
     read has returned.
 
     Attributes:
@@ -100,8 +100,8 @@ class LocalData:
 
         Args:
             ready: Which units may be read; see `UnitStore.ready`.
-            zeros: The blocks of the object that are known to be zeros.
-            content_bytes: The length of the object in bytes.
+            zeros: The blocks of the remote file that are known to be zeros.
+            content_bytes: The length of the remote file in bytes.
             forget: Called with the first and the last unit of a read that failed.
         """
         if not self.is_readable:
@@ -116,7 +116,7 @@ class LocalData:
     def try_read(self, offset: int, view: memoryview, zeros: ZeroBlocks) -> bool:
         """Fill ``view`` from the page cache; return whether that succeeded.
 
-        ``zeros`` has the blocks of the object that are known to be zeros.
+        ``zeros`` has the blocks of the remote file that are known to be zeros.
 
         Returns False if a byte is not in the page cache or may be in a hole, if the file system
         does not support such reads, or if the file was truncated or closed.  The content of

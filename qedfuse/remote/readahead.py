@@ -59,7 +59,7 @@ class ReadAhead:
 
         The window is the number of units to fetch after ``last``: 0 for the first read of a reader,
         and 1 for the second.  It doubles with each read that ends in a later unit, up to
-        ``max_units``.  Until the reader has read 32 units in sequence, the maximum is 32.
+        ``max_units``.  Until the reader has read more than 32 units, the maximum is 32.
         """
         found = [stream for stream in self._streams if stream.is_continued_by(first, last)]
         if found:
@@ -82,8 +82,8 @@ class ReadAhead:
         """Record that the units ``first`` to ``last`` are fetched ahead of the latest reader.
 
         Returns the marker: a unit between ``first`` and ``last``.  The caller must not let the
-        marker become ready until a reader needs it.  Then the extension cannot answer this read, so
-        the read is recorded.
+        marker become ready until a reader needs it.  So the extension cannot answer the read that
+        needs the marker, and this read is recorded.
         """
         stream = self._streams[-1]
         stream.marker = max(first, last - stream.window // 2)

@@ -1,8 +1,8 @@
 """Creating an empty image, for the toolbox, the mount and the Python API.
 
-The image has a temporary name until it is complete and durable.  So the final name always refers to
-the old file, to no file, or to a complete image.  Only on a file system without hard links may it
-refer to an empty file for a moment (`NewFile`).
+The image has a temporary name until it is complete and durable.  So the final name refers to the
+old file, to no file, or to a complete image.  There is one exception: on a file system without hard
+links it may refer to an empty file for a moment (`NewFile`).
 """
 
 from __future__ import annotations

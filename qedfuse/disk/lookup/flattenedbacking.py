@@ -1,7 +1,7 @@
 """The backing chain flattened: for each cluster of the top image, which base holds its data.
 
 Backing files do not change while the disk is open.  So all layers below the top image are merged
-once for each slice of its L2 tables.  Lookups then take the same time however long the chain is.
+once for each slice (part) of the top image's L2 tables.  Lookups then take the same time however long the chain is.
 The result is an array with one code for each cluster of the slice:
 
     MIXED                  each read must look the cluster up layer by layer: it is not one run in
@@ -151,7 +151,8 @@ async def _codes_of_layer(
         return starts | np.uint64(depth + _DEPTH_BIAS)
     found = await _clusters_of_image(layer, starts, size)
     is_data = _is_offset(found)
-    # A cluster that the end of the file cuts short is `MIXED`, so the layer reports it as bad.
+    # A cluster that the end of the file cuts short is `MIXED`.  So reads look it up in the layer,
+    # which reports it as bad.
     whole = found + np.uint64(size) <= layer.file.size()
     codes = np.where(whole, found | np.uint64(depth + _DEPTH_BIAS), np.uint64(MIXED))
     return np.where(is_data, codes, found)

@@ -3,8 +3,8 @@
 Without precautions, three things could be read in the added range instead of zeros:
 
 - Bytes past the end of the disk in its last cluster.  These bytes are overwritten with zeros.
-- Clusters to which table entries past the end of the disk refer.  Growing is refused; if the user
-  has forced it, the clusters are deallocated.  A bad entry is refused even then.
+- Clusters to which table entries past the end of the disk refer.  By default growing is refused
+  then.  With ``force`` the clusters are deallocated, and only a bad entry is refused.
 - Data of a base that is longer than the disk.  Zero clusters hide it.
 """
 

@@ -2,7 +2,7 @@
 
 The owner of a cluster is the table entry, or the part of the header, that refers to it.  A file of
 up to `MAX_BITMAP_CLUSTERS` clusters gets a bitmap, for which the kernel allocates memory only where
-bits are set.  A sparse file can have 2^51 clusters.  For such a file the numbers of the owned
+bits are set.  A larger file is sparse, with up to 2^51 clusters.  For it the numbers of the owned
 clusters are kept in sorted arrays, at most `MAX_LISTED_CLUSTERS` of them.
 """
 
@@ -125,7 +125,9 @@ class OwnerBitmap:
             raise NeedsCheckError(msg)
 
     def claim_range(self, first: int, last: int) -> None:
-        """Give an owner to the clusters from ``first`` to ``last``, exclusive, within the file.
+        """Give an owner to the clusters from ``first`` to ``last``, exclusive.
+
+        Clusters past the end of the file are ignored.
 
         Raises:
             NeedsCheckError: As for `claim`, but clusters that have an owner already count twice.

@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 _MAX_HOLE_QUERIES_CLUSTERS: Final = 1 << 18
 """Up to this number of free clusters, `Reclaim` asks the host which of them are holes.
 
-For more clusters the queries would take seconds at each close.  So if the file takes up no more
-space than its used clusters, all free clusters are assumed to be holes.
+With more free clusters, the queries would take seconds at each close.  So all of them are assumed
+to be holes if the file takes up no more space than its used clusters.
 """
 
 _SHORT_SCAN_BYTES: Final = 8 << 20
@@ -137,7 +137,7 @@ class Scan:
         return ScanStatistics(state, len(self._tables), self._scanned_tables, self._loaded_slices)
 
     async def before_table_change(self) -> None:
-        """Start the scan if it is postponed; wait for its end if it is short.
+        """If the scan was postponed, start it, and wait for its end if it is short.
 
         A long scan continues in the background.  Until it ends, the file grows (within its bound)
         for new clusters.

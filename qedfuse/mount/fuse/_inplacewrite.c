@@ -2,15 +2,17 @@
  * Carries out some writes without the Python code of the fast path (disk/datapath/fastpath.py):
  * those that change no table, because their range is allocated in the top image as one run.  There
  * are further conditions: the slice (part) of the table that locates the run is in memory, the
- * write is short (InlinePolicy), no thread is changing the file (InodeLock), and the image needs no
- * preparation before the write (FirstWriteGuard).
+ * write is short (InlinePolicy), no thread is changing the file (InodeLock), the image needs no
+ * preparation before the write (FirstWriteGuard), and no error has made the disk read-only
+ * (MetadataWriteback).
  *
  * GuestChanges.try_write and InlinePolicy.can_write_inline check these conditions, too.  The range
  * is found and the conditions are checked in one step, with the GIL held.  The GIL is released
- * during the write itself; only the thread of the event loop changes tables.
+ * during the write itself.  The run stays valid meanwhile, because only this thread, which runs the
+ * event loop, changes tables.
  *
- * Every other write, and one that fails here or ends early, goes to the Python function for writes
- * (_dataops.c), which writes the whole range again.
+ * Every other write goes to the Python function for writes (_dataops.c).  If a write fails here or
+ * ends early, that function writes the whole range anew.
  */
 
 #include "_extraops.h"

@@ -36,7 +36,7 @@ class FastRequests:
         return self.disks.get(handle & FAST_LOOKUP_MASK)
 
     def read(self, handle: int, offset: int, size: int) -> memoryview | None:
-        """Read ``size`` bytes at guest offset ``offset``; return None if the read would wait.
+        """Read ``size`` bytes at guest offset ``offset``; return None if that would wait or fails.
 
         Also returns None for a read that is empty or goes past the end of the disk.  The next call
         of any method may overwrite the result.

@@ -54,7 +54,7 @@ class Launderer(HelperProcess):
 
     The first message is one byte with the descriptor of the connection to the kernel (SCM_RIGHTS),
     and gets no answer.  Each further message is one notification, which is answered with an
-    `ANSWER`.  The server must wait for the answer before it sends the next one.
+    `ANSWER`.  The server must wait for the answer before it sends the next notification.
     """
 
     def __init__(self) -> None:

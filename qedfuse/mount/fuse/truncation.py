@@ -4,8 +4,8 @@ The kernel sends both as a SETATTR request with the new size, because
 `qedfuse.mount.fuse.fuseinit` removes the feature FUSE_ATOMIC_O_TRUNC.
 
 - A larger size grows the disk if the option ``growable`` is set.
-- A smaller size is refused by default, because the old data would stay.  A program that has
-  truncated a file expects zeros past the new end, and does not write them.
+- A smaller size is refused by default.  A program that has truncated a file does not write the
+  zeros that it expects past the new end, so the old data of the disk would stay there.
 - With ``truncate=zero`` a smaller size zeroes the range from this size to the end of the disk, as a
   discard does, and the disk keeps its size.
 

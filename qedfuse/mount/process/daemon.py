@@ -128,8 +128,8 @@ def _be_child(
         def ready() -> None:
             # If the child kept its inherited descriptors, a program that waits for the end of an
             # inherited pipe, or for an inherited lock, would wait as long as the child runs.  They
-            # are not closed earlier, because the user may have named a source or the pid file by
-            # one (/dev/fd/N).
+            # are not closed earlier, because one of them may be what the user has named as a source
+            # or as the pid file (/dev/fd/N).
             discard_standard_streams()
             close_descriptors(inherited)
             try:

@@ -32,7 +32,7 @@ SIGNAL: Final = signal.SIGRTMAX - 5
 """The signal that makes a thread give up its rights; ``_iopool.c`` has the same number."""
 
 _INTERFACE: Final = 1
-"""The interface number of the extension."""
+"""The interface number of the extension ``_threads``."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -78,8 +78,8 @@ def may_have_capabilities() -> bool:
 def removing_needs_override(directory: int) -> bool:
     """Return whether removing a file from an open directory can need CAP_DAC_OVERRIDE.
 
-    It can if the owner may not write, and in every directory of another user: there an access
-    control list can forbid what the permission bits allow.
+    It can if the directory belongs to another user, because an access control list can forbid what
+    the permission bits allow.  It can also if the permission bits forbid the owner to write.
     """
     try:
         status = os.fstat(directory)

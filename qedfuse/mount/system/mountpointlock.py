@@ -7,8 +7,9 @@ The lock is a socket bound to an abstract name (unix(7)) with the device number 
 mountpoint.  The name is the same for all users, and for all paths that lead to the mountpoint.  The
 kernel frees the name when the process ends.
 
-A process in another network namespace can hold a lock of the same name.  And any user can keep the
-name, so a process waits only for a limited time, and then mounts without the lock.  Therefore the
+Each network namespace has its own abstract names, so processes in two of them can hold the lock
+concurrently.  And any user can keep the name, so a process waits only for a limited time, and then
+mounts without the lock.  Therefore the
 caller must search the mount table after the mount (`find_new_mount`, `refuse_to_cover`), and undo a
 mount that covers another mount of qedfuse.
 """

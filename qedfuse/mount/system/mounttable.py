@@ -110,7 +110,7 @@ def find_mount(mountpoint: str) -> MountEntry | None:
 
 
 def find_qedfuse_mount(mountpoint: str) -> MountEntry:
-    """Return the mount of qedfuse on a path; the topmost counts.
+    """Return the topmost mount on a path, which must be a mount of qedfuse.
 
     Raises:
         MountpointError: Nothing is mounted on the path, or the topmost mount is not of qedfuse.

@@ -1,6 +1,6 @@
 """The socket beside the record of a mount, from which a program reads the mount's statistics.
 
-A server sends one JSON document on each connection, and closes the connection.  The socket lies
+The server sends one JSON document on each connection, and closes the connection.  The socket lies
 beside the mount record, and has the name of the record followed by `STATISTICS_SUFFIX`.  Its mode
 admits only the user of the server and root.
 """
@@ -114,7 +114,7 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes:
 def peer_user(connection: socket.socket | trio.socket.SocketType) -> int:
     """Return the uid of the peer of a connection.
 
-    The uid is that at the time of connect(2) for a client, and of listen(2) for a server.
+    A peer that is a client has the uid of its connect(2), and a server that of its listen(2).
 
     Raises:
         OSError: The socket was closed, or a system call failed.

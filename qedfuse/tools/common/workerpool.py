@@ -67,7 +67,7 @@ class WorkerPool(Generic[T]):
         """Call one of the workers with each item.
 
         After an exception or a cancellation, each thread finishes the item that it has taken and
-        takes no further item.  The exceptions of several workers are raised as a group.
+        takes no further item.  If several workers raise, `background_tasks` says what is raised.
         """
         for first in items:
             # This block runs at most once, because the threads take all items after the first one.
@@ -91,5 +91,5 @@ class WorkerPool(Generic[T]):
             try:
                 worker(item, ticket)
             finally:
-                # If a worker has not finished its ticket, those of later items would wait forever.
+                # A worker that raises may not have finished its ticket, for which the next one waits.
                 ticket.finish()

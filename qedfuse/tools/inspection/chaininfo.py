@@ -42,7 +42,7 @@ async def describe_any(
         options: How to open the file; None for the defaults.
 
     Raises:
-        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or the file is a
+        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or ``path`` is a
             URL of an image in another format than QED and raw.
         ForeignError: The file is of a format that QEMU reads, and QEMU fails or is missing.
         QedError: The file cannot be opened, locked or read.
@@ -73,7 +73,7 @@ async def describe_chain(
         options: How to open the image, and which bases are allowed; None for the defaults.
 
     Raises:
-        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or the file is a URL
+        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or ``path`` is a URL
             of an image in another format than QED and raw.
         ForeignError: The file is of a format that QEMU reads, and QEMU fails or is missing.
         BackingError: A base is missing or refused, or has a format that the policy forbids, or the

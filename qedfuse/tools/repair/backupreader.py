@@ -37,8 +37,8 @@ class BackupReader:
         """Open a backup and examine all of it; the caller must call `close`.
 
         The first range must be the header.  The others must lie after the header, not overlap, and
-        consist of whole entries.  Only a range that ended with the image before the repair may end
-        within an entry.
+        consist of whole entries.  Only the range at the end of the old image may end within an
+        entry.
 
         Raises:
             UsageError: The file is not a backup, or is damaged or not complete.
