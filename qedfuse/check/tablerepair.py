@@ -114,7 +114,7 @@ class TableRepair:
     def _record_bad_l1_entries(self, code: Code, first: int, _values: Values, mask: Mask) -> None:
         """Record the L1 entries of ``mask`` as invalid, and the ranges that are lost with them.
 
-        ``first`` is the index of the first entry of the slice.
+        ``first`` is the L1 index of the first entry in ``mask``.
 
         Raises:
             NeedsCheckError: There are too many invalid entries.

@@ -4,8 +4,8 @@ While such a call waits for the host's disk, or for the lock of an inode, the ev
 other requests.  A native thread (`NativeCalls`) makes the call, or a thread of trio (`ThreadCalls`)
 if the C extension was not built or ``QEDFUSE_HOST_CALLS`` is ``threads``.
 
-For short reads a mount has a third way, a queue of the kernel (``mount/fuse/_queuedread.c``),
-unless the variable is ``threads`` or ``native``.
+For short reads a mount has a third way, io_uring (``mount/fuse/_queuedread.c``), unless the
+variable is ``threads`` or ``native``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HOST_CALLS_VARIABLE: Final = "QEDFUSE_HOST_CALLS"
 THREADS: Final = "threads"
 """Value: threads of trio make all calls."""
 NATIVE: Final = "native"
-"""Value: no queue of the kernel is used, so native threads also make a mount's short reads."""
+"""Value: io_uring is not used, so native threads also make a mount's short reads."""
 
 
 class HostCalls(Protocol):
@@ -43,7 +43,7 @@ class HostCalls(Protocol):
 
     @property
     def retries_reads(self) -> bool:
-        """Whether `NowaitRetry` retries a read that misses the page cache before a thread reads."""
+        """Whether a read that misses the page cache is retried before a thread makes it."""
 
     @property
     def can_start_reads(self) -> bool:

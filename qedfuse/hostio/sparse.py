@@ -47,7 +47,8 @@ def seek(fd: int, offset: int, whence: int) -> int | None:
 def data_slices(fd: int, table_offset: int, length: int) -> Iterator[int]:
     """Yield the file offsets of those slices of a table that hold data; skip the holes.
 
-    A slice is a part of `SLICE_BYTES` bytes.  For asynchronous code there is `qedfuse.hostio.tablewalk.DataSlices`.
+    A slice is a part of `SLICE_BYTES` bytes.  For asynchronous code there is
+    `qedfuse.hostio.tablewalk.DataSlices`.
 
     Args:
         fd: The image.

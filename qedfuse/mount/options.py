@@ -64,8 +64,8 @@ class MountOptions:
         remote_connect_seconds: Maximum time in seconds to connect to a server.
         remote_attempt_seconds: Maximum time in seconds of one attempt.
         allow_http: Whether URLs with ``http://`` may name other machines than this one.
-        allow_unpinned: Whether to read an object for which the server sends neither a strong ETag
-            nor a time of modification.
+        allow_unpinned: Whether to read a file for which the server sends neither a strong ETag nor
+            a time of modification.
         credentials_file: A file with credentials for servers; None for no file.
         credentials: The content of ``credentials_file``; empty before `with_credentials`.
         prefetch: ``all`` to fetch all data of the disks, while no reader waits for other data;

@@ -149,7 +149,7 @@ class Server:
         Args:
             source: The source that the mount table shows.
             lock_name: The name of the mountpoint's lock; None to mount without the lock.
-            signals: Passes signals to the shutdown while the disks are served.  Later a signal
+            signals: Passes signals to `Shutdown` while the disks are served.  Later a signal
                 stops the compaction of images, which may run when the disks are closed.
             announcement: Announces the mount to other processes.
             protection_failure: Why the process is not protected from memory pressure, for the

@@ -171,8 +171,8 @@ async def _logical(
     """Yield the logical partitions in an extended partition.
 
     Each record has an entry for one logical partition, relative to this record, and an entry for
-    the next record, relative to the extended partition.  An error is added to ``problems``, and
-    ends the iteration.
+    the next record, relative to the extended partition.  Errors are added to ``problems``.  An
+    error in the chain of records, or a partition number that is too high, ends the iteration.
     """
     sector = extended.start
     seen: set[int] = set()

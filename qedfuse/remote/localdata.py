@@ -2,9 +2,9 @@
 
 The copy is the data file of an entry of the cache for remote files.  A unit (a part of the file)
 becomes ready when this process has fetched and stored it, or has read it from the disk and compared
-it with its checksum (`UnitFile.load`).  From then on, this module reads the unit.  When the page cache has lost a page,
-the disk may return other bytes, because bits have flipped or a write has failed.  So this module
-must read only what is in the page cache.
+it with its checksum (`UnitFile.load`).  From then on, this module reads the unit.  When the page
+cache has lost a page, the disk may return other bytes, because bits have flipped or a write has
+failed.  So this module must read only what is in the page cache.
 
 A read with ``RWF_NOWAIT`` alone would not ensure that.  There are three dangers, each with its
 remedy:
@@ -56,8 +56,8 @@ class LocalData:
     """The data file of an entry of the cache, open for reading.
 
     This class has a duplicate of the entry's descriptor, because a damaged entry is closed while
-    reads may still run.  Threads may read concurrently.  After `close`, the duplicate is closed when the last
-    read has returned.
+    reads may still run.  Threads may read concurrently.  After `close`, the duplicate is closed when
+    the last read has returned.
 
     Attributes:
         is_readable: Whether the page cache is read.  False if calls may wait for a server (NFS,

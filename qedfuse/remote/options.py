@@ -43,7 +43,7 @@ class Deadlines:
 
     @classmethod
     def limited(cls, connect_seconds: float, attempt_seconds: float, total_seconds: float) -> Self:
-        """Return the given times; a time that exceeds the one after it is reduced to that one."""
+        """Return the given times, none greater than the next: a greater one is reduced."""
         attempt_seconds = min(attempt_seconds, total_seconds)
         return cls(min(connect_seconds, attempt_seconds), attempt_seconds, total_seconds)
 
@@ -57,8 +57,8 @@ class RemoteOptions:
         cache_bytes: Maximum disk space of the cache; None for no maximum.
         deadlines: How long to wait for a server.
         allow_http: Whether ``http://`` is allowed to other machines.
-        allow_unpinned: Whether to read an object whose version the server does not report.  A
-            change of such an object is noticed only if the size changes.
+        allow_unpinned: Whether to read a file whose version the server does not report.  A change
+            of such a file is noticed only if the size changes.
         allowed: The prefixes of the URLs that images may name as backing files, and to which web
             servers may redirect.
         credentials: Name and value of each variable in the credentials file.  They take precedence

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 _INTERFACE: Final = 1
-"""The interface number of the extension."""
+"""The interface number of the extension ``_crc32``."""
 
 # None if the extension is not installed, or if the processor lacks the instructions that it uses.
 _extension = try_import_extension("qedfuse.remote._crc32", _INTERFACE)

@@ -38,7 +38,7 @@ def qedimg() -> Program:
                 operands=operands_of(parser),
                 description=module.DESCRIPTION,
                 example=module.EXAMPLE,
-                # The page lists the usual codes once for all commands.
+                # The man page lists the usual codes once for all commands.
                 exit_codes={} if codes is qedimg_main.EXIT_CODES else codes,
             )
         )

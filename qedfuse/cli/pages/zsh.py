@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 _ACTIONS: Final = {"file": "_files", "directory": "_files -/", "mount-options": "_mount_options"}
-"""The action for each kind of value that zsh completes; words for a value take precedence."""
+"""The action for each kind of value that zsh completes; `Value.words` take precedence."""
 
 
 def script(program: Program) -> str:

@@ -38,7 +38,7 @@ class Chain:
     ) -> None:
         """Show open layers as one disk; for the arguments see the attributes of the class.
 
-        If the base is missing, reading an unallocated range raises BackingError.
+        With ``lacks_base``, reading an unallocated range raises BackingError.
         """
         self.layers = layers
         self.flattened = flattened
@@ -91,7 +91,7 @@ class Chain:
         return joined(result)
 
     async def _walk(self, start: int, end: int) -> list[Extent]:
-        """Look up a range below the top image layer by layer; the extents are in no order."""
+        """Look up a range in the bases, one after another; the extents are not sorted."""
         result, missing = await self._descend(start, end, 1)
         bottom = len(self.layers) - 1
         result += [Extent(Kind.ZERO, first, last - first, depth=bottom) for first, last in missing]
@@ -102,7 +102,7 @@ class Chain:
     ) -> tuple[list[Extent], list[tuple[int, int]]]:
         """Look up a range in the layers from ``depth`` down; stop where a layer has allocated it.
 
-        Returns the extents, in no order, and the ranges (start and end) that no layer has
+        Returns the extents, not sorted, and the ranges (start and end) that no layer has
         allocated.
         """
         result: list[Extent] = []

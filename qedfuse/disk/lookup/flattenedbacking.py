@@ -1,8 +1,8 @@
 """The backing chain flattened: for each cluster of the top image, which base holds its data.
 
 Backing files do not change while the disk is open.  So all layers below the top image are merged
-once for each slice (part) of the top image's L2 tables.  Lookups then take the same time however long the chain is.
-The result is an array with one code for each cluster of the slice:
+once for each slice (part) of the top image's L2 tables.  Lookups then take the same time however
+long the chain is.  The result is an array with one code for each cluster of the slice:
 
     MIXED                  each read must look the cluster up layer by layer: it is not one run in
                            one layer, or is bad, or a base has too many entries for the slice

@@ -67,7 +67,7 @@ class Allocator:
             they are holes already.
         tail_is_free: Whether free clusters at the end of the file wait to be cut off.
         handed_out: How many clusters have been handed out so far, for data and for tables.
-        scan_complete: Whether the scan has ended; until then few free clusters are known, or none.
+        scan_complete: Whether the scan has succeeded; before, few free clusters are known, or none.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class Allocator:
         if found is not None:
             return found
         end, table = self.end >> self._bits, self.free.table_clusters
-        # The table must not lie across the border of two blocks of `FreeMap`.  If a crash lost it,
-        # its clusters would not count as a slot there.
+        # A table at the end of the file must not lie across the border of two blocks of `FreeMap`.
+        # If a crash lost it, its clusters would not count as a slot there.
         if (end + self.free.alignment) % BLOCK_CLUSTERS > BLOCK_CLUSTERS - table:
             end += -(end + self.free.alignment) % BLOCK_CLUSTERS
         if end + table > self.bound >> self._bits:
@@ -282,7 +282,7 @@ class Allocator:
         self.maybe_holes.add_block(block, bits & ~holes)
 
     def finish_scan(self, *, all_holes: bool = False) -> None:
-        """Note that the scan has ended; if ``all_holes``, nothing that it found is punched."""
+        """Note that the scan has succeeded; if ``all_holes``, nothing that it found is punched."""
         if all_holes:
             self.maybe_holes = self.free.empty_like()
         self.scan_complete = True

@@ -108,7 +108,7 @@ class Attributes:
     def _common(self, inode: int, mode: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
         """Return attributes without the size, the blocks and the number of links.
 
-        ``status`` is that of the image file whose times the file gets.
+        ``status`` is that of the image file whose times are shown.
         """
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode

@@ -75,7 +75,7 @@ class SizeFixup:
                 except (OSError, HostError) as error:  # HostError: no thread can be started
                     _log.debug("%s: cannot correct the size: %s", exported.disk.name, error)
                 # After a cancellation, the thread may still truncate the file.  Then ``fixup_size``
-                # keeps its value: with -1, `Truncation` would take this for a user's request.
+                # keeps its value: with -1, `Truncation` would take the request for a user's.
                 exported.fixup_size = -1
 
     def _correct(self, path: bytes, st_dev: int, size: int) -> None:
@@ -93,7 +93,7 @@ class SizeFixup:
                 # With the write-back cache, fstat(2) returns the cached size, which is then right.
                 # Without it, fstat(2) returns the server's size, but the kernel may not have cached
                 # this size while other requests were in progress.  It always caches the size in the
-                # reply to chmod(2).  A truncation would do so, too, but until it has ended the
+                # reply to chmod(2), and to a truncation.  But until a truncation has ended, the
                 # kernel ignores the size in all other replies.
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))  # noqa: PTH101
                 return

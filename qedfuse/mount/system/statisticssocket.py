@@ -114,7 +114,7 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes:
 def peer_user(connection: socket.socket | trio.socket.SocketType) -> int:
     """Return the uid of the peer of a connection.
 
-    A peer that is a client has the uid of its connect(2), and a server that of its listen(2).
+    The uid of a client is the one that it had at connect(2), and that of a server at listen(2).
 
     Raises:
         OSError: The socket was closed, or a system call failed.

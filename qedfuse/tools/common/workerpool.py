@@ -91,5 +91,5 @@ class WorkerPool(Generic[T]):
             try:
                 worker(item, ticket)
             finally:
-                # A worker that raises may not have finished its ticket, for which the next one waits.
+                # A worker that raised may not have finished its ticket; the next ticket waits for it.
                 ticket.finish()

@@ -83,7 +83,7 @@ async def commit(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> CommitResult:
-    """Write an overlay's own data into its base, and empty the overlay.
+    """Write an overlay's own data into its base; empty the overlay unless it is kept.
 
     Args:
         path: The overlay.

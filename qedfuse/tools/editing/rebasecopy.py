@@ -79,9 +79,10 @@ class RebaseCopy:
             at = await self._next_data_cluster(stop)
 
     async def _next_data_cluster(self, start: int) -> int:
-        """Return the guest offset of the first cluster with data in the old or the new bases.
+        """Return where the first cluster with data in the old or the new bases begins.
 
-        ``start`` is the beginning of a cluster, and must not decrease from one call to the next.
+        The search begins at the guest offset ``start``, which must be the beginning of a cluster,
+        and must not decrease from one call to the next.
         Bad table entries and a partial last cluster count as data.  The result may lie past the end
         of the disk.
         """

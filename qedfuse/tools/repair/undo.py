@@ -37,8 +37,8 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
     Raises:
         CorruptImageError: The image has changed since the repair.  Nothing was written.
         UsageError: The file is not a backup, or is damaged or incomplete.  Nothing was written.
-        ImageError: The backup is not a regular file, or a header or the stated length is invalid.
-            Nothing was written.
+        ImageError: The backup is not a regular file; or the header of the image or of the backup,
+            or a length that the backup states, is invalid.  Nothing was written.
         HostError: A system call failed.  The undo can be run again.
     """
     backup = BackupReader(backup_path)
@@ -51,7 +51,8 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 async def _restore(file: HostFile, backup: BackupReader) -> int:
     """Verify all saved ranges, then restore them; return the number of ranges.
 
-    The undo can be run again after a crash, and no read returns the data of another cluster.
+    After a crash at any moment the undo can be run again, and until then no read through an entry
+    returns the data of another cluster.
     """
     bytes_before, bytes_after = backup.bytes_before, backup.bytes_after
     for saved in backup.ranges():
