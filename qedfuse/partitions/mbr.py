@@ -172,7 +172,7 @@ async def _logical(
 
     Each record has an entry for one logical partition, relative to this record, and an entry for
     the next record, relative to the extended partition.  Errors are added to ``problems``.  An
-    error in the chain of records, or a partition number that is too high, ends the iteration.
+    error in the chain of records, or a partition number above the maximum, ends the iteration.
     """
     sector = extended.start
     seen: set[int] = set()

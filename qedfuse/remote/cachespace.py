@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _RETRY_BYTES: Final = 64 << 20
-"""After an eviction that freed too little, reservations fail until they amount to this number of
-bytes.  Then the next eviction begins."""
+"""After an eviction that freed too little, this number of bytes is refused before the next eviction
+begins."""
 _MAX_WAIT_SECONDS: Final = 2.0
 """Maximum time, from the start of an eviction, for which reservations wait for its end.  To remove
 large entries can take long, and a reader waits until its units are stored or refused."""

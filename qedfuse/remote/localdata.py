@@ -56,8 +56,8 @@ class LocalData:
     """The data file of an entry of the cache, open for reading.
 
     This class has a duplicate of the entry's descriptor, because a damaged entry is closed while
-    reads may still run.  Threads may read concurrently.  After `close`, the duplicate is closed when
-    the last read has returned.
+    reads may still run.  Threads may read concurrently.  After `close`, the duplicate is closed
+    when the last read has returned.
 
     Attributes:
         is_readable: Whether the page cache is read.  False if calls may wait for a server (NFS,

@@ -67,7 +67,8 @@ class Allocator:
             they are holes already.
         tail_is_free: Whether free clusters at the end of the file wait to be cut off.
         handed_out: How many clusters have been handed out so far, for data and for tables.
-        scan_complete: Whether the scan has succeeded; before, few free clusters are known, or none.
+        scan_complete: Whether the scan has passed all tables; before, few free clusters, or none,
+            are known.
     """
 
     def __init__(
@@ -282,7 +283,7 @@ class Allocator:
         self.maybe_holes.add_block(block, bits & ~holes)
 
     def finish_scan(self, *, all_holes: bool = False) -> None:
-        """Note that the scan has succeeded; if ``all_holes``, nothing that it found is punched."""
+        """Note that the scan has passed all tables; with ``all_holes``, punch nothing it found."""
         if all_holes:
             self.maybe_holes = self.free.empty_like()
         self.scan_complete = True

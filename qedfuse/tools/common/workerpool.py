@@ -91,5 +91,5 @@ class WorkerPool(Generic[T]):
             try:
                 worker(item, ticket)
             finally:
-                # A worker that raised may not have finished its ticket; the next ticket waits for it.
+                # A worker that raised may not have finished its ticket, so later ones would wait.
                 ticket.finish()

@@ -51,8 +51,8 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 async def _restore(file: HostFile, backup: BackupReader) -> int:
     """Verify all saved ranges, then restore them; return the number of ranges.
 
-    After a crash at any moment the undo can be run again, and until then no read through an entry
-    returns the data of another cluster.
+    After a crash the undo can be run again.  At no moment does a read return the data of another
+    cluster.
     """
     bytes_before, bytes_after = backup.bytes_before, backup.bytes_after
     for saved in backup.ranges():
