@@ -35,7 +35,7 @@ class Rewriter:
     """Writes copies and new tables to the end of an image, and changes entries in place.
 
     The methods raise NoSpaceError if the host is full or the image would be longer than a file can
-    be, and HostError if another system call fails.
+    be, and HostError if a system call fails for another reason.
 
     Attributes:
         end: The file offset from which on copies and tables are appended; a multiple of the cluster

@@ -56,8 +56,8 @@ class TableRepair:
         self._out_of_file_l1_entries: dict[int, int] = {}
         # Final values, by L1 index, of all L1 entries that change.
         self._l1_changes: dict[int, int] = {}
-        # The new value of a lost L2 entry.  In an overlay the guest would read the backing file
-        # through an unallocated entry.
+        # The new value of a lost L2 entry.  In an overlay it is not unallocated, because the guest
+        # would read the backing file through the entry.
         self._cleared_value = ZERO if header.has_backing else UNALLOCATED
         self.lost_ranges = LostRanges(header.image_size)
         self.copied = 0

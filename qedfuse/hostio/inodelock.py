@@ -107,7 +107,7 @@ class InodeLock:
                     self._waiting.unpark_all()
 
     def record_slow_write(self, seconds: float) -> None:
-        """Record a short write that has just ended and took long: ``seconds``.
+        """Record a short write that has just ended and was slow; ``seconds`` is its duration.
 
         A single slow write is not taken for throttling, because the thread may have waited for a
         processor.

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 _POLL_SECONDS: Final = 0.2
-"""Interval at which a waiting thread checks whether its task was cancelled, and a waiting reader
-tries to start a thread that fetches, if the host could not start one before."""
+"""Interval at which a waiting thread checks whether its task was cancelled.  If the host could not
+start a thread that fetches, a waiting reader tries again at this interval."""
 
 
 class Flight:

@@ -7,7 +7,7 @@ from typing import Final
 
 _MIN_WINDOW_UNITS: Final = 1
 _MAX_SHORT_WINDOW_UNITS: Final = 32
-"""Maximum window (`_Stream.window`) of a reader until it has read more than this in sequence."""
+"""Maximum window (`_Stream.window`) of a reader until it has read more units than this number."""
 _MAX_STREAMS: Final = 8
 """Maximum number of sequential readers that are distinguished."""
 _MAX_GAP_UNITS: Final = 4

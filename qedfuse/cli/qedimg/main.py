@@ -82,7 +82,7 @@ _PACKAGE: Final = "qedfuse.cli.qedimg"
 class Command(Protocol):
     """The module of a subcommand.
 
-    The module can also define ``EXIT_CODES``, in place of `EXIT_CODES` of this module, and
+    The module can also define its own ``EXIT_CODES``, in place of the general ones above, and
     ``FAILED``, the exit code for a failure that has no code of its own (by default 1).
     """
 

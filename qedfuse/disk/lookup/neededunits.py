@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class NeededUnits:
     """Which units of one file of a chain are needed.
 
-    The caller adds and fetches the units of the tables first, and then those of the data.
+    The caller adds the units of the tables first, and fetches them.  `add_data` then reads the
+    tables.
     """
 
     def __init__(self, layer: Layer) -> None:

@@ -131,7 +131,7 @@ int write_in_place(uint64_t handle, const char *data, size_t size, off_t start)
         Py_BEGIN_ALLOW_THREADS
         count = pwrite(place.writes->fd, data, size, (off_t)place.offset);
         Py_END_ALLOW_THREADS
-        /* A write that ended early is recorded by the function that makes it again. */
+        /* A write that failed or ended early is recorded by the function that makes it again. */
         if (count == (ssize_t)size)
             record(place.writes, size, monotonic_time() - since);
     }
