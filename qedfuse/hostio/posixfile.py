@@ -157,7 +157,7 @@ class PosixFile(PosixReader):
         self._record_write(length, seconds)
 
     def try_datasync(self) -> bool:
-        """Make all earlier writes and the file's length durable, if that is probably fast.
+        """Make all earlier writes and the file's length durable, if that will probably be fast.
 
         After False nothing was done, so the caller must call `datasync`.
 

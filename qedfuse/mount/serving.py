@@ -128,7 +128,7 @@ class Server:
             self._prefetch = Prefetch(disks.whole_disks, mountpoint).run
 
     def _share_files(self) -> None:
-        """Let the extension answer reads of all files that the mount has now.
+        """Let the extension in C answer reads of all files that the mount has now.
 
         Does nothing if pyfuse3 gets all reads (``-d``), or before requests are served.
         """

@@ -93,7 +93,8 @@ class Compaction:
             progress: Called with the number of bytes that have been moved, and with the number
                 that will probably be moved in all.
             within_bound: Whether the file must never become longer than its bound
-                (`Geometry.bound`).  If so, free clusters may stay in the file.
+                (`Geometry.bound`).  If so, a move that could need a longer file is left out, and
+                free clusters may stay in the file.
             limits: How much may be moved, and how long that may take; None for no limits.
 
         Raises:

@@ -42,7 +42,7 @@ _ZERO_RANGE: Final = 0x10
 class FallocateLseek:
     """Answers fallocate and lseek requests, each in a task of its own.
 
-    The extension itself answers an lseek if it can (`may_seek`, `_seek.c`).
+    The mount's extension in C answers an lseek itself if it can (`may_seek`, `_seek.c`).
     """
 
     def __init__(

@@ -9,9 +9,8 @@ kernel frees the name when the process ends.
 
 Each network namespace has its own abstract names, so processes in two of them can hold the lock
 concurrently.  And any user can keep the name, so a process waits only for a limited time, and then
-mounts without the lock.  Therefore the
-caller must search the mount table after the mount (`find_new_mount`, `refuse_to_cover`), and undo a
-mount that covers another mount of qedfuse.
+mounts without the lock.  Therefore the caller must search the mount table after the mount
+(`find_new_mount`, `refuse_to_cover`), and undo a mount that covers another mount of qedfuse.
 """
 
 from __future__ import annotations
