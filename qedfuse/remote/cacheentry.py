@@ -35,7 +35,7 @@ class Entry(NamedTuple):
     """An entry in the directory of the cache, at the moment when the directory was read.
 
     Attributes:
-        used: Time of the last use, or else of the creation, in nanoseconds since 1970.
+        used: Time of the last use, or of the creation before any use, in nanoseconds since 1970.
         path: The directory of the entry.
         length: Disk space in bytes that the data of the entry takes up.
     """

@@ -79,7 +79,7 @@ def finish_output(code: int, failed: int = _FAILED) -> int:
 
 
 def output_failed(error: OSError, code: int) -> int:
-    """Print to stderr why stdout cannot be written to, discard further output; return ``code``."""
+    """Print why stdout cannot be written to, and discard further output; return ``code``."""
     discard_unwritten(sys.stdout)
     print_error(f"standard output: {error.strerror or error}")
     return code

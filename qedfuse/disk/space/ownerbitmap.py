@@ -2,8 +2,8 @@
 
 The owner of a cluster is the table entry, or the part of the header, that refers to it.  A file of
 up to `MAX_BITMAP_CLUSTERS` clusters gets a bitmap, for which the kernel allocates memory only where
-bits are set.  For a larger file the numbers of the owned clusters are kept in sorted arrays, at most
-`MAX_LISTED_CLUSTERS` of them, because a sparse file can have 2^51 clusters.
+bits are set.  For a larger file the numbers of the owned clusters are kept in sorted arrays, at
+most `MAX_LISTED_CLUSTERS` of them, because a sparse file can have 2^51 clusters.
 """
 
 from __future__ import annotations
