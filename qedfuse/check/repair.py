@@ -111,7 +111,8 @@ async def plan_repair(file: HostFile, header: Header, save: Save | None = None) 
         file: The image.
         header: The header of the image.
         save: Called for each range that would be changed, with its file offset, its present bytes
-            and its new bytes.  Not called past the present end of the file.  None for no backup.
+            and its new bytes.  None for no backup.  A range past the present end of the file is
+            not passed.
 
     Raises:
         HostError: The host cannot read the file, or the repaired file would be too long.

@@ -49,8 +49,8 @@ class AutoCompaction:
         try:
             if components.writeback.dirty_tables:
                 # First make durable what the guest has written, so that a bug in the compaction
-                # cannot lose it.  Not with a flush, which would punch free clusters that the
-                # compaction fills or cuts off anyway.
+                # cannot lose it.  A barrier suffices.  A flush would also punch free clusters,
+                # which the compaction fills or cuts off anyway.
                 await components.writeback.barrier()
             if options.compact == "full":
                 await components.first_write_guard.prepare_write()
@@ -69,8 +69,8 @@ class AutoCompaction:
         """Compact as far as the limits allow, if the scan is complete and the image undamaged."""
         components, options = self._components, self._components.options
         if components.quarantine.count and not components.scan.finished.is_set():
-            # Clusters in quarantine are not free yet.  The close runs the scan because of them
-            # anyway, so it costs no extra time here.
+            # Clusters in quarantine become free only after the scan of the tables.  The close
+            # needs this scan anyway, so it costs no extra time here.
             await components.scan.run()
         if components.allocator.scan_complete and not components.layer.damaged:
             self._has_run_within_limits = True

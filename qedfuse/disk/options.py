@@ -35,8 +35,8 @@ class BackingPolicy:
             forbids such a base, unless the user has named the base or given its format.
         trusted: A path or URL that the user has named as the first base; None for none.  Ignored if
             the mode is ``none``.
-        base_changed: Whether to accept another version of the base than the remembered one, and to
-            remember it if the image is opened for writing.
+        base_changed: Whether to accept a base of another version than the image remembers.  An
+            image that is opened for writing then remembers the version of the base that it has.
         working_directory: The directory for the path in a name of the form ``file:PATH``; empty for
             the working directory of the process.
     """
@@ -55,7 +55,8 @@ class OpenOptions:
     """Options for opening an image.
 
     Attributes:
-        writable: Whether to open for writing, which excludes all other openers that lock the image.
+        writable: Whether to open for writing.  This excludes all other openers that lock the
+            image, except readers with ``force_share``.
         force_share: Whether to open even while another process has the image open for writing;
             reads may then return torn or stale data.  Excludes ``writable``.
         lock: Whether to take locks, which QEMU respects as well.

@@ -71,8 +71,8 @@ class LockMode(enum.Enum):
     SHARE = "share"
     """Read the file; another opener can change the file meanwhile (100)."""
     BASE = "base"
-    """Read the file as a raw base.  The locks are those of READ; QEMU itself locks only byte 100,
-    and so excludes no writer."""
+    """Read the file as a raw base.  The locks are those of READ.  QEMU locks only byte 100 of a
+    raw base, and so excludes no writer."""
 
     @classmethod
     def to_read(cls, *, share: bool) -> LockMode:
@@ -155,7 +155,7 @@ def _set(fd: int, kind: int, byte: int) -> None:
 
 def _conflict(fd: int, byte: int) -> int | None:
     """Return the pid of another opener that has locked a byte (-1: unknown); None without one."""
-    # Ask whether a write lock would be granted: only that conflicts with the read locks of others.
+    # Ask for a write lock: a read lock would not conflict with the read locks of other openers.
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     kind, pid = answer[0], answer[4]

@@ -143,7 +143,7 @@ class RemoteFile(ReadOnlyFile):
         return os.statvfs("/") if self._local is None else self._local.statvfs()
 
     def stop_fetching(self) -> None:
-        """Make all present and later reads fail that must wait for the server."""
+        """Let no read wait for the server any more: such reads fail, the present ones too."""
         self.fetcher.close()
 
     def close(self) -> None:

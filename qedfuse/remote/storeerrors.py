@@ -48,7 +48,8 @@ _KEY_REQUEST: Final = re.compile(
     r"|Error performing GET http://169\.254\.170\.2/"
     r"|Failed to read EKS token file"
 )
-"""The beginning of obstore's text about a request to the service that gives the key of a role."""
+"""The beginning of obstore's text about a request to the service that gives the credentials of a
+role, called its key here."""
 _NO_RANGE: Final = "Received non-partial response when range requested"
 _CODE: Final = re.compile(r"<Code>([A-Za-z0-9]{1,80})</Code>")
 _NO_BUCKET: Final = re.compile("<Code>(NoSuchBucket|ContainerNotFound)</Code>")
@@ -170,8 +171,8 @@ def _is_key_request(text: str, key_url: str) -> bool:
 def _for_key_request(status: int | None, text: str, details: str) -> Exception:
     """Return the exception for a failed request for the key of a role.
 
-    A refusal counts as a refusal of the credentials, so that an object which the cache has is read
-    nevertheless.
+    If the response permits no further attempt, the result is a RefusedError.  After an
+    UnusableError an object could not be read from the cache.
 
     Args:
         status: The HTTP status of the response; None if there was no response.

@@ -43,7 +43,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """Return a size in bytes as text with a unit, in four digits: ``64 KiB``, ``1.5 GiB``."""
+    """Return a size as text with a unit and at most four digits: ``64 KiB``, ``1.5 GiB``."""
     value = float(size)
     for unit in ("bytes", *(f"{letter}iB" for letter in _UNITS)):
         if value < _UNIT_FACTOR or unit == "EiB":

@@ -270,7 +270,8 @@ class Discard:
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries
         last = first + geometry.clusters(end - start)
-        # How many of the clusters become zero clusters, because the base must not show.
+        # The number of clusters that lie over the base, at the beginning of the range.  Those that
+        # lose their data become zero clusters.
         hidden = 0 if show_base else geometry.clusters(max(0, min(end, self._base_end) - start))
         if last - first > _MAX_CLUSTERS_ONE_BY_ONE:
             values = np.array(slice_.entries[first:last], np.uint64)

@@ -71,7 +71,7 @@ class ReadTables(NamedTuple):
             not read it.
         cluster_bits: Binary logarithm of the cluster size in bytes.
         slice_bits: Binary logarithm of the number of entries in a slice.
-        epochs: The epochs; a read that waits for the host enters one.
+        epochs: A read that waits for the host enters an epoch (`Epochs`).
         file_reads: The cells of `FileReads`, in which the extension counts its reads.
         window_start: Guest offset of the range to which reads are confined (`DiskWindow`).
         window_bytes: Length of that range; -1 for the whole disk.

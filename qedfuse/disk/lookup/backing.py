@@ -92,8 +92,8 @@ async def open_bases(
         RemoteError: The server of a base cannot be reached, or does not serve the base.
         ImageError: A QED base is invalid or corrupt, or uses unknown features.
         ImageInUseError: A base is locked by another process.
-        HostError: The host cannot read or lock a base, the cache cannot be used, or QEMU cannot
-            serve a base in a format other than QED and raw.
+        HostError: The host cannot read or lock a base, the cache for URLs cannot be used, or QEMU
+            cannot serve a base in a format other than QED and raw.
 
     After any error all bases are closed.
     """
@@ -201,8 +201,8 @@ async def open_base(
         BackingError: The file is missing, is not a regular file, or cannot be opened, or the URL
             is not valid.
         RemoteError: The server cannot be reached, or does not serve the file.
-        HostError: The backing file is a URL, and the cache cannot be used, or the host has no free
-            descriptor.
+        HostError: The backing file is a URL, and the cache for URLs cannot be used, or the host has
+            no free descriptor.
         BackingRefusedError: The policy forbids the file.
     """
     if options.backing.mode == "none":
@@ -278,7 +278,8 @@ async def _format_of(
 async def _open_foreign_base(
     base: HostFile, image: str, driver: str, options: OpenOptions
 ) -> HostFile:
-    """Return the disk of a base in a format of QEMU; close the base after an error."""
+    """Open a base in a foreign format with QEMU; return its disk.  Closes the base after an error.
+    """
     try:
         return await open_foreign(base, driver, options)
     except ForeignError as error:

@@ -36,7 +36,7 @@ async def open_image(
     Raises:
         UsageError: A URL is not valid, not permitted by the options, or ``writable`` is set for it.
         HostError: The file cannot be opened or locked, the server does not serve the object, or
-            the cache cannot be used.
+            the cache for URLs cannot be used.
         ImageError: The file is not a regular file.
         ImageInUseError: Another program holds a lock that excludes this one.
     """
@@ -61,9 +61,9 @@ async def open_url(
     Args:
         url: The URL.
         remote: How to read the URL.
-        wanted: Size and validator of the version that the caller needs; None for any.  If the
-            server has another version, the needed one is read from the cache if it is complete
-            there (`open_remote`).  Otherwise the server's version is opened.
+        wanted: Size and validator of the version that the caller needs; None for any.  If only the
+            cache has this version, and all of it, it is read from there (`open_remote`).
+            Otherwise the server's version is opened.
 
     Raises:
         UsageError: The URL is not valid, or the options do not permit it.

@@ -79,8 +79,9 @@ class TableCache:
         """Return a slice by its `key`; None if it is not in memory."""
         self.empty_slice = Slice(0, L2, array("Q", bytes(self._slice_bytes)), None)
         """Stands for every slice of a table that does not exist; no caller may change it."""
-        # The dirty slices, by file offset; and the offsets of those for which `reserve` was called.
+        # The dirty slices, by file offset.
         self._dirty: dict[int, Slice] = {}
+        # File offsets of the slices whose host space is reserved (`reserve`), dirty or not.
         self._reserved: set[int] = set()
         # `Slice.bad` of each slice that was written back, by file offset.  If such a slice is read
         # again, it must not be validated again: new entries can point past the end that the file

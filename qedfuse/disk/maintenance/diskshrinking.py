@@ -4,8 +4,8 @@ Shrinking has three steps, each durable before the next one begins:
 
 1. The range past the new end is zeroed or deallocated.
 2. The size changes.
-3. The tables past the new end are removed.  A table with data or a bad entry is kept; it can only
-lie past the old end.
+3. The tables past the new end are removed.  A table with data or a bad entry past the old end is
+kept.
 
 Step 2 comes after step 1.  Otherwise a crash could leave entries past the end of the disk, and a
 program that later grew the disk could show the old data.  After a crash before step 2 the range may

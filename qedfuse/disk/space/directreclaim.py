@@ -85,9 +85,8 @@ class DirectReclaim:
             await self._writeback.barrier()
         else:
             # The clusters that lost their reference after the last cycle began ("unsealed") are not
-            # worth another cycle.  Only the others can be freed, after the end of the running cycle
-            # if there is one.  Even without one `Reclaim.run` may free some of them, because
-            # requests that used them may have ended.
+            # worth another cycle.  Each of the others can be freed when the running cycle, if there
+            # is one, and the requests that used the cluster have ended.
             await self._writeback.wait_running()
         await self._reclaim.run(max_runs=0)
 

@@ -63,8 +63,8 @@ class HeaderStore:
     ) -> bool:
         """Write the header that ``edit`` returns; return whether ``only_if`` allowed that.
 
-        The header is written only if that is needed.  During the write `value` is the old header
-        and `persisted` is False.
+        Nothing is written if the file already holds the new header and there is no trailer.  During
+        the write `value` is the old header and `persisted` is False.
 
         Args:
             edit: Returns the new header for the old one.

@@ -5,7 +5,7 @@ and later writable again.  A mount whose images are open read-only cannot become
 locks, the check of each image and the kernel's write-back cache are decided when the mount begins.
 
 With ``direct_io`` the kernel leaves the flag ``sync`` to the server, which knows only the value
-with which the mount began.  So a remount cannot change it.
+with which the mount began.  So a remount cannot change ``sync`` then.
 """
 
 from __future__ import annotations

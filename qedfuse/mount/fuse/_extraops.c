@@ -147,7 +147,8 @@ static struct fuse_args *arguments_for(const struct fuse_lowlevel_ops *copy, voi
     return has_own_init(copy) ? limited_arguments(given, changed) : given;
 }
 
-/* Frees the table; records and returns the session that was made with it, or NULL. */
+/* Frees the table, and records whether it has led to a session.  Returns the session, which may be
+ * NULL. */
 static void *session_made(void *session, struct fuse_lowlevel_ops *copy)
 {
     free(copy); /* libfuse has copied the table */

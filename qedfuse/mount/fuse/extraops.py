@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     MaySeek = Callable[[int, int], bool]
     """Called with the user and the inode of an lseek request; returns whether the extension may
-    answer it from the tables alone: not while the kernel may hold data that the server lacks."""
+    answer it from the tables.  It may not while the kernel may hold written data that the server
+    has not received."""
 
     SlowAnswer = Callable[[Request, int, int, int], object]
     """Called with the request of a read, its handle, its guest offset and its length in bytes."""
@@ -121,7 +122,7 @@ def reply_from_file(fd: int, offset: int) -> bool:
 
 
 def defer_read() -> Request:
-    """Keep the read that is being handled from reaching pyfuse3; return the object to answer it.
+    """Keep the read that is being handled from pyfuse3; return an object that can answer it later.
 
     Raises:
         RuntimeError: As in `reply_from_file`.
@@ -143,12 +144,13 @@ def open_read_queue(answer_slowly: SlowAnswer, slow_seconds: float) -> int:
     The caller must close the queue before the session ends (`close_read_queue`).
 
     Args:
-        answer_slowly: Answers a read that the queue could not make.
+        answer_slowly: Answers a read that has failed in the queue.
         slow_seconds: If the kernel waits longer than this while it takes reads, no read is queued
             during the next second.
 
     Returns:
-        A descriptor that is readable when reads have ended, until `end_queued_reads` is called.
+        A descriptor.  It becomes readable when a read has ended, and stays so until the call of
+        `end_queued_reads`.
 
     Raises:
         OSError: The kernel has no such queue, or refuses it.
@@ -202,7 +204,7 @@ forbid_polling: Final[Callable[[], None]] = (
 take_polled_seconds: Final[Callable[[], float]] = (
     _zero if _extension is None else _extension.take_polled_seconds
 )
-"""Returns how many seconds the extension has polled in vain; 0 at a second call."""
+"""Returns how many seconds the extension has polled in vain since the last call."""
 
 queued_reads: Final[Callable[[], int]] = _zero if _extension is None else _extension.queued_reads
 """Returns how many reads are in the queue of the kernel (`_queuedread.c`)."""

@@ -44,8 +44,9 @@ static int ruleset = -1;
 static uint64_t kept;
 /* The errno of the first thread that has failed. */
 static atomic_int failure;
-/* The threads to which the signal is sent, the latest first.  A thread is added just before, and no
- * thread is removed while a handler may run, so a handler can walk the list. */
+/* The threads to which the signal is sent, the latest first.  A thread is added just before the
+ * signal is sent to it.  No thread is removed while a handler may run, so a handler can walk the
+ * list. */
 static struct signalled *_Atomic signalled_threads;
 
 /* Give up the rights of the calling thread; return 0, or an errno. */
@@ -252,8 +253,8 @@ static PyObject *restrict_threads(PyObject *module, PyObject *arguments)
         failed = restrict_others(tasks, signal_number, &threads);
     Py_END_ALLOW_THREADS;
     closedir(tasks);
-    /* If a handler has not finished, it stays set: the old action could end the process when the
-     * signal is delivered late. */
+    /* If a handler has not finished, the new action stays set: the old action could end the process
+     * when the signal is delivered late. */
     if (!has_pending()) {
         sigaction(signal_number, &old, NULL);
         forget_threads();
