@@ -197,7 +197,9 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
-        """Count the clusters that do not begin where the one before ends; return the last end.
+        """Count the clusters that do not begin where the one before ends.
+
+        Returns the offset at which the last cluster ends.
 
         ``values`` are the offsets of clusters, at least one.  ``next_offset`` is where the last
         cluster of the table's earlier slices ends; 0 if there is none.

@@ -91,7 +91,7 @@ def collect_statistics(components: Components) -> DiskStatistics:
     return DiskStatistics(
         tables=components.store.statistics(),
         # `scan.loaded_slices` includes slices that a request was loading while the scan waited for
-        # them, so the difference can be negative.
+        # them, so the difference can be too small.
         table_loads=max(0, loads - scan.loaded_slices),
         table_cache_bytes=components.options.cache_bytes,
         dirty_table_bytes=components.layer.tables.dirty_bytes,

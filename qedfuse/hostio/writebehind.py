@@ -20,7 +20,7 @@ _MAX_IN_FLIGHT_BYTES: Final = 1 << 27
 """Maximum number of bytes on their way to the host's disk; enough to keep the disk busy."""
 
 _MIN_BYTES_PER_SECOND: Final = 1 << 29
-"""Minimum number of bytes sent for each second in sync_file_range(2); with fewer the disk is slow.
+"""The disk counts as slow if fewer bytes were sent for each second spent in sync_file_range(2).
 
 The call only starts the writing, and takes long only if the disk's request queue is full.
 """

@@ -1,4 +1,4 @@
-"""Getting the units (pieces of an object) of a `Flight`: from the cache, or from the server."""
+"""Getting the units (pieces of an object) of a `Flight`, which is one fetch of adjacent units."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class FlightLoader:
     """Gets the units of flights of one version of an object, and stores them in the cache.
 
-    Threads may use a loader concurrently, each for other flights.
+    Threads may use a loader concurrently, each for its own flights.
 
     Attributes:
         fetched_bytes: Number of bytes of the object that the server has sent.
@@ -54,7 +54,7 @@ class FlightLoader:
         self._outages = OutageLog(source.address.shown, "what is not in the cache cannot be read")
         self._buffers = BufferPool()
         self._counting = threading.Lock()
-        # The lock protects the following attributes.
+        # `_counting` protects the following attributes.
         self.fetched_bytes = 0
         self.requests = self.awaited_requests = 0
 
@@ -70,8 +70,8 @@ class FlightLoader:
     def missing(self, flight: Flight) -> list[int]:
         """Return the units of a flight that must be fetched; add cached units to its blocks.
 
-        A unit need not be fetched if it is ready (checked in the page cache), in the blocks, or
-        intact in the cache.
+        A unit need not be fetched if it may be read from the page cache (`UnitStore.ready`), is in
+        the blocks, or is intact in the cache.
         """
         units = range(flight.first, flight.last + 1)
         missing = [unit for unit in units if not self._ready[unit] and unit not in flight.blocks]

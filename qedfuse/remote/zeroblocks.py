@@ -3,7 +3,7 @@
 The kernel returns zeros for a hole without reading from the disk, and a failed write can leave a
 hole where the object has data.  So zeros from the data file are valid only in a block that is
 recorded as all zeros.  The record is made when a unit (`qedfuse.remote.unitfile`) was fetched, or
-compared with the checksum.
+when its cached content was compared with its checksum.
 """
 
 from __future__ import annotations

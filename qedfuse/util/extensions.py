@@ -2,8 +2,8 @@
 
 An extension that was built from another version of the sources can be called in a wrong way, and
 then crash the process or make a mount hang.  So the C source of an extension and the module that
-imports the extension have the same number.  A change must raise both numbers if the extension or
-its callers before the change cannot work with the other side after it.  Such changes are:
+imports the extension have the same number.  A change must raise both numbers if the old extension
+cannot work with the new callers, or the new extension with the old callers.  Such changes are:
 
 - of functions and types of the extension: their names, arguments, results and errors
 - of the order or the threads in which they may be called

@@ -59,7 +59,7 @@ class SingleFlight(Generic[K]):
 
         Raises:
             RemoteError: The server has failed, during ``fetch`` or the fetch that was waited for.
-            ForeignError: The process that reads a foreign image has failed, during one of these.
+            ForeignError: The process that reads a foreign image has failed, likewise.
             BaseException: Any other error of ``fetch``, only if this call has run it.
         """
         flight = self._flights.get(key)

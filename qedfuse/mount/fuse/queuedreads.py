@@ -39,7 +39,7 @@ async def queued_reads(answer_slowly: SlowAnswer) -> AsyncIterator[None]:
 
     The end of the block waits until the kernel has made all queued reads, because the reads use the
     descriptors of the disks.  A cancellation does not end this wait, and no request may arrive
-    during it.  ``answer_slowly`` answers a read that the queue could not make.
+    during it.  ``answer_slowly`` answers a read that has failed in the queue.
     """
     fd = _open(answer_slowly)
     if fd is None:

@@ -55,7 +55,8 @@ _CERTIFICATE_VARIABLES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 def system_files() -> Iterator[tuple[str, int]]:
     """Yield what every server may open: a path, and the rights on it and on all files below it.
 
-    The modules of Python and qedfuse are included, in case a late import was overlooked.
+    The modules of Python and qedfuse are included: some may be imported only after the sandbox is
+    entered.
     """
     yield from _SYSTEM_FILES
     package = __file__.removesuffix("/mount/sandbox/allowedfiles.py")

@@ -83,10 +83,10 @@ class Sandbox:
             self._filter = CallFilter(
                 CallNeeds(
                     network=needs.uses_servers,
-                    # This module is loaded only if an image or backing file is on an NBD server.
-                    # That may be a qemu-nbd that this server has started.
+                    # `qedfuse.nbd.connecting` is loaded only if an image or backing file is on an
+                    # NBD server, which may be a qemu-nbd that this server has started.
                     host="qedfuse.nbd.connecting" in sys.modules,
-                    # This module is loaded only if this server has started a qemu-nbd.
+                    # This one is loaded only if this server has started a qemu-nbd.
                     kill="qedfuse.foreign.process" in sys.modules,
                     modes=needs.modes,
                     log=self._is_strict,

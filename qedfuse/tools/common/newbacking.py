@@ -49,7 +49,7 @@ class NewBase(NamedTuple):
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
     """Refuse a backing file that is the image itself, or whose chain contains the image.
 
-    Only the names in the headers are followed.
+    The chain is found by reading headers only.
 
     Args:
         image: The file that will name the backing file; it need not exist.
@@ -203,7 +203,8 @@ async def examine_url(
 
     Raises:
         RemoteError: The server cannot be reached, or does not serve the file.
-        HostError: The cache cannot be opened, or this process has too many open descriptors.
+        HostError: The cache for URLs cannot be opened, or this process has too many open
+            descriptors.
         BackingError: The URL is not valid or not allowed, the format is not accepted, or the
             header is invalid.
     """

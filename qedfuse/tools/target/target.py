@@ -98,7 +98,8 @@ class SequentialTarget(ABC):
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
         """Write zeros from the end of the previous chunk up to ``start``, then write this chunk.
 
-        The first zeros begin at guest offset 0.  The chunks must come in the order of the disk.
+        The zeros before the first chunk begin at guest offset 0.  The chunks must come in the order
+        of the disk.
 
         Args:
             start: Guest offset of the chunk.
