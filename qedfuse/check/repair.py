@@ -17,9 +17,9 @@ What is done for each kind of damage, and why:
   cluster that is cut short is completed with zeros.
 - An entry is cleared if it points outside the file, is unaligned, has reserved bits, or points to
   the header or the L1 table.  Such an entry refers to no data of the guest.
-- In an overlay, a lost L2 entry becomes a zero cluster, and a lost L1 entry gets a new table of
-  zero clusters.  If these entries became unallocated, the guest would read old data of the backing
-  file as if it were valid.
+- In an overlay, an L2 entry that is lost in one of these ways becomes a zero cluster, and a lost L1
+  entry gets a new table of zero clusters.  If these entries became unallocated, the guest would
+  read old data of the backing file as if it were valid.
 - An entry past the end of the disk is cleared if its cluster or its table would have to be copied.
   Otherwise a crafted image of a small disk could make the copies fill the host's file system.
 

@@ -135,7 +135,7 @@ class Disk(GuestChanges):
         return any(layer.file.fileno() < 0 for layer in self._chain.layers)
 
     def stop_fetching(self) -> None:
-        """Make all present and later reads fail that must wait for a server."""
+        """Let no read wait for a server any more: such reads fail, the present ones too."""
         for layer in self._chain.layers:
             layer.file.stop_fetching()
 

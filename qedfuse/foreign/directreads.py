@@ -28,7 +28,8 @@ _MAX_READ_BYTES: Final = 32 << 20
 """Maximum length of a read; equal to MAX_EXPORT_READ_BYTES in ``hostio/_iothreads.c``."""
 _MIN_PAUSE_SECONDS: Final = 1.0
 _MAX_PAUSE_SECONDS: Final = 60.0
-"""First and longest pause after an attempt without a connection; each failure doubles it."""
+"""The first and the longest pause after a failure to connect; each further failure in a row doubles
+the pause."""
 
 
 class DirectReads:
@@ -71,7 +72,7 @@ class DirectReads:
         empty, too long or not within the disk.
 
         Raises:
-            OSError: No thread exists, and none could be created.  ``ended`` is not called.
+            OSError: There is no native thread, and none could be created.  ``ended`` is not called.
         """
         calls = host_calls()
         if not calls.can_start_reads or not 0 < len(view) <= _MAX_READ_BYTES:

@@ -3,8 +3,8 @@
 In an *inline* read the event loop reads only what is in the host's page cache (``RWF_NOWAIT``).  A
 miss takes the event loop longer than a read that finds everything, and gains nothing.  So after
 some misses in a row, each read goes directly to a thread, or to a queue of the kernel
-(``_queuedread.c``).  When the data of some of these reads in a row was in the page cache after all,
-the event loop tries reads again.
+(``_queuedread.c``).  When some such reads in a row have found their data in the page cache after
+all, the event loop tries reads again.
 """
 
 from __future__ import annotations

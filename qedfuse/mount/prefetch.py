@@ -1,8 +1,8 @@
 """Option ``prefetch=all``: fetching all data of remote files that the disks of a mount can need.
 
 The tables of all files come first, then their data.  The prefetch begins no request while a reader
-waits for a server.  Nor does it shortly afterwards, because the reader will probably need further
-data soon.
+waits for a server, or in the next 0.1 seconds, because the reader will probably need further data
+soon.
 """
 
 from __future__ import annotations

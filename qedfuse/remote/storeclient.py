@@ -57,7 +57,7 @@ class StoreClient:
         return settled_version(self._query)
 
     def _query(self) -> tuple[Version, None]:
-        """Return the present version, and None for its unknown age."""
+        """Return the present version, and None: how long it has been unchanged is unknown."""
         options: GetOptions = {"head": True}
         try:
             return self._version(self._get(options)), None

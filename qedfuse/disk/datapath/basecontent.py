@@ -37,8 +37,8 @@ class BaseContent:
     async def read(self, start: int, length: int) -> bytes | bytearray:
         """Return the bytes of the bases for a guest range.
 
-        For one second after a server has failed to give such bytes, the bytes must arrive within
-        one second.
+        If a server has failed to give such bytes less than a second ago, the time limit of this
+        read is one second.
 
         Raises:
             RemoteError: A server cannot be reached, refuses, or does not answer in time.

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 class InPlaceWrites(NamedTuple):
     """What ``_inplacewrite.c`` needs to write to clusters that the top image has allocated.
 
-    The extension makes a write only if it is short, ``guard`` is prepared, ``writeback`` has no
-    failure, and there is no contention for ``inode``.
+    The extension makes a write only if it is short, ``guard`` has prepared the image for changes,
+    ``writeback`` has no failure, and the contention of ``inode`` is 0.
 
     Attributes:
         fd: The descriptor of the top image.
-        inode: The lock of the top image's inode.
+        inode: Counts the reasons for which a change of the top image might wait (`InodeLock`).
         is_short: Returns whether a write of a number of bytes counts as short (`InlinePolicy`).
         guard: The first-write guard.
         writeback: The write-back of the tables.

@@ -45,8 +45,8 @@ def unmount_and_wait(
     """Unmount and wait until all data is durable and the images are closed and unlocked.
 
     The process that serves the mount is never killed.  The wait is long if the process still writes
-    or is stopped, or if the file system is mounted elsewhere as well.  The calling process must
-    have only one thread (`call_in_child`).
+    or is suspended (SIGSTOP), or if the file system is mounted elsewhere as well.  The calling
+    process must have only one thread (`call_in_child`).
 
     Args:
         path: The mountpoint, or a symbolic link to the mountpoint.

@@ -52,7 +52,7 @@ struct queued_read {
     size_t size;
     struct read_place place; /* this read holds a reference to its `view` */
     PyObject *epoch;
-    int was_tried; /* whether the data was not found in the page cache */
+    int was_tried; /* whether the event loop has looked for the data in the page cache, in vain */
     char data[MAX_QUEUED_BYTES];
 };
 

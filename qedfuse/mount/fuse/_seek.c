@@ -17,7 +17,7 @@
 /* Maximum number of slices of tables that one search looks at; other requests wait meanwhile. */
 #define MAX_SLICES 64
 
-/* Entries that are compared together, without a branch for each. */
+/* Number of entries that are compared together, without a branch for each. */
 #define GROUP 16
 
 /* The largest entry that does not locate data: that of a zero cluster. */

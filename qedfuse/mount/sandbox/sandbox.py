@@ -86,7 +86,8 @@ class Sandbox:
                     # `qedfuse.nbd.connecting` is loaded only if an image or backing file is on an
                     # NBD server, which may be a qemu-nbd that this server has started.
                     host="qedfuse.nbd.connecting" in sys.modules,
-                    # This one is loaded only if this server has started a qemu-nbd.
+                    # `qedfuse.foreign.process` is loaded only if this server has started a
+                    # qemu-nbd.
                     kill="qedfuse.foreign.process" in sys.modules,
                     modes=needs.modes,
                     log=self._is_strict,
