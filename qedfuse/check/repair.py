@@ -83,8 +83,8 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
         HostError: The host refused an access, or the file would become too long.  If a table was
             changed, NEED_CHECK is still set; only a failure of the last step may leave it clear.
         NeedsCheckError: The file is too large, or has too many tables or invalid L1 entries, to be
-            checked in bounded memory.  Normally nothing has been changed; otherwise NEED_CHECK
-            stays set.
+            checked in bounded memory.  The check before the repair refuses nearly every such image,
+            and then nothing has been changed.  After a later refusal NEED_CHECK stays set.
     """
     without_need_check = header.with_need_check(value=False)
     rewriter = Rewriter(file, header)

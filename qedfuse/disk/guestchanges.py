@@ -197,6 +197,6 @@ class GuestChanges(GuestReads):
     def when_flushed(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` at the end of each successful flush, background flushes included.
 
-        It replaces the previous listener.
+        ``listener`` replaces the one of the previous call.
         """
         self._flusher.listen(listener)

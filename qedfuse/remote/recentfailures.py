@@ -1,8 +1,8 @@
 """The units (the pieces in which a remote file is fetched) whose fetch has recently failed.
 
 After a failed read-ahead, the kernel sends a second read, for the page that the program needs.  A
-file system on a loop device sends a third.  These reads must not each wait for the whole time
-limit.
+file system on a loop device sends a third.  The failed units are remembered, so that only the first
+of these reads waits for the whole time limit of a fetch.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ def as_text(image: ImageInfo, details: Details | None) -> str:
 def _lines(image: ImageInfo, details: Details | None) -> Iterator[str]:
     """Yield the lines of the description.
 
-    Every image has the lines up to the disk size.  A QED image also has all others, and an image
-    that QEMU serves has those about its backing file.
+    Every image has the lines up to the disk size.  An image that QEMU serves also has those about
+    its backing file, if it names one.  Only a QED image can have the others.
     """
     yield f"image: {shown_name(image.path)}"
     yield f"file format: {image.format}"

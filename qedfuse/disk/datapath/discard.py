@@ -263,9 +263,9 @@ class Discard:
     def _drop(self, slice_: Slice, start: int, end: int, *, show_base: bool) -> None:
         """Remove from a slice the references to the data clusters of a guest range.
 
-        The clusters of the file go into quarantine.  Their guest clusters become zero clusters up
-        to the end of the base, and unallocated past it.  With ``show_base`` all guest clusters of
-        the range become unallocated.
+        The clusters of the file go into quarantine.  The guest clusters that had data become zero
+        clusters up to the end of the base, and unallocated past it.  With ``show_base`` all guest
+        clusters of the range become unallocated.
         """
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries

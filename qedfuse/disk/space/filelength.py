@@ -3,7 +3,8 @@
 The file grows by more than is needed, so that few allocations need a system call.
 
 Growing uses ftruncate(2), which would shorten a file that another task has already grown further.
-So only this module changes the length of the file of an open disk, under `FileLength.lock`.
+So only this module changes the length of the file of an open disk, and never while another task
+holds `FileLength.lock`.
 """
 
 from __future__ import annotations

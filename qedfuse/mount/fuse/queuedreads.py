@@ -1,4 +1,4 @@
-"""Reads in a queue of the kernel (io_uring), from the side of the event loop.
+"""Reads in a queue of the kernel (io_uring): the Python part.
 
 A short read whose data is not in the host's page cache waits in this queue, if the tables for its
 range are in memory (``_queuedread.c``).  While `Scheduler` polls for requests, it also answers

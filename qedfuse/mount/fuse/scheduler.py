@@ -1,8 +1,8 @@
 """How pyfuse3's tasks wait for the next request of the kernel.
 
 pyfuse3 uses trio only through its module attribute ``trio``.  pyfuse3's asyncio mode replaces
-this attribute, and this module does the same, with a `Scheduler`.  It avoids switches of tasks and
-sleeps of the event loop, which cost more than answering a request from memory.
+this attribute, and this module does the same, with a `Scheduler`.  A `Scheduler` avoids switches of
+tasks and sleeps of the event loop, which cost more than answering a request from memory.
 
 The descriptor of the connection to the kernel is polled once.  If the kernel has no request, all
 other tasks run.  Then the descriptor is polled for some more microseconds, if recent waits were

@@ -44,7 +44,7 @@ class StatisticsSource:
     async def document(self) -> dict[str, Any]:
         """Return the document.
 
-        Other tasks can run after each disk, so the counters of two disks can differ in age.
+        Other tasks can run between two disks, so the counters of the disks can differ in age.
         """
         disks = []
         for exported in self._disks.first_files:

@@ -115,8 +115,8 @@ class SequentialTarget(ABC):
     async def finish(self, size: int) -> None:
         """Write zeros from the end of the last chunk up to ``size``, the end of the disk.
 
-        An image is made durable.  So is a file or device, unless this object was made with
-        ``durable=False``.
+        An image is made durable.  So is a file or device, unless the target was made with
+        ``durable=False`` (`ExistingRawTarget`).
 
         Raises:
             BrokenPipeError: The target is a pipe whose reading end is closed.
