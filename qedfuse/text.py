@@ -29,8 +29,8 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
     r"""Return a file name on one line, without characters that control a terminal.
 
     An empty name becomes two quotes.  A name without unprintable characters is returned unchanged.
-    In any other name, each backslash is doubled, and unprintable characters are replaced as in a
-    Python string, undecodable bytes by ``\xNN``.
+    In any other name, each backslash is doubled, undecodable bytes become ``\xNN``, and other
+    unprintable characters become escapes as in a Python string.
     """
     raw = os.fspath(name)
     text = os.fsdecode(raw)

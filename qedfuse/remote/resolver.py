@@ -138,5 +138,5 @@ def connect_to_any(addresses: Sequence[SocketAddress], end: float) -> socket.soc
 
 
 def _lookup(host: str, port: int, flags: int) -> Sequence[SocketAddress]:
-    """Return what getaddrinfo(3) finds; without AI_NUMERICHOST block until name servers answer."""
+    """Return what getaddrinfo(3) finds; without AI_NUMERICHOST it waits for name servers."""
     return socket.getaddrinfo(host, port, socket.AF_UNSPEC, socket.SOCK_STREAM, 0, flags)

@@ -82,8 +82,8 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
     """Return the guest offset where the slice of L2 entries for ``start`` ends.
 
     If the L1 entry for ``start`` is 0 or bad, the rest of its slice of L1 entries is searched for
-    an entry that is not 0.  The result is the first guest offset of the entry that is found, or the
-    first one past the slice.
+    an entry that is not 0.  The result is the first guest offset of that entry, or, if there is
+    none, the guest offset at which the slice of L1 entries ends.
     """
     geometry = layer.geometry
     l1_index = geometry.l1_index(start)

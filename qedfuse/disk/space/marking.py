@@ -49,8 +49,9 @@ class Marking:
         self._marked_duplicates = 0
         # Number of references that were dropped after another reference to the same cluster.
         self._dropped_twice = 0
-        # The value of `_dropped_twice` at the last `restart`: the walk does not find these
-        # references any more.  `mark` or `record_drop` counts those that are dropped later.
+        # The value of `_dropped_twice` at the last `restart`.  The walk does not find these
+        # references any more, so `duplicates` adds their number.  If a reference is dropped later,
+        # `mark` or `record_drop` adds it to `_marked_duplicates`.
         self._dropped_twice_before_walk = 0
         # The clusters that have lost a reference since `begin`.
         self._dropped = empty.empty_like()

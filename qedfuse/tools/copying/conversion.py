@@ -121,8 +121,8 @@ class Conversion:
         A longer target keeps its content past the end of the source's disk.
 
         Raises:
-            UsageError: The target is too small, or is an image or encrypted by LUKS where raw
-                content is wanted.  Or a backing file or a foreign format is wanted.
+            UsageError: The target is too small.  Or raw content is wanted, and the target is an
+                image or encrypted by LUKS.  Or a backing file or a foreign format is wanted.
             QedError: The source cannot be read, the target cannot be opened, locked or written, or
                 the comparison found a difference.
         """

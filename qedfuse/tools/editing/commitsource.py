@@ -36,7 +36,7 @@ class CommitSource(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes of the disk."""
+        """The size of the disk in bytes."""
 
     def batch_starts(self) -> range:
         """Return the guest offsets at which the batches of the disk begin."""
@@ -68,7 +68,7 @@ class OverlayAlone:
 
     @property
     def size(self) -> int:
-        """Bytes of the disk."""
+        """The size of the disk in bytes."""
         return self._disk.size
 
     def batch_starts(self) -> range:
@@ -104,7 +104,7 @@ class UpperImages:
 
     @property
     def size(self) -> int:
-        """Bytes of the first image's disk."""
+        """The size of the first image's disk in bytes."""
         return self._top.size
 
     def batch_starts(self) -> range:

@@ -57,7 +57,7 @@ VERDICTS: Final = {
 """The verdict on an invalid entry, by the code of its error."""
 
 _MAX_COMPARED_TABLES: Final = 1 << 16
-"""Number of L2 tables with which L2 entries are compared, before `Dump._tables` stops.
+"""Number of L2 tables after which `Dump._tables` stops; L2 entries are compared with these tables.
 
 A disk of 64 TiB has 32768 tables by default.  An L2 entry that points into a table that was not
 compared may have the verdict ``ok``.

@@ -38,7 +38,7 @@ class FreeListInfo:
     problem: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the description as values for JSON; keys without a meaning are left out."""
+        """Return the description as values for JSON; keys that do not apply are left out."""
         value: dict[str, Any] = {"present": self.present}
         if self.present:
             value["valid"] = self.valid
