@@ -118,8 +118,8 @@ def lock_image(fd: int, mode: LockMode, name: str) -> None:
     warning is logged, and nothing is locked.  After any error no lock of ``mode`` is held.
 
     Raises:
-        ImageInUseError: Another opener holds a conflicting lock; the message names the process if
-            it can be identified.
+        ImageInUseError: Another opener holds a conflicting lock; the message names the processes
+            that can be identified.
         HostError: The kernel refused for another reason.
     """
     byte = mode.taken[0]
@@ -172,7 +172,8 @@ def _release(fd: int, mode: LockMode) -> None:
 def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn:
     """Drop the locks of a mode; raise ImageInUseError, which names the holders of the byte.
 
-    If ``pid`` is positive, the message names only this process.  Otherwise /proc is searched.
+    If ``pid`` is positive, the message names only the process with this pid.  Otherwise /proc is
+    searched for the holders.
     """
     file = _lock_table_name(fd)  # before the release: the name is read from the locks
     _release(fd, mode)

@@ -9,7 +9,7 @@ kept.
 
 Step 2 comes after step 1.  Otherwise a crash could leave entries past the end of the disk, and a
 program that later grew the disk could show the old data.  After a crash before step 2 the range may
-read as zeros; the user has asked to lose its data.
+read as zeros.  This does no harm, because the user has asked to drop the data of the range.
 
 Step 3 comes after step 2, because the tables hold the zero clusters that hide the base.  Otherwise
 a crash could leave an overlay of the old size that shows data of its base.

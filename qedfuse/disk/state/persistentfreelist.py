@@ -84,9 +84,9 @@ class PersistentFreeList:
         self.wanted = self._option == "on" or (self._option == "keep" and eraser.has_descriptor)
 
     async def open(self) -> None:
-        """Read the list of the image; make it invalid if it is bad or the option is ``off``.
+        """Read the image's list, if any; make it invalid if it is bad or the option is ``off``.
 
-        Otherwise the scan is postponed.  If the list cannot be read, a warning is logged.
+        If it stays valid, the scan is postponed.  If the list cannot be read, a warning is logged.
 
         Raises:
             UsageError: A list is requested, but the bytes for its descriptor are in use.

@@ -1,7 +1,7 @@
 """The sandbox of a server: what the server is not permitted to do while it answers requests.
 
-Before the first request the images are open, and the process needs few other files, few system
-calls and hardly any capability.  The sandbox forbids everything else.
+While the server answers requests, the images are open already.  So it needs few other files, few
+system calls and hardly any capability.  The sandbox forbids everything else.
 
 The rules are prepared before the mount exists, because making a rule looks up a path.  Later, a
 path could lead through the mount.  Then the server would wait for its own reply.
