@@ -2,8 +2,8 @@
 
 QEMU gets backing files and data files as open descriptors, and does not look up their names.  So
 even if QEMU read a header differently from this module, it would read only files that the policy
-for backing files allows.  There is one exception: QEMU itself opens the files of a VMDK image that
-consists of several (`qedfuse.foreign.vmdk`), within the sandbox.
+for backing files allows.  There is one exception: if a VMDK image consists of several files, QEMU
+itself opens them (`qedfuse.foreign.vmdk`), within the sandbox.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Links:
 
     Attributes:
         backing: Name of the backing file; empty if there is none.
-        backing_driver: Format of the backing file as stated; None if it is not stated.
+        backing_driver: Format of the backing file; None if the image does not state it.  Always
+            ``vmdk`` for a VMDK image.
         data_file: Name of the file that has the data of a qcow2 image; empty if there is none.
         extents: Names of the files in which a VMDK image stores its data, if it names such files.
     """
@@ -170,7 +171,7 @@ def _vmdk(fd: int, name: str) -> Links:
 
 
 def _vpc(fd: int, name: str) -> Links:
-    """Return no names; refuse an image that has a parent, which QEMU would ignore."""
+    """Return no names; refuse an image that has a parent, because QEMU would ignore the parent."""
     start = os.pread(fd, _START_BYTES, 0)
     kind = start[_VHD_TYPE_AT : _VHD_TYPE_AT + 4]
     if start.startswith(b"conectix") and int.from_bytes(kind, "big") == _VHD_DIFFERENCING:

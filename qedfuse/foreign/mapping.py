@@ -47,13 +47,13 @@ def start_mapping(graph: Graph, name: str, output: int) -> subprocess.Popen[byte
 
 
 def fill_map(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] | None]) -> None:
-    """Add what the program prints to a map, until the output ends or the map is full.
+    """Add the ranges in the program's output to a map, until the output ends or the map is full.
 
     Args:
         run_map: The map, which must be empty.
         output: The program's output.
-        files: For each image of the chain, from the top one down: the number and the length in
-            bytes of the file that has its data.  None if only QEMU can read the data.
+        files: For each image of the chain, from the top one down: the file that has its data, as
+            its number in the map and its length in bytes.  None if only QEMU can read the data.
 
     Raises:
         ForeignError: The output is not a map of a disk.

@@ -176,18 +176,21 @@ class NewFile:
 
 
 def _copy_attributes(old: int, new: int) -> None:
-    """Copy owner, mode and extended attributes of the replaced file, as far as the host permits.
+    """Copy the mode of the replaced file and, as far as permitted, owner and extended attributes.
 
     The caller must have created the new file with mode 0600.  Extended attributes include access
     control lists.
+
+    Raises:
+        OSError: The mode cannot be set.
     """
     status = os.fstat(old)
     with suppress(OSError):
         os.fchown(new, -1, status.st_gid)
     with suppress(OSError):
         os.fchown(new, status.st_uid, -1)
-    # A user can set attributes ("user.") only on a file that the user may write to, so access
-    # control lists ("system.") and the mode come last.
+    # Setting an attribute "user." needs permission to write to the file.  Access control lists
+    # ("system.") and the mode may take this permission away, so they come last.
     names: list[str] = []
     with suppress(OSError):
         names = sorted(os.listxattr(old), key=lambda name: name.startswith("system."))

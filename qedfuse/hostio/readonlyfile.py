@@ -66,7 +66,7 @@ class ReadOnlyFile(ABC):
 
     @property
     def read_policy(self) -> ReadPolicy | None:
-        """None: the callers of `try_read` do not skip it after it has failed."""
+        """None: no policy keeps the callers from calling `try_read`."""
         return None
 
     def fileno(self) -> int:

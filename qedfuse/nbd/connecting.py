@@ -182,7 +182,7 @@ def _tls_wire(sock: socket.socket, host: str) -> TlsWire:
     context = ssl.create_default_context()
     try:
         return TlsWire(sock, context, host)
-    except (ValueError, TypeError) as error:  # a label is empty or too long, or there is a NUL
+    except (ValueError, TypeError) as error:  # the host name is not valid
         msg = f"TLS: host name: found '{printable(host)}', expected one that a certificate can have"
         raise RefusedError(msg, errno.EINVAL) from error
 

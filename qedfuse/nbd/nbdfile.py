@@ -175,7 +175,7 @@ class NbdFile(ReadOnlyFile):
         self._connections.close()
 
     def _attempts(self, offset: int, length: int) -> Attempts:
-        """Return the attempts of a read, which are brief if a read of its units has just failed."""
+        """Start the time limit of a read; it is short if a read of these units has just failed."""
         is_brief = self._failures.has_any(*_units(offset, length))
         return Attempts(self.name, self._deadlines, self._outages, is_brief=is_brief)
 
@@ -222,7 +222,8 @@ class NbdFile(ReadOnlyFile):
     async def _ask_for_extents(self, offset: int) -> None:
         """Ask the server for the extents at ``offset``, and record them.
 
-        The whole export is recorded as data if the server cannot report extents or is too slow.
+        The whole export is recorded as data if the server cannot report extents, is too slow, or
+        gives no usable answer.
         """
         attempts = Attempts(self.name, self._deadlines, self._outages)
         start = time.monotonic()

@@ -47,7 +47,7 @@ _RETRY_PAUSE_SECONDS: Final = 0.02
 _UNUSABLE: Final = (
     *(errno.ENOENT, errno.EBADMSG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO),
 )
-"""Errors of opening an entry, if it is missing or damaged, or if its path is not a directory."""
+"""Errors of opening an entry that is missing or damaged, or whose path is not a directory."""
 _RACES: Final = (errno.EWOULDBLOCK, errno.EEXIST, errno.ENOTEMPTY)
 """Errors of opening or making an entry that another process makes or removes."""
 

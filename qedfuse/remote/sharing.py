@@ -6,7 +6,8 @@ there are other openers.
 
 If another program truncates the file, the file has neither of the two lengths, and its openers
 notice this.  Later writes do not give the file one of these lengths again, because no opener writes
-to the added bytes at its end.  Only a `join` that runs during the truncation can do so.
+to the added bytes at its end.  Only a `join` that runs during the truncation can restore a valid
+length.
 
 Each opener holds a read lock on the first byte of the data file.  So the next opener finds that it
 is not alone.

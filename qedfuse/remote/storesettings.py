@@ -117,7 +117,7 @@ def make_store(
             "connect_timeout": timedelta(seconds=options.connect_seconds),
             "timeout": timedelta(seconds=options.attempt_seconds),
         },
-        # `qedfuse.remote.object` repeats reads.
+        # For reads `retry_seconds` is 0, because `qedfuse.remote.object` repeats them.
         "retry_config": {
             "max_retries": _MAX_RETRIES if retry_seconds else 0,
             "retry_timeout": timedelta(seconds=retry_seconds),

@@ -1,8 +1,9 @@
 """A flush: one write-back cycle, and then `Reclaim.run` for the clusters that the cycle frees.
 
 The caller of a flush must not hold a lock of `Reclaim`, `FileLength`, `FirstWriteGuard` or
-`HeaderStore`, because the flush takes these locks; `MetadataWriteback.barrier` takes none.  The
-rules D1, D4 and D7 are in docs/durability.md, and S3 is in docs/space.md.
+`HeaderStore`, because the flush takes these locks.  A caller that holds one can only make the file
+durable, with `MetadataWriteback.barrier`.  The rules D1, D4 and D7 are in docs/durability.md, and
+S3 is in docs/space.md.
 """
 
 from __future__ import annotations

@@ -70,10 +70,9 @@ class Quarantine:
     def retire(self, first: int, count: int) -> None:
         """Take in a run of ``count`` clusters to which no table in memory refers any more.
 
-        The caller must not await anything between changing the entries and this call.
-        Otherwise a write-back cycle could begin in between.  If the cycle sealed the clusters and
-        did not write the entries, the clusters could be used again while the file still refers to
-        them.
+        The caller must not await anything between changing the entries and this call, in either
+        order.  Otherwise a cycle that begins in between could seal the clusters without writing
+        the entries.  The clusters could then be used again while the file still refers to them.
         """
         self._unsealed.add(first, count)
 
@@ -110,7 +109,7 @@ class Quarantine:
             batch.durable = True
 
     def pop_reusable(self) -> tuple[int, int] | None:
-        """Remove from the quarantine clusters of one block that may be used again.
+        """Remove from the quarantine reusable clusters that lie in one block of the map.
 
         Returns:
             The number of the block, and its bits, as in `FreeMap.bits`.  None if no cluster may be

@@ -27,8 +27,9 @@ struct fuse_args *limited_arguments(struct fuse_args *given, struct fuse_args *c
 
     snprintf(option, sizeof option, "-omax_read=%d", MAX_SPLICE_BYTES);
     is_limited = 1;
-    /* From 3.17 on, libfuse's fuse_session_new calls fuse_session_new_versioned, so this function may be
-     * called a second time, with arguments that already have the option. */
+    /* From 3.17 on, libfuse's fuse_session_new calls fuse_session_new_versioned.  _extraops.c
+     * replaces both, so this function may be called a second time, with arguments that already have
+     * the option. */
     if (given->argc && strcmp(given->argv[given->argc - 1], option) == 0)
         return given;
     for (at = 0; at < given->argc; at++)

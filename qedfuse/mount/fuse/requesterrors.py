@@ -166,7 +166,7 @@ def answered(
 
 
 def _inode_of(args: Sequence[object]) -> int:
-    """Return the inode number of a request, whose first argument is an inode number or handle."""
+    """Return the inode number in a request's first argument, or the root's if it has none."""
     first = args[0] if args else None
     return first & ~HANDLE_FLAGS if isinstance(first, int) else pyfuse3.ROOT_INODE
 

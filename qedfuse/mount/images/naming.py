@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SUFFIX: Final = ".qed"
 _EXPORT: Final = "export"
-"""Stands for the name of an NBD export if it is empty; the file name of the disk begins with it."""
+"""The name of the disk, without its suffix, if the URL of an NBD export has no path."""
 MAX_NAME_BYTES: Final = 255
 """Maximum length of the file name of a disk, as in other file systems."""
 

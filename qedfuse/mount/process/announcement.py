@@ -118,7 +118,7 @@ class Announcement:
             self._pidfile.write()
 
     def needed_files(self) -> Iterator[tuple[int, int]]:
-        """Yield a descriptor of each file that `withdraw` uses, and the Landlock rights it needs.
+        """Yield a descriptor and the necessary Landlock rights for each file `withdraw` uses.
 
         A descriptor is valid only until the next one is requested.
         """

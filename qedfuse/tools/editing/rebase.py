@@ -144,7 +144,8 @@ async def _new_chain(
     # A format in a policy applies to every base of a chain.  The format in the caller's policy is
     # that of the present bases, so it is replaced.  For raw, the header above states the format.
     # For QED, and without a format, the first bytes decide.  A format that only QEMU reads is
-    # stated in the new policy; a base of such a format is the last of its chain.
+    # stated in the new policy.  There it applies to one base only, because a base of such a format
+    # is the last of its chain.
     stated = None if backing_format in (None, "raw", "qed") else backing_format
     policy = replace(options.backing, trusted=base, format=stated)
     with open_image_file(disk.path, None) as image:
@@ -180,7 +181,7 @@ async def _new_chain(
 def _refuse_other_format(
     path: str, backing: str, backing_format: BackingFormat | None, options: OpenOptions
 ) -> None:
-    """Refuse a new base that does not begin as the stated format, if only QEMU reads this format.
+    """Refuse a new base whose first bytes show that it is not of the stated foreign format.
 
     The image cannot record such a format, so a base that cannot be recognised by its first bytes (a
     fixed VHD) would later be read as raw.  A base that cannot be read is not refused here.

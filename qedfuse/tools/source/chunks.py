@@ -81,7 +81,7 @@ class Chunker:
                 ends at a multiple of this size or at the end of the disk.
             max_chunk_bytes: A multiple of ``block_size``; no chunk crosses a multiple of this.
             base: The second disk; None if only ``source`` is read.
-            include_all: Whether to put all ranges into chunks.
+            include_all: Whether the chunks also cover the ranges that need not be read.
         """
         self._block_size = block_size
         self._max_chunk_bytes = max_chunk_bytes
@@ -175,7 +175,7 @@ class _SegmentCursor:
         self._next = 0
 
     def within(self, start: int, end: int) -> tuple[Segment, ...]:
-        """Return the segments within a range, which must lie past the ranges of earlier calls."""
+        """Return the segments in a range; each call's range must lie past the one before."""
         result = []
         while self._next < len(self._extents):
             extent = self._extents[self._next]
