@@ -103,7 +103,7 @@ def refuse_too_many_tables(file: HostFile, count: int) -> None:
 
 
 async def overlapping(tables: Values, table_bytes: int) -> Mask:
-    """Return a mask of the tables that overlap an earlier table which is not in the mask itself.
+    """Return a mask that marks each table that overlaps an earlier table without a mark.
 
     Args:
         tables: The file offsets of tables, ascending; equal offsets are permitted.

@@ -78,8 +78,9 @@ class Components:
 
         # Write-back
         #
-        # The table size and the anchor of a `FreeMap` decide where its blocks begin.  The blocks in
-        # the maps of `Quarantine`, `Marking` and `Allocator` must begin at the same clusters.
+        # A `FreeMap` divides the file into blocks, from the cluster after the L1 table (the anchor)
+        # on.  The blocks in the maps of `Quarantine`, `Marking` and `Allocator` must begin at the
+        # same clusters.
         anchor = header.l1_end >> header.geometry.cluster_bits
         map_template = FreeMap(header.table_size, anchor)
         self.epochs = Epochs()

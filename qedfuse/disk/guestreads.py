@@ -60,8 +60,8 @@ class GuestReads:
         """Read a range without waiting; return None if that would block or fail.
 
         Returns None also for some ranges, such as one that ends past the end of the disk
-        (`FastPath.try_read`).  Then the caller must use `read`.  The next call of this method or of
-        `try_write` may overwrite the returned view.
+        (`FastPath.try_read`).  After None the caller must use `read`.  The next call of this method
+        or of `try_write` may overwrite the returned view.
         """
         return self._fast_path.try_read(start, length)
 

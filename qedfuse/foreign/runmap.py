@@ -60,7 +60,7 @@ class RunMap:
 
     One thread adds runs while others search.  A run is written first, then the count, then the end,
     and `parts` reads them in the reverse order.  So a search finds a new run as a whole or not at
-    all.  The mount's extension holds the GIL during a search.
+    all.  The mount's extension does not need this order, because it holds the GIL during a search.
 
     Attributes:
         cells: The count, the end, all starts and all targets; see
@@ -145,7 +145,7 @@ def without_zeros(
 ) -> Iterator[tuple[Part, memoryview]]:
     """Fill a view with zeros where the disk has zeros; yield the other parts.
 
-    The whole view begins at disk offset ``offset``.  Each part comes with its piece of the view.
+    The view begins at disk offset ``offset``.  Each part comes with its piece of the view.
     """
     for part in parts:
         into = view[part.start - offset :][: part.length]

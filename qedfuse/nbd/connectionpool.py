@@ -215,10 +215,10 @@ class ConnectionPool:
         return min(slots or self._slots, key=_in_flight)
 
     def _try_back_off(self, slot: Slot) -> bool:
-        """Start the backoff time of a slot in which no connection could be made.
+        """Start the backoff time of a slot in which no connection could be made; return True.
 
-        If no slot is connected, the server probably cannot be reached: returns False and does
-        nothing.
+        If no other slot has a working connection, the server probably cannot be reached.  Then this
+        method changes nothing and returns False.
         """
         if not any(other.working_connection for other in self._slots):
             return False

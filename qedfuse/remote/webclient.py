@@ -268,7 +268,7 @@ class WebClient:
         raise UnusableError(msg)
 
     def _raise_for_status(self, response: BaseHTTPResponse, target: Address) -> None:
-        """Raise the exception for a status, unless it is a success or 416 (an empty object)."""
+        """Raise the exception for a status, except 200, 206 and 416, which callers handle."""
         status = response.status
         if status in {200, 206, 416}:
             return

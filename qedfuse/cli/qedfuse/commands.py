@@ -70,7 +70,7 @@ def mount(arguments: Arguments) -> int:
     def serve(ready: Callable[[], None], log: logging.Handler | None = None) -> int:
         """Serve until the mount ends; call ``ready`` when the disks can be used.
 
-        After that call, messages go to ``log``, or to stderr.
+        After that call, messages go to ``log``; if it is None, they go to stderr.
         """
         # By default OpenBLAS, which numpy loads, starts a thread per core.  But `run_session` must
         # be called before there is a second thread, so even a value of the user is replaced by 1.
@@ -92,7 +92,7 @@ def mount(arguments: Arguments) -> int:
 
     def ready_in_foreground() -> None:
         # With -d the log must contain every request, so the server waits for the reader of stderr.
-        # Otherwise it drops messages instead.
+        # Without -d it drops messages for which it would have to wait.
         if arguments.debug:
             _log.debug("ready")
         else:

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         CorruptImageError: There are bad table entries.  All extents, or the whole picture, have
             been printed.
-        QedError: The image or a base cannot be opened or read, or an option excludes a picture.
+        QedError: The image or a base cannot be opened or read, or an option does not fit a picture.
     """
     if arguments.output in {"picture", "svg"}:
         return _draw(arguments)

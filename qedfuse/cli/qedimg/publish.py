@@ -68,8 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     print_line(arguments, f"{result.url}: {result.size} bytes, compared with the file{version}")
     url = shlex.quote(result.url)
     if result.is_raw:
-        # The mount option ``overlay`` makes overlays over images only.  A comma would end the mount
-        # option ``backing_url``, so a comma in the URL is escaped.
+        # The mount option ``overlay`` makes overlays over images only, so ``qedimg create`` makes
+        # this overlay.  A comma would end the mount option ``backing_url``, so a comma in the URL
+        # is escaped.
         prefix = shlex.quote(f"backing_url={result.url.replace(',', '%2C')}")
         print_line(arguments, f"qedimg create -b {url} -F raw vm1.qed")
         print_line(arguments, f"qedfuse -o {prefix} vm1.qed /mnt/vm1")

@@ -67,7 +67,8 @@ class DescriptorEraser:
 async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     """Raise if a new descriptor would overwrite the backing file name or unknown data.
 
-    If the header's bit says that the image has a list, the bytes are not examined.
+    If the header's bit says that the image has a list, the sector holds the list's descriptor.
+    Then the data in the sector is not examined.
 
     Raises:
         UsageError: The backing file name or unknown data lie in the descriptor's sector.
@@ -131,6 +132,8 @@ def _lowest(runs: Runs, count: int) -> NDArray[np.uint64]:
 
 async def erase_descriptor(file: HostFile, header: Header) -> None:
     """Overwrite the descriptor of an invalid list with zeros, as an additional safeguard.
+
+    If the backing file name lies there, nothing is written.
 
     A crash may lose this write.  Even then the old descriptor is not used, because programs set the
     header's bit only after a datasync that covers a new descriptor.

@@ -215,8 +215,8 @@ void replace_data_operations(struct fuse_lowlevel_ops *table)
 {
     if (table->read == NULL || table->write == NULL || table->fsync == NULL)
         return;
-    /* From 3.17 on, libfuse's fuse_session_new calls fuse_session_new_versioned, so the table may
-     * come a second time, with this module's operations. */
+    /* From 3.17 on, libfuse's fuse_session_new calls fuse_session_new_versioned.  _extraops.c
+     * replaces both, so the table may come a second time, with this module's operations. */
     if (table->read == on_read)
         return;
     end_splicing();

@@ -2,7 +2,8 @@
 
 The C library keeps the memory of freed buffers, some 30 MiB, until malloc_trim is called.  If it
 kept less, large writes would lose nearly half their speed, because the kernel would have to supply
-new pages for each buffer.  So the server calls malloc_trim only after flushes.
+new pages for each buffer.  So the server calls malloc_trim rarely: only after a flush, and at most
+every 4 seconds.
 """
 
 from __future__ import annotations
