@@ -78,9 +78,8 @@ class Components:
 
         # Write-back
         #
-        # A `FreeMap` divides the file into blocks, from the cluster after the L1 table (the anchor)
-        # on.  The blocks in the maps of `Quarantine`, `Marking` and `Allocator` must begin at the
-        # same clusters.
+        # The blocks in the maps of `Quarantine`, `Marking` and `Allocator` must begin at the same
+        # clusters.  They do, because these maps have the same table size and the same anchor.
         anchor = header.l1_end >> header.geometry.cluster_bits
         map_template = FreeMap(header.table_size, anchor)
         self.epochs = Epochs()

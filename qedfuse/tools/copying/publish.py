@@ -93,8 +93,8 @@ async def publish(
 
     Raises:
         UsageError: ``url`` is not that of an object in a store, or the object exists and
-            ``overwrite`` is False.  Or ``path`` has a backing file or is a URL, without
-            ``flatten``; or it was not closed cleanly.
+            ``overwrite`` is False.  Or, without ``flatten``, ``path`` is a URL, has a backing file
+            or was not closed cleanly.
         RemoteError: The store cannot be reached, refuses the object or has stored other content, or
             the library for stores is not installed.
         QedError: The image cannot be opened, locked or read, or has changed during the call.  Or

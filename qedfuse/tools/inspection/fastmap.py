@@ -108,8 +108,9 @@ class FastMap:
                 self.reached = pending[0]
             pending[1] += rest * geometry.cluster_size
             left -= count
-        # The last extent is pending.  It is cut off at the end of the disk, because the last
-        # cluster may reach past it.  An entry of another kind makes the extension write its line.
+        # The last extent is pending.  It is cut off at the end of the disk, because its last
+        # cluster may reach past this end.  Then one more entry, of another kind, makes the
+        # extension write the line of the pending extent.
         pending[1] = self.size - pending[0]
         other_kind = array("Q", (UNALLOCATED if pending[2] else 1,)).tobytes()
         text = self._write(other_kind, pending, ending, as_json=as_json)

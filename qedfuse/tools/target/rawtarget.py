@@ -36,8 +36,8 @@ class NewRawTarget(ParallelTarget):
         Args:
             descriptor: The file; negative to write nothing.
             name: Name of the file in messages.
-            sparse_size: Minimum length in bytes of a run of zeros that becomes a hole.  A length
-                from 512 to 4095 selects blocks of 512 bytes, any other length blocks of 4096 bytes.
+            sparse_size: Minimum length in bytes of a run of zeros that the caller leaves out.  Here
+                it only selects the block size: 512 for a length from 512 to 4095, otherwise 4096.
         """
         self.descriptor = descriptor
         self.name = name
