@@ -66,7 +66,7 @@ class GuestReads:
         return self._fast_path.try_read(start, length)
 
     def tables_for_reads(self) -> ReadTables:
-        """Return the objects with which the mount's extension answers reads by itself."""
+        """Return the objects with which the mount's C extension answers reads without Python."""
         return self._fast_path.tables_for_reads(self._epochs)
 
     @property
@@ -100,8 +100,8 @@ class GuestReads:
     ) -> bool:
         """Start a read that `try_read` could not make; return whether a read was started.
 
-        Returns False if the range is not known to be one run in one file, or if
-        `HostFile.try_start_read`, which gets ``take_answer`` and ``ended``, returns False.
+        Returns False if the range is not known to be one run in one file.  Otherwise the method
+        passes ``take_answer`` and ``ended`` to `HostFile.try_start_read`, and returns its result.
 
         Raises:
             OSError: No thread exists, and none could be created.  ``ended`` is not called.

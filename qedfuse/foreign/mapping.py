@@ -2,8 +2,8 @@
 
 ``qemu-img map`` runs in a sandbox like that of qemu-nbd, and prints one JSON object per line.  The
 output is not trusted.  But false output gains nothing for a hostile image that takes over the
-program.  Such output can only name other ranges of the files of the image's own chain, which
-qemu-nbd could serve as well.
+program: it can only name other ranges of the files of the image's own chain.  By taking over
+qemu-nbd, the image could make it serve the same ranges.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ MAX_RUNS: Final = 1 << 20
 _COUNT, _END = 0, 1
 """Indices in `RunMap.cells` of the number of runs, and of the disk offset at which they end."""
 _FIRST_START: Final = 2
-"""Index in `RunMap.cells` of the array of starts, which the array of targets follows."""
+"""Index in `RunMap.cells` of the array of starts; the array of targets comes after it."""
 _FILE_BIAS: Final = 2
 _FILE_BITS: Final = 8
 _UNKNOWN_TARGET: Final = 0

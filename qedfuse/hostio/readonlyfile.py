@@ -66,7 +66,7 @@ class ReadOnlyFile(ABC):
 
     @property
     def read_policy(self) -> ReadPolicy | None:
-        """None: no policy keeps the callers from calling `try_read`."""
+        """None: there is no policy, so the callers always call `try_read`."""
         return None
 
     def fileno(self) -> int:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     and the number of its clusters."""
 
 DESCRIPTOR_OFFSET: Final = 3584
-"""File offset of the descriptor: the last sector of the first 4096 bytes.  They belong to the
-header, which takes up whole clusters of at least 4096 bytes."""
+"""File offset of the descriptor: the last sector of the first 4096 bytes.  These bytes belong to
+the header, which takes up whole clusters of at least 4096 bytes."""
 
 DESCRIPTOR_BYTES: Final = SECTOR
 DESCRIPTOR_END: Final = DESCRIPTOR_OFFSET + DESCRIPTOR_BYTES
@@ -201,7 +201,7 @@ def parse_cluster_header(data: bytes | bytearray, cluster_size: int) -> ListClus
 
 
 def parse_runs(header: ListClusterHeader, data: bytes | bytearray) -> Runs:
-    """Decode the runs in ``data``, the bytes of a list cluster, which begin with ``header``.
+    """Decode the runs of the list cluster with this header; ``data`` has the cluster's first bytes.
 
     Raises:
         BadListError: The checksum is wrong, or ``data`` is too short.

@@ -131,9 +131,9 @@ class CacheDirectory:
     ) -> Iterator[tuple[Version, UnitFile]]:
         """Open and yield the entries of an object that can be used without a server.
 
-        Such an entry has all units that `mark_usable_offline` has recorded for it; without a
-        record, all units of the object.  The most recently used entry comes first.  The caller must
-        close each entry.
+        An object is cached in units (blocks of 256 KiB).  A usable entry has all units that
+        `mark_usable_offline` has recorded for it; without a record, all units of the object.  The
+        most recently used entry comes first.  The caller must close each entry.
         """
         parent = self._directory_of(address, store_id)
         for found in reversed(list_entries([parent])):

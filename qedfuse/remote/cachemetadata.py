@@ -40,8 +40,8 @@ class EntryMetadata(NamedTuple):
 
     Attributes:
         version: The version of the object.
-        needed: A byte for each unit: 1 if the entry must have it to be used without a server, and 0
-            otherwise.  None if the entry must have all units.
+        needed: A byte for each unit (block of 256 KiB) of the object: 1 if reads without a server
+            need the unit, and 0 if not.  None if they need all units.
     """
 
     version: Version

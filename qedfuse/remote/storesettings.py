@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.client import ClientOptions
 
 _MAX_RETRIES: Final = 10_000
-"""Maximum number of attempts of obstore; so high that only ``retry_seconds`` limits them."""
+"""How often obstore may repeat a request; so often that only ``retry_seconds`` limits it."""
 _MAX_PAUSE_SECONDS: Final = 5.0
 """Maximum pause between two attempts of obstore."""
 _PREFIXES: Final = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}

@@ -89,7 +89,7 @@ class ContentParts:
         self._is_read_to_end = False
 
     def read_single(self) -> bytearray:
-        """Return the content, which must fit into one part; do not call ``before_end``."""
+        """Return the content, which must fit into one part, without calling ``before_end``."""
         block = next(self.read(), bytearray())
         self._is_read_to_end = True
         return block

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 _MAX_CONFIDENCE: Final = 16
-"""Maximum of the confidence counter (`AdaptivePoll`).  A long wait subtracts 1, so this number of
-long waits in a row ends polling."""
+"""Maximum of the confidence counter (`AdaptivePoll`).  Even at the maximum, this number of long
+waits in a row ends polling."""
 _RESET_FACTOR: Final = 8
 """A wait longer than this multiple of the maximum time to poll resets the counter to 0."""
 _WAKE_FACTOR: Final = 2

@@ -86,7 +86,7 @@ async def _read(
 ) -> NDArray[np.uint64]:
     """Read ``length`` bytes of entries of a table, beginning at the file offset ``offset``.
 
-    With ``validated`` these are one slice, which is read through the table cache.
+    With ``validated`` the range must be one slice, which is read through the table cache.
     """
     if not validated:
         raw = await layer.file.pread(offset, length)

@@ -1,4 +1,5 @@
-"""Compaction of L2 tables, which move before the data because they need adjacent clusters."""
+"""Compaction of L2 tables.  Each table needs adjacent clusters, so the tables move before the data.
+"""
 
 from __future__ import annotations
 
@@ -125,8 +126,9 @@ class TableCompaction:
         """Move all tables into adjacent places (slots), directly after the L1 table.
 
         The data clusters that are in the way move up first, which can make the file longer until
-        the end of the compaction.  Nothing moves if the tables would reach past the target, if the
-        file could exceed its bound (``within_bound``), or if ``max_moves`` could be exceeded.
+        the end of the compaction.  Nothing moves if the tables would reach past the target, if
+        ``max_moves`` could be exceeded, or if the file could become longer than a file in which
+        every cluster is allocated (only with ``within_bound``).
         """
         allocator, size = self._allocator, self._table_size
         tables = await self.list_tables()

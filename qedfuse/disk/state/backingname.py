@@ -52,8 +52,8 @@ async def change_backing_name(
 
     Raises:
         HostError: A system call failed.  If the header may have changed, the old header is written
-            again.  The image may name the new base only if this fails as well, or if the power
-            fails before the next datasync.
+            again.  The image may name the new base only if that second write fails as well, or if
+            the power fails before the next datasync.
         ReadOnlyError: The disk has become read-only during the call.
     """
     # What the image needs with its new base must be durable before the header names it.

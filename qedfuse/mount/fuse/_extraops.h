@@ -19,8 +19,8 @@ PyObject *new_request(fuse_req_t request, size_t size);
 /* Prepares new_request().  Returns 0, or -1 with an exception (_request.c). */
 int init_requests(void);
 
-/* Lets no request made so far be answered any more; called when a session begins and when it ends
- * (_request.c). */
+/* Makes every Request that exists unusable: it can answer no more.  Called when a session begins
+ * and when it ends (_request.c). */
 void forget_requests(void);
 
 /* Replaces init, read, write and fsync in a copy of pyfuse3's table of operations (_dataops.c). */

@@ -93,7 +93,7 @@ class ExportedDisk:
         return min(share, self.disk.size // _BLOCK_BYTES)
 
     def shares_bytes(self, other: ExportedDisk) -> bool:
-        """Return whether another file has bytes in common with this file; False for this file."""
+        """Return whether ``other`` is another file that has bytes in common with this file."""
         if self is other or self.whole_disk is not other.whole_disk:
             return False
         mine, its = self.disk, other.disk
@@ -215,7 +215,7 @@ class ExportedDisks:
     def _exclude_others(self, exported: ExportedDisk, *, writer: bool) -> None:
         """Raise `FileInUseError` if open files with bytes in common forbid a handle or a change.
 
-        Otherwise the pages of these files become stale if ``writer`` is True.
+        Otherwise, if ``writer`` is True, mark the files with bytes in common as stale.
         """
         others = self._sharing_bytes(exported)
         for other in others:
@@ -283,7 +283,7 @@ class ExportedDisks:
     def stop_fetching(self) -> None:
         """Fail all present and later reads of the disks that would wait for a server.
 
-        No program may need the data of such a read any more.
+        Call this only when no program needs the data of such a read any more.
         """
         for disk in self.whole_disks:
             disk.stop_fetching()

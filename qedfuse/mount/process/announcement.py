@@ -146,8 +146,8 @@ class Announcement:
         Call this last, because a missing mount record means that the images were closed safely.
 
         Args:
-            failure: What failed, which is added to the mount record; None if nothing failed.
-            exit_code: The exit code of the process, added together with the failure.
+            failure: A text for the mount record about what failed; None if nothing failed.
+            exit_code: The exit code of the process, recorded with the failure.
         """
         self._manager.close()
         if self._pidfile is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MIN_INTERVAL_SECONDS: Final = 4.0
-"""Minimum time between two calls of malloc_trim, which take some milliseconds.  A disk that has
+"""Minimum time between two calls of malloc_trim; each takes some milliseconds.  A disk that has
 been idle for longer is flushed once more, to clear a bit of its header (NEED_CHECK), and this flush
 trims the heap."""
 

@@ -24,7 +24,7 @@ class ServerNeeds:
         mountpoint: The mountpoint, absolute and free of symbolic links.
         is_directory: Whether the mountpoint is a directory.
         modes: The modes that the process may pass to chmod(2): those that the files of the disks
-            have already (`SizeFixup`).
+            can have, with and without write permission (`SizeFixup`).
         writable: Whether the mount can be written to.
         uses_servers: Whether an image or backing file is on a web server, object store or NBD
             server.

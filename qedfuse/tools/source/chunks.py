@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.source import BlockingReader, Source
 
 MAX_CHUNK_BYTES: Final = 4 << 20
-"""Maximum length in bytes of a chunk of a copy, unless a block is longer."""
+"""Maximum length in bytes of a chunk of a copy, unless a block of the target is longer."""
 
 _MAX_BRIDGED_GAP_BYTES: Final = 1 << 18
 """Maximum length of a gap in a chunk.  A gap is a range that need not be read."""
@@ -87,7 +87,7 @@ class Chunker:
         self._max_chunk_bytes = max_chunk_bytes
         self._include_all = include_all
         self._has_base = base is not None
-        # Each list has one item for each layer, by depth.
+        # Each list has one item for each layer, from the top image down.
         self._files = source.layer_files()
         self._base_files = base.layer_files() if base else []
         self._identities = [file.identity for file in self._files]
