@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
 
 MAX_TABLES: Final = 1 << 22
-"""Maximum number of L2 tables in an image that can be checked, and of invalid L1 entries in one
-that can be repaired."""
+"""Maximum number of L2 tables in an image that can be checked, and maximum number of invalid L1
+entries in an image that can be repaired."""
 
 _TABLES_PER_STEP: Final = 1 << 13
 """Maximum number of tables that are compared before other tasks run."""
@@ -88,7 +88,7 @@ class EntryChanges:
         self._values = np.array([entries[index] for index in self._indices.tolist()], np.uint64)
 
     def applied(self, first: int, values: Values) -> Values:
-        """Return a copy of a slice, whose first entry has the index ``first``, with the changes."""
+        """Return a changed copy of a slice; ``first`` is the index of the slice's first entry."""
         begin, end = np.searchsorted(self._indices, [first, first + len(values)])
         fixed = values.copy()
         fixed[self._indices[begin:end] - first] = self._values[begin:end]

@@ -23,8 +23,8 @@ _MAX_PREFIX_BYTES: Final = 200
 """Maximum bytes of the final name that the temporary name repeats, because of NAME_MAX."""
 
 CONTENT_ATTRIBUTE_PREFIX: Final = "user.qedfuse."
-"""The beginning of the names of extended attributes that describe the content of a file.  They must
-not be copied to a file with other content."""
+"""The beginning of the names of extended attributes that describe the content of a file.  Such
+attributes must not be copied to a file with other content."""
 
 _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """Errors of link(2) on a file system without hard links."""
@@ -109,11 +109,11 @@ class NewFile:
         Raises:
             UsageError: A file other than ``old`` has the final name, and ``overwrite`` is False.
             ImageInUseError: A file other than ``old`` has the final name, and ``overwrite`` is
-                True.  The file may be in use.
+                True.  Another program may use that file.
             HostError: A system call failed; the file may have its final name nevertheless.
         """
         try:
-            # Opened first, because the new mode may forbid the owner to open the file.
+            # Opened before the mode is copied, because this mode may forbid the owner to open it.
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 if self._old is not None:

@@ -27,7 +27,8 @@ class CheckedUnits(NamedTuple):
             may, and all pages of the unit are valid and not waiting to be written.  (A page is not
             valid while it is being read, and after a failed write.)
         zero_blocks: For each unit a mask of 64 bits: bit i is set if block i of the unit is known
-            to be all zeros.  Empty if the host had no memory for the masks; then no block is known.
+            to be all zeros.  Empty if the host had no memory for the masks; then all bits count
+            as clear.
         unit_bits: Binary logarithm of the number of bytes in a unit.
         content_bytes: Offset at which the readable part of the file ends.
         file_bytes: Length of the file while one process uses it; it is one byte longer while
@@ -82,7 +83,7 @@ class WriteTarget(NamedTuple):
         fd: The descriptor.
         inode: The lock of the file's inode.  The extension writes only while ``contention`` is 0.
         is_short: Returns whether a write of the given number of bytes counts as short; longer ones
-            are left to Python code.  Not called for at most `ALWAYS_SHORT_WRITE_BYTES`.
+            are left to Python code.  Not called for a write of `ALWAYS_SHORT_WRITE_BYTES` or less.
         record_write: Must be called after each write, with its length in bytes and its time in
             seconds.
     """

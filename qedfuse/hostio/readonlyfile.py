@@ -94,7 +94,7 @@ class ReadOnlyFile(ABC):
         _take_answer: Callable[[], object],
         _ended: Callable[[int], object],
     ) -> bool:
-        """Return False: native threads and the kernel's queue cannot read the file."""
+        """Return False: native threads cannot read the file, because it has no descriptor."""
         return False
 
     def stored_blocks(self) -> int:

@@ -202,8 +202,8 @@ class ConnectionPool:
     def _choose(self) -> Slot:
         """Return the slot with the fewest requests in flight; of equal slots, the first.
 
-        Slots without a connection are left out during their backoff time.  If no slot remains, all
-        slots count.
+        Slots without a connection are left out during their backoff time, unless this leaves out
+        all slots.
         """
         if self.is_closed:
             msg = "closed"

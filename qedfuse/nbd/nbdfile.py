@@ -175,7 +175,7 @@ class NbdFile(ReadOnlyFile):
         self._connections.close()
 
     def _attempts(self, offset: int, length: int) -> Attempts:
-        """Start the time limit of a read; it is short if a read of these units has just failed."""
+        """Return a new time limit for a read, short if a read of the same units has just failed."""
         is_brief = self._failures.has_any(*_units(offset, length))
         return Attempts(self.name, self._deadlines, self._outages, is_brief=is_brief)
 

@@ -86,7 +86,7 @@ class Descriptor:
 
     Attributes:
         first_cluster: File offset of the first list cluster in bytes (not a cluster index).
-        list_clusters: Number of clusters that hold the list; the list counts them as free.
+        list_clusters: Number of clusters that hold the list; they are among the free clusters.
         runs: Number of runs in all list clusters together.
         free_clusters: Number of clusters in all runs together.
         file_bytes: Length of the image file when the list was written.

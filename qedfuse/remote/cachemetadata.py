@@ -153,8 +153,9 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
 def _parsed_time(modified: object) -> float | None:
     """Return the time of the object's last change, from ``about.json``; see `Version.modified`.
 
-    The name of an entry can be right although the time is wrong.  So only null and times of the
-    years 1 to 9999 are accepted; others raise ValueError or OverflowError.
+    With an entity tag the name of the entry does not depend on the time, so a damaged time must be
+    found here.  Only null and times of the years 1 to 9999 are accepted; others raise ValueError
+    or OverflowError.
     """
     if modified is None:
         return None

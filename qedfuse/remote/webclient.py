@@ -1,7 +1,7 @@
 """A client for web servers: reads ranges of one version of the object at a URL.
 
 A redirection is followed only to the scheme and host of the URL itself, and to prefixes that the
-user allows.  So a server cannot make its clients send requests to other machines.
+user allows.  So a server cannot make its clients send requests to any other machine.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class WebClient:
         return settled_version(self._query)
 
     def _query(self) -> tuple[Version, float | None]:
-        """Return the object's present version, and `seconds_since_change`."""
+        """Return the object's present version, and the result of `seconds_since_change`."""
         with self._open({"Range": "bytes=0-0"}) as response:
             found, size = content_range(response) or (None, -1)
             # Only an empty object has no first byte.
@@ -150,7 +150,7 @@ class WebClient:
             found = content_range(response)
             if response.status != HTTPStatus.PARTIAL_CONTENT or found is None:
                 raise no_range_error(response)
-            # The server may have ignored the condition.
+            # The server may have ignored the header with the condition (``If-...``).
             if not version_of(response, found[1]).is_same(version):
                 raise ChangedError
             if found[0] != range(offset, offset + length):

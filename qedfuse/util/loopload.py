@@ -40,8 +40,8 @@ class LoopLoad:
     def has_running_threads(self) -> bool:
         """Return whether a thread of trio is running, or `fetched_reads` is more than 0.
 
-        Then the caller must not poll.  While a task polls, the event loop does not notice that the
-        thread has finished.  And an event loop that never sleeps starves the thread of the GIL.
+        If True, the caller must not poll.  While a task polls, the event loop does not notice that
+        a thread has finished.  And an event loop that never sleeps starves the thread of the GIL.
         """
         return self._threads.borrowed_tokens > 0 or self.fetched_reads > 0
 

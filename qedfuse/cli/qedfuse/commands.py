@@ -31,7 +31,7 @@ def mount(arguments: Arguments) -> int:
     used.  With ``arguments.foreground`` it returns when the mount has ended.  With
     ``arguments.fake`` the images are only checked, opened and closed.
 
-    If the mount fails, the serving process logs the error, and the result is its exit code.
+    If the mount fails, the serving process logs the error, and its exit code is the result.
 
     Raises:
         UsageError: An argument is missing, or an option is invalid.
@@ -133,7 +133,8 @@ def _remount(arguments: Arguments) -> int:
 def _guarded(session: Callable[[], int], *, debug: bool) -> int:
     """Run a session and return its exit code, or `INTERRUPTED` after Ctrl-C.
 
-    A lack of descriptors or a bug is logged, and has an exit code; with ``debug`` it is raised.
+    After another exception, because of a lack of descriptors or a bug, log it and return an exit
+    code; with ``debug`` raise it.
     """
     try:
         return session()

@@ -31,11 +31,11 @@ class FileReads:
     """Counts the reads of the files of one chain.
 
     Attributes:
-        cells: Two numbers for each file, in the order of their depths: of reads, and of bytes read.
+        cells: Two numbers for each file, from the top image down: of reads, and of bytes read.
     """
 
     def __init__(self, files: Iterable[ReadableFile]) -> None:
-        """Count the reads of ``files``, which are in the order of their depths."""
+        """Count the reads of ``files``, which begin with that of the top image."""
         self._first_cell = {id(file): 2 * depth for depth, file in enumerate(files)}
         self.cells = array("Q", bytes(16 * len(self._first_cell)))
 
@@ -46,6 +46,6 @@ class FileReads:
         self.cells[at + 1] += length
 
     def statistics(self) -> list[FileReadStatistics]:
-        """Return the counters of each file, in the order of the files' depths."""
+        """Return the counters of each file, from the top image down."""
         cells = self.cells
         return [FileReadStatistics(*cells[at : at + 2]) for at in range(0, len(cells), 2)]

@@ -106,7 +106,7 @@ def graph_of(file: ReadableFile) -> Graph | None:
 
 
 def start_maps(layers: Iterable[Layer]) -> None:
-    """Start one program of QEMU for each layer that QEMU serves; it finds where the layer has data.
+    """Start a program of QEMU for each layer that QEMU serves, to find where the layer has data.
 
     The call blocks for some milliseconds for each such layer.
     """

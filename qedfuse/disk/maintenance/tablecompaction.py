@@ -1,5 +1,4 @@
-"""Compaction of L2 tables.  Each table needs adjacent clusters, so the tables move before the data.
-"""
+"""Compaction of L2 tables.  It comes before that of the data: a table needs adjacent clusters."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ async def holding_data(
 ) -> NDArray[np.bool_]:
     """Return for each table whether it holds data; if not, it is a hole of the host's file.
 
-    ``tables`` are the file offsets of tables that do not overlap, in ascending order.  Tables that
-    are holes cost no queries to the host.
+    ``tables`` are the file offsets of tables that do not overlap, in ascending order.  One query to
+    the host skips all tables that are holes up to the next data.
 
     Raises:
         HostError: A system call failed.

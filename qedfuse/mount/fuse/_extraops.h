@@ -50,7 +50,7 @@ void end_bursts(void);
 
 /* Takes waiting requests and, while polling is permitted, those that arrive soon, up to a limit.
  * The caller must hold the GIL.  It must have answered or queued the request that is being handled,
- * or have made its Request (_burst.c). */
+ * or have made a Request for it (_burst.c). */
 void take_more(void);
 
 /* Returns how many requests were taken in bursts since the last call (_burst.c). */
@@ -62,8 +62,8 @@ PyObject *permit_polling(PyObject *module, PyObject *args);
 /* Forbids bursts to poll for requests (_burst.c). */
 PyObject *forbid_polling(PyObject *module, PyObject *unused);
 
-/* Returns how many seconds the last poll took; 0 if a request has come since the poll began, or at
- * a second call (_burst.c). */
+/* Returns how many seconds the last poll took.  Returns 0 if a request has come since the poll
+ * began, or if an earlier call has returned this time (_burst.c). */
 PyObject *take_polled_seconds(PyObject *module, PyObject *unused);
 
 /* Minimum and maximum length of a read that is answered with the pages of a file, by splice(2).  To
@@ -104,7 +104,7 @@ enum pages cached_pages(int fd, uint64_t offset, size_t size);
 /* Returns whether no page of a range is dirty or being written; 0 if unknown (_pagecache.c). */
 int are_clean(int fd, uint64_t offset, size_t size);
 
-/* Returns false once the kernel has proved to lack cachestat(2) (_pagecache.c). */
+/* Returns 0 after a call has shown that the kernel lacks cachestat(2); 1 before (_pagecache.c). */
 int can_count_pages(void);
 
 /* Returns whether the page cache has a valid page for each byte of a range of at most 1 MiB, of a
@@ -181,7 +181,7 @@ int answer_seek(fuse_req_t request, fuse_ino_t inode, int whence, off_t start);
 /* Prepares answer_cached_read().  Returns 0, or -1 with an exception (_cachedread.c). */
 int init_cached_reads(void);
 
-/* Prepares the following two functions.  Returns 0, or -1 with an exception (_readview.c). */
+/* Prepares read_view() and set_read_views().  Returns 0, or -1 with an exception (_readview.c). */
 int init_read_views(void);
 
 /* Makes a ReadView, by which requests to a disk are answered (_readview.c). */

@@ -69,7 +69,7 @@ def server_needs(
         sources: The images, or directories of images: absolute paths or URLs.
         options: The options of the mount.
         is_directory: Whether the mountpoint is a directory.
-        mode: The permissions of the disks.
+        mode: The permissions of the files of the disks.
         uses_servers: Whether an image or backing file is on a web server, object store or NBD
             server.
         socket_directory: The descriptor of the directory of the socket for metrics; None for no

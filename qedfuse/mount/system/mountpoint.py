@@ -24,8 +24,8 @@ would cover all of them.
 _LIBFUSE_PATHS: Final = ("/bin/mount", "/lib64", "/etc/ld.so.cache", "/run/mount/utab")
 """Paths that mount(8) needs to update /run/mount/utab, a table of mount options.
 
-libfuse 3.17 and newer runs mount(8) after the kernel has mounted, and waits for its end before the
-server answers requests.  If the mount covered one of these paths, mount(8) would wait for the
+After the kernel has mounted, libfuse 3.17 and newer runs mount(8).  The server answers requests
+only when mount(8) has ended.  If the mount covered one of these paths, mount(8) would wait for the
 server, and the server for mount(8).
 """
 _MAX_LINKS: Final = 40
@@ -44,7 +44,7 @@ def resolve_mounted(path: str) -> str:
     """Resolve the path of a mountpoint as `resolve` does, without accessing the mount.
 
     The server of the mount may not answer, so only the directories that lead to the mountpoint are
-    accessed.  A path that ends in ``.`` or ``..`` is an exception.
+    accessed.  Exception: for a path that ends in ``.`` or ``..`` the mount is accessed.
 
     If the path leads to no mountpoint, the result is the path, resolved as far as possible.
 

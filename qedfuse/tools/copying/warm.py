@@ -42,7 +42,8 @@ class WarmedFile:
         url: The normalised URL, without a secret query.
         cached_bytes: Number of bytes that a mount can need; the cache has all of them.
         fetched_bytes: Number of bytes that were fetched from the server.
-        is_complete: Whether the file can now be read without its server.
+        is_complete: Whether the file can be read without its server: the cache has recorded that
+            all needed bytes are there.
     """
 
     url: str

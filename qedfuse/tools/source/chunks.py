@@ -1,9 +1,10 @@
 """Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-A copy reads one disk, or two if the target has a base; a comparison reads two.  A range need not be
-read if all these disks have zeros there according to the extents, or if both disks store the range
-as the same bytes of the same file.  A short range of this kind is read nevertheless if it lies
-between ranges that must be read, because a second chunk would cost more.
+A copy reads one disk, or two if the target has a base; a comparison reads two.  The extents of a
+disk (`Source.extents`) show how it stores each range.  A range need not be read if all these disks
+have zeros there, or if both disks store the range as the same bytes of the same file.  A short
+range of this kind is read nevertheless if it lies between ranges that must be read, because a
+second chunk would cost more.
 """
 
 from __future__ import annotations
