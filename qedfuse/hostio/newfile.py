@@ -113,7 +113,7 @@ class NewFile:
             HostError: A system call failed; the file may have its final name nevertheless.
         """
         try:
-            # Opened before the mode is copied, because this mode may forbid the owner to open it.
+            # Opened before the mode is copied: the mode may forbid the owner to open the file.
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 if self._old is not None:

@@ -178,7 +178,7 @@ class _Reader:
             refuse("list cluster offset", offset, expected)
 
     def _check_runs(self, runs: Runs, descriptor: Descriptor) -> None:
-        """Validate the order, positions and total length of the runs, and find overlaps with L1."""
+        """Validate the runs: order, positions, total length, and no overlap with the L1 table."""
         first, count = runs[:, 0], runs[:, 1]
         # For runs that begin past the end of the file, the unsigned subtraction would wrap around,
         # so they are excluded first.  A run must end before the last cluster of the file.  That
