@@ -2,8 +2,8 @@
 
 ``qemu-img map`` runs in a sandbox like that of qemu-nbd, and prints one JSON object per line.  The
 output is not trusted.  But false output gains nothing for a hostile image that takes over the
-program: it can only name other ranges of the files of the image's own chain.  By taking over
-qemu-nbd, the image could make it serve the same ranges.
+program: such output can only name other ranges of the files of the image's own chain.  An image
+that took over qemu-nbd could read the same ranges without the map.
 """
 
 from __future__ import annotations

@@ -180,9 +180,6 @@ def _copy_attributes(old: int, new: int) -> None:
 
     The caller must have created the new file with mode 0600.  Extended attributes include access
     control lists.
-
-    Raises:
-        OSError: The mode cannot be set.
     """
     status = os.fstat(old)
     with suppress(OSError):
