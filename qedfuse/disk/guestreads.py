@@ -100,8 +100,8 @@ class GuestReads:
     ) -> bool:
         """Start a read that `try_read` could not make; return whether a read was started.
 
-        Returns False if the range is not known to be one run in one file.  Otherwise the method
-        passes ``take_answer`` and ``ended`` to `HostFile.try_start_read`, and returns its result.
+        Returns False if the range is not known to be one run in one file.  Otherwise returns what
+        `HostFile.try_start_read` returns; see there for ``take_answer`` and ``ended``.
 
         Raises:
             OSError: No thread exists, and none could be created.  ``ended`` is not called.

@@ -133,8 +133,8 @@ def _remount(arguments: Arguments) -> int:
 def _guarded(session: Callable[[], int], *, debug: bool) -> int:
     """Run a session and return its exit code, or `INTERRUPTED` after Ctrl-C.
 
-    After another exception, because of a lack of descriptors or a bug, log it and return an exit
-    code; with ``debug`` raise it.
+    Any other exception means a lack of descriptors or a bug.  Log it and return an exit code; with
+    ``debug`` raise it.
     """
     try:
         return session()

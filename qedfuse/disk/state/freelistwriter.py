@@ -67,8 +67,8 @@ class DescriptorEraser:
 async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     """Raise if a new descriptor would overwrite the backing file name or unknown data.
 
-    If the header's bit says that the image has a list, the sector holds the list's descriptor.
-    Then the data in the sector is not examined.
+    If the header's bit says that the image has a list, there is already a descriptor.  It may be
+    overwritten, so only the position of the backing file name is examined.
 
     Raises:
         UsageError: The backing file name or unknown data lie in the descriptor's sector.

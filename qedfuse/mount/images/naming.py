@@ -49,7 +49,7 @@ def absolute_source(path: str) -> str:
 
 
 def shown_source(path: str) -> str:
-    """Return a path or URL for messages; the query of a URL may be a secret, so leave it out."""
+    """Return a path or URL for messages; omits the query of a URL, because it may be a secret."""
     return parse_address(path).shown if is_url(path) else printable(path)
 
 
