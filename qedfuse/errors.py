@@ -273,7 +273,7 @@ def cannot_open(path: str, error: OSError) -> HostError:
 
 
 def proc_missing() -> HostError:
-    """Return the error for a file below /proc/self that is missing: /proc is not mounted."""
+    """Return the error after a file below /proc/self was not found: /proc is not mounted."""
     return HostError(
         "/proc: found no proc file system, expected one (as root: mount -t proc proc /proc)",
         errnos.ENOENT,

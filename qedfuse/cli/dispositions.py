@@ -53,8 +53,8 @@ def ignore_diagnostic_signals() -> None:
     """Ignore SIGUSR1 and SIGUSR2, whose default action is to end the process.
 
     The server of a mount logs statistics after these signals, but only while it serves
-    (`qedfuse.mount.statistics.diagnostics`).  A user cannot know exactly when that is, so
-    the signals must not do harm before or afterwards.
+    (`qedfuse.mount.statistics.diagnostics`).  A user cannot know exactly when it serves,
+    so the signals must not do harm before or afterwards.
     """
     for number in (_signal.SIGUSR1, _signal.SIGUSR2):
         _signal.signal(number, _signal.SIG_IGN)
