@@ -167,7 +167,6 @@ async def examine_foreign(image: str, backing: str, driver: str, options: OpenOp
         BackingError: The backing file cannot be opened, locked or used, or `refuse_backing_loop`
             refuses it.
         ForeignError: QEMU is not installed or fails, or the backing file is refused.
-        QedError: A file cannot be opened or locked.
     """
     # Imported late, because this module must not load trio.
     from qedfuse.disk.lookup.foreignopening import foreign_disk  # noqa: PLC0415  late, see above
