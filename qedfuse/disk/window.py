@@ -138,7 +138,7 @@ class DiskWindow:
         return min(await self.disk.next_hole(self.start + start) - self.start, self.size)
 
     def try_flush(self) -> bool:
-        """Make every write that has ended durable without waiting; see `Disk.try_flush`."""
+        """Make all writes that have ended durable, if this needs no wait; see `Disk.try_flush`."""
         return self.disk.try_flush()
 
     async def flush(self) -> None:

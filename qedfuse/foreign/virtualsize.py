@@ -1,4 +1,4 @@
-"""Finding out from QEMU the size of the disk of one image of a chain.
+"""Asking QEMU for the virtual size of one image of a chain.
 
 ``qemu-img info`` runs in a sandbox like that of qemu-nbd.  Its options name the image without its
 base, so it opens only the files of this image.  The output is not trusted: a size that no disk has

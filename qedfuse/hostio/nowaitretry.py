@@ -77,7 +77,7 @@ class _RetryQueue:
     ) -> bool:
         """Retry ``attempt`` until it returns True; return False if the retries are given up.
 
-        Gives up when ``deadline`` has passed, or when `LoopLoad.has_running_threads`: an event loop
+        Gives up when ``deadline`` has passed, or when worker threads are running: an event loop
         that never sleeps starves other threads of the GIL.  ``clock`` returns the present time.
         """
         read = _Read(attempt, deadline)
@@ -139,7 +139,7 @@ class NowaitRetry:
     async def wait(
         self, attempt: Callable[[], bool], read_in_thread: Callable[[], Awaitable[None]]
     ) -> None:
-        """Retry ``attempt`` until it returns True; otherwise read in a worker thread.
+        """Retry ``attempt``; if it does not return True in time, read in a worker thread.
 
         Args:
             attempt: Tries the read; returns whether the read has ended.  Must not raise.

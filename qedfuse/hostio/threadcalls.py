@@ -1,4 +1,4 @@
-"""Calls on the host's files that may block, made by trio's worker threads.
+"""Calls that may block, on the host's files: trio's worker threads make them.
 
 `ThreadCalls` implements `qedfuse.hostio.hostcalls.HostCalls` without the C extension.
 """
@@ -37,7 +37,7 @@ class ThreadCalls:
         """Do nothing: trio itself resumes the tasks."""
 
     def start_read(self, *_: object) -> None:
-        """Raise NotImplementedError: a thread of trio cannot answer without the event loop."""
+        """Raise NotImplementedError: a thread of trio cannot call the C function ``answer``."""
         raise NotImplementedError
 
     def start_export_read(self, *_: object) -> None:

@@ -67,6 +67,6 @@ class AlignedRead:
 
 
 def block_status(export: Export, offset: int) -> BlockStatus:
-    """Return a request for extents from ``offset`` on, or from the start of its minimum block."""
+    """Return a request for extents from the start of the minimum block that has ``offset``."""
     aligned_start = offset // export.min_block_bytes * export.min_block_bytes
     return BlockStatus(aligned_start, min(_MAX_STATUS_BYTES, export.size - aligned_start))

@@ -1,8 +1,8 @@
 """Fetching units of an object, when readers need them and ahead of sequential readers.
 
 A unit is 256 KiB of the object.  Adjacent units that are fetched together form a *flight*, for
-which any number of readers can wait.  A thread first looks up the units in the cache, and a thread
-fetches those that are missing.
+which any number of readers can wait.  Threads look up the units in the cache, and then fetch those
+that are missing.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ STORE_VARIABLES: Final = {
         ("AZURITE_BLOB_STORAGE_URL",),
     ),
 }
-"""Groups of variables that determine which store has the bucket or container; the first variable of
-each group that is set counts."""
+"""Groups of variables that determine which store has the bucket or container.  In each group only
+the first variable that is set counts."""
 GOOGLE_FILE_VARIABLES: Final = (
     "GOOGLE_APPLICATION_CREDENTIALS",
     "GOOGLE_SERVICE_ACCOUNT",
@@ -148,7 +148,7 @@ def key_files(variables: Variables, schemes: Collection[str]) -> Iterator[str]:
 
 
 def find_store_id(scheme: str, variables: Variables) -> str:
-    """Return the endpoint or account that has a bucket: the values of `STORE_VARIABLES`, joined."""
+    """Return a string that identifies the store: the values of `STORE_VARIABLES`, joined."""
     return " ".join(variables.first(names) or "-" for names in STORE_VARIABLES[scheme])
 
 
@@ -210,8 +210,8 @@ def find_endpoint(
     """Return the URL of the endpoint of a store; None if no variable of ``names`` gives one.
 
     Raises:
-        UnusableError: The endpoint is not the URL of a web server, or it is on another machine,
-            without TLS, and the options do not allow that.
+        UnusableError: The endpoint is not the URL of a web server.  Or it lies on another machine
+            and has no TLS, and ``options.allow_http`` is False.
     """
     text = variables.first(names)
     if text is None:

@@ -39,8 +39,8 @@ class UnitStore:
         ready: A byte for each unit, which is not 0 if the unit may be read from the page cache
             (`CheckedUnits.ready`).  A unit becomes ready when it is stored, or compared with its
             checksum.  It becomes not ready when a read misses a byte in the page cache, when it is
-            written, and when the cache is discarded.  The fetcher also clears the units whose read
-            must start the next fetch ahead (markers).  Always the same bytearray.
+            written, and when the cache is discarded.  The fetcher also clears the byte of a unit
+            whose read must start the next fetch.  Always the same bytearray.
         zeros: The blocks that are known to be zeros.
     """
 
@@ -189,7 +189,7 @@ class UnitStore:
             return block
 
     def hold(self, unit: int, block: Buffer) -> None:
-        """Hold a unit in memory; drop the least recently used ones beyond `_MAX_HELD_BYTES`."""
+        """Hold a unit in memory; drop the least recently used units beyond `_MAX_HELD_BYTES`."""
         with self._lock:
             if self._is_closed:
                 return

@@ -100,7 +100,7 @@ def parse_version(text: str, query: str) -> str:
 
 
 def invalid_url(text: str, field: str, found: str, expected: str) -> UsageError:
-    """Return the error for a part of the URL ``text``, without its user, query and fragment."""
+    """Return the error for an invalid part of the URL ``text``; the message hides its secrets."""
     return UsageError(f"{hide_secrets(text)}: URL {field}: found {found}, expected {expected}")
 
 

@@ -241,8 +241,8 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
         if result.needs_force:
             print_line(arguments, "the repair needs --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
-        # A repair of errors frees no space.  But `leaks_fixed` is positive if the repair makes an
-        # invalid table valid, because the table's clusters are leaked no longer.
+        # A repair of errors frees no space.  If it makes an invalid table valid, the clusters of
+        # the table are no longer leaked, and `leaks_fixed` counts them.
         is_freed = result.leaks_fixed and not result.before.errors
         freed = f"freed: {result.leaks_fixed} leaked clusters; " if is_freed else ""
         print_line(

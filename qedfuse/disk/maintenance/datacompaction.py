@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _BATCH_BYTES: Final = 1 << 26
 """Maximum number of bytes that are moved between two flushes."""
 _LIMITED_BATCH_BYTES: Final = 1 << 23
-"""The same for a compaction with limits: a flush is completed even if the time is over, so it must
-be short."""
+"""The same for a compaction with limits.  It is lower, because a flush that has begun is completed
+even after the time limit."""
 
 
 class MoveCounter:
@@ -105,8 +105,8 @@ class DataCompaction:
             self._layer, first << self._bits, end, count if limited else None
         )
         step = max(1, (_LIMITED_BATCH_BYTES if limited else _BATCH_BYTES) >> self._bits)
-        # `move_data` moves a batch in the order of the tables.  So data clusters that follow each
-        # other on the disk follow each other in the file afterwards.
+        # Within a batch, `move_data` moves clusters in the order of their L2 entries.  So data that
+        # is adjacent on the disk becomes adjacent in the file.
         for stop in range(len(owners.entries), 0, -step):
             entries = owners.entries[max(0, stop - step) : stop]
             await self._mover.move_data(entries, last, counter.add)

@@ -112,7 +112,7 @@ class SpaceManager:
         return found and await self._hand_out_and_grow(*found)
 
     async def allocate_from(self, first: int, clusters: int) -> Run:
-        """Hand out the lowest free run of at most ``clusters`` clusters from ``first`` on.
+        """Hand out the lowest free run at or past ``first``, or its first ``clusters`` clusters.
 
         If there is none, the run lies at the end of the file, even past `Geometry.bound`.
         """
@@ -134,8 +134,7 @@ class SpaceManager:
         # clusters.
         self._hand_out(run)
         try:
-            # Even a cluster that was free can lie past the end of the file, if an attempt to grow
-            # the file has failed.
+            # After a failed attempt to grow the file, free clusters can lie past the file's end.
             await self._length.grow(run.end)
         except BaseException:
             self.release(run)

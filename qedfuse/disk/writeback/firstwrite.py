@@ -63,10 +63,10 @@ class FirstWriteGuard:
             raise ReadOnlyError(msg)
         if not self.prepared:
             async with self._lock:
-                # All writers wait while the first one withdraws the claims, because power may fail
-                # at any time after a change, even of data.  After such a failure the free list must
-                # be invalid.  An unknown autoclear bit must be clear: if set, it would claim that
-                # only programs that know the bit have changed the image.
+                # All writers wait while the first one withdraws the claims.  Power may fail after
+                # any change, even of data, and must not leave a claim that the change made untrue.
+                # An unknown autoclear bit claims that only programs that know the bit have changed
+                # the image.
                 if not self.prepared:
                     await self._header_store.change(
                         lambda header: header.without_stale_autoclear().with_free_list(value=False)

@@ -48,8 +48,8 @@ class HelperProcess:
 
         Args:
             serve: Called in the helper with its end of the socket pair; then the helper ends.
-            kept: Descriptors that stay open in the helper, besides the standard streams and its
-                socket.
+            kept: Further descriptors that stay open in the helper.  Its socket always does, and its
+                standard streams lead to /dev/null.
 
         Raises:
             OSError: The host refuses a socket pair or a process.

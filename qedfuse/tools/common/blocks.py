@@ -51,8 +51,8 @@ def classify(
 ) -> tuple[Mask, Mask]:
     """Return two masks: the blocks to write as data, and the blocks to write as zeros.
 
-    A block in neither mask need not be written.  Without a base the second mask is empty, because
-    an unwritten block of the target reads as zeros.
+    A block in neither mask need not be written.  Without a base no block is in the second mask,
+    because an unwritten block of the target reads as zeros.
 
     Args:
         content: A chunk of the disk.

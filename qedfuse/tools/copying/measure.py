@@ -30,7 +30,7 @@ class Measurement:
     """Space for a disk, in bytes.
 
     Attributes:
-        required: For QED the length of the new file, for raw the bytes of data without holes.
+        required: For QED the length of the new file; for raw the bytes outside holes.
         fully_allocated: Space for the file after every byte of the disk has been written.
     """
 

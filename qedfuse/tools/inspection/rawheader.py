@@ -1,4 +1,4 @@
-"""A header as stored in the file, valid or invalid, and all errors in the header."""
+"""A header as stored in the file, valid or invalid, and the errors in the header."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _MAX_PROBLEMS: Final = 16
-"""Maximum number of errors that are reported, more than a header has fields."""
+"""Maximum number of errors that are reported.  A header has fewer fields."""
 
 _GEOMETRY_FIELDS: Final = frozenset(SIZE_LIMITS)
-"""The fields with the sizes of clusters and tables, without which others cannot be examined."""
+"""The sizes of clusters and tables.  Without valid sizes other fields cannot be examined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def _has_geometry(values: Mapping[str, int]) -> bool:
 
 
 def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
-    """Yield all errors because of which qedfuse would refuse the image.
+    """Yield the errors because of which qedfuse would refuse the image.
 
     `parse_header` has the rules, but raises only the first error.  So after each error, the invalid
     value is replaced by a valid one, and the header is parsed again.  After an error in the
@@ -152,8 +152,7 @@ def _make_valid(fields: Any, name: str) -> None:  # noqa: ANN401  construct's ow
     """Replace a refused value by one with which other fields can be validated."""
     cluster_size = fields.cluster_size
     if name == "l1_table_offset":
-        # The highest valid offset is the limit, so that the offset is valid even if header_size is
-        # too large, which is reported separately.
+        # A header_size that is too large would give an invalid offset.  It is reported separately.
         highest = MAX_OFFSET // cluster_size * cluster_size
         fields.l1_table_offset = min(max(1, fields.header_size) * cluster_size, highest)
     elif name == "header_size":
