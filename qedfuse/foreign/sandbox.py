@@ -43,8 +43,8 @@ FIRST_FILE_DESCRIPTOR = 100
 """The descriptor of the first file in the program; the next files have the next numbers."""
 
 _FIRST_TEMPORARY_DESCRIPTOR = 300
-"""Lowest number of the temporary copies of descriptors.  It is above all final numbers, so giving
-one descriptor its final number does not close a copy."""
+"""Lowest number of the temporary copies of descriptors.  It is above all final numbers, so no copy
+is overwritten when another one gets its final number."""
 
 _MAX_MESSAGE_BYTES = 64 << 10
 """Maximum length of a file that the program writes.  It writes only its messages."""

@@ -38,8 +38,8 @@ class Attempts:
         Args:
             name: The name of the file in messages.
             deadlines: The read fails after `Deadlines.total_seconds`.
-            outages: Gets the error with which the read fails, unless the file was closed, or the
-                server has answered the read with an error other than ESHUTDOWN.
+            outages: Gets the error with which the read fails.  Two errors are no outage: the file
+                was closed, or the server has answered with an error other than ESHUTDOWN.
             is_brief: Whether the read fails after `Deadlines.attempt_seconds` already.
         """
         seconds = deadlines.total_seconds

@@ -242,7 +242,7 @@ def retry(
         RemoteError: No attempt succeeded.
     """
     begin = time.monotonic()
-    # None before the credentials are read again; then why reading failed, or an empty string.
+    # None until the credentials are read again.  Then the reason if that failed, or "".
     renewal: str | None = None
     pause = _FIRST_PAUSE_SECONDS
     number = 1

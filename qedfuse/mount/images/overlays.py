@@ -52,7 +52,7 @@ def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager
     """Return a context manager that keeps the disk of the image at ``path`` open during its block.
 
     The disk is that of a temporary overlay (``snapshot``), of a named overlay (``overlay``), or of
-    the image itself.  Entering the block raises QedError after a failure.
+    the image itself.  Entering the block raises QedError if the disk cannot be opened.
     """
     if options.snapshot:
         return _open_snapshot(path, options)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 COPY_CHUNK_BYTES: Final = 1 << 20
-"""Maximum number of bytes of one read from the source or one write to the base."""
+"""Maximum number of bytes that a commit copies to the base in one step."""
 
 _VHD_MAGIC: Final = b"conectix"
 """The first bytes of the footer of a VHD image, which is its last sector."""

@@ -152,7 +152,7 @@ def _make_valid(fields: Any, name: str) -> None:  # noqa: ANN401  construct's ow
     """Replace a refused value by one with which other fields can be validated."""
     cluster_size = fields.cluster_size
     if name == "l1_table_offset":
-        # A header_size that is too large would give an invalid offset.  It is reported separately.
+        # If header_size is too large, which is an error of its own, the offset must still be valid.
         highest = MAX_OFFSET // cluster_size * cluster_size
         fields.l1_table_offset = min(max(1, fields.header_size) * cluster_size, highest)
     elif name == "header_size":
