@@ -38,7 +38,9 @@ _JOIN_SECONDS: Final = 5.0
 
 
 class LocalReads:
-    """A map of where files have the bytes of a disk, made in the background; and these files.
+    """Reads a disk from the files that have its bytes, by a map of where they have them.
+
+    A thread makes the map.
 
     The map is valid as long as no program changes the files.  So this process locks all of
     `Graph.files` before it makes the map, and holds the locks until the files are closed.  The

@@ -1,4 +1,4 @@
-"""The descriptor of a VMDK image: its parent, and the extents that QEMU opens under their names.
+"""The descriptor of a VMDK image: the names of its parent and of the extents that QEMU opens.
 
 A descriptor may be a file of its own.  QEMU then searches it for names of extents, and skips each
 line that it does not understand.  If this module also skipped lines, it might skip one that QEMU
@@ -40,8 +40,8 @@ _EXTENT: Final = re.compile(
     rb'(?:FLAT[ \t]+"([^\x00-\x1f"]{1,511})"[ \t]+[0-9]{1,16}'
     rb'|(?:SPARSE|VMFS|VMFSSPARSE|SESPARSE)[ \t]+"([^\x00-\x1f"]{1,511})")[ \t]*'
 )
-"""The line of an extent that QEMU opens.  QEMU leaves out an extent that is not ``RW`` or has only
-zeros, and the disk would lack its sectors.  So such lines are refused."""
+"""The line of an extent that QEMU opens.  QEMU skips extents with other access or of type ZERO, so
+the disk that it serves lacks their sectors.  Therefore such lines are refused."""
 
 _PARENT: Final = b'parentFileNameHint="'
 _PARENT_ID: Final = re.compile(rb'parentCID[ \t]*=[ \t]*"?([^\s"]*)')

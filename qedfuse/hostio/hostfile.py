@@ -106,7 +106,7 @@ class ReadableFile(Protocol):
     async def next_hole(self, offset: int) -> int | None:
         """Return where the first hole at or past ``offset`` begins; the file's end counts as one.
 
-        Returns None at or past the end of the file.
+        Returns None if ``offset`` is not within the file.
         """
 
     def size(self) -> int:
@@ -130,7 +130,7 @@ class ReadableFile(Protocol):
         """
 
     def stop_fetching(self) -> None:
-        """Make all present and later reads fail that must wait for a server; other reads go on."""
+        """Make each present or later read fail if it must wait for a server; other reads go on."""
 
     def close(self) -> None:
         """Close the file and release every lock taken through it; a second call does nothing."""

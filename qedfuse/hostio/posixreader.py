@@ -215,8 +215,8 @@ class PosixReader:
     ) -> bool:
         """Start a read in a native thread, which answers it; see `ReadableFile.try_start_read`.
 
-        Also returns False without native threads, or if `_MAX_WAITING_CALLS` calls already wait, or
-        if `ReadPolicy` demands a `try_read` first and this read has not missed in it.
+        Also returns False without native threads, if `_MAX_WAITING_CALLS` calls already wait, or if
+        `ReadPolicy` demands a `try_read` first and no such call has just missed at this offset.
         """
         calls = host_calls()
         reads, slots = self.read_policy, self._call_slots

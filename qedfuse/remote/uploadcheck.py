@@ -43,7 +43,7 @@ class UploadCheck:
         """Prepare to compare the object at ``address`` with content of ``size`` bytes.
 
         Args:
-            address: An address of a store.
+            address: The address of the object in a store.
             size: Length of the content in bytes.
             options: How to connect.
             part_bytes: Length in bytes of each part of the content, except the last.

@@ -41,7 +41,7 @@ _MAX_COPY_BYTES: Final = 1 << 20
 _MAX_BYTES_PER_LOOKUP: Final = 1 << 26
 """Maximum bytes of the disk in one lookup by `WritePath.allocate`."""
 _MAX_CLUSTERS_PER_LOOKUP: Final = 1024
-"""Maximum number of clusters in one lookup by `WritePath.allocate`, which takes about 1 ms."""
+"""Maximum number of clusters in one lookup by `WritePath.allocate`, so that it takes about 1 ms."""
 
 
 class WritePath:
@@ -175,8 +175,8 @@ class WritePath:
         self, start: int, end: int, *, from_base: bool
     ) -> bytes | bytearray:
         """Return the bytes of the base for a guest range; zeros if ``from_base`` is False."""
-        # Zeros past the end of the disk: if another program later grew the disk without zeroing the
-        # copied bytes of the base, the guest would read them.
+        # Past the end of the disk zeros replace the base.  Otherwise the guest could read bytes of
+        # the base there after another program has grown the disk.
         base_bytes = max(0, min(end, self._layer.size) - start) if from_base else 0
         data = await self._base_content.read(start, base_bytes)
         return data if start + base_bytes == end else bytes(data) + bytes(end - start - base_bytes)

@@ -112,7 +112,7 @@ class QedLayer:
         self.registry.mark_damaged()
 
     def set_header(self, header: Header) -> None:
-        """Replace the header by a durable one, in which the size of the disk has changed."""
+        """Replace the header by the durable one, after a change of the disk's size."""
         self.header = header
         self.registry.set_header(header)
 

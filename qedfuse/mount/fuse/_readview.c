@@ -14,8 +14,8 @@
 
 static PyTypeObject *view_type;
 static PyObject *views; /* dict: inode number -> the ReadView of the disk */
-/* `handle & handle_mask` is the inode number, or a number that `views` lacks (FAST_LOOKUP_MASK in
- * handles.py). */
+/* `handle & handle_mask` is the inode number.  If each write must be durable, it is a number that
+ * `views` lacks, so Python code handles the request (FAST_LOOKUP_MASK in handles.py). */
 static uint64_t handle_mask;
 static PyObject *name_header, *name_image_size, *name_l1_table_offset, *name_bad, *name_entries;
 

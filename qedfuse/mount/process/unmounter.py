@@ -9,7 +9,7 @@ this to the server, the server could connect to every Unix socket of the host, b
 Landlock nor seccomp can permit single paths of sockets.
 
 Each request has a process of its own: an ordinary unmount may wait until the server has answered
-the kernel's requests, and the request to detach the mount must not wait for that.
+the kernel's requests, and a request to detach the mount must not wait for that unmount.
 """
 
 from __future__ import annotations

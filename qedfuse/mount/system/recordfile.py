@@ -127,7 +127,7 @@ class MountRecordFile:
         An error of the host is ignored.
 
         Args:
-            failure: What failed; None if nothing failed, to remove the record.
+            failure: What failed; None if nothing failed, and the record is removed.
             exit_code: The exit code of the server, recorded with the failure.
         """
         try:
@@ -153,7 +153,8 @@ def _remove_stale(directory: int) -> None:
     mount is gone is first made read-only.  The first mount that begins at least a minute later
     removes it.  Mounts that are only in other mount namespaces count as gone.
 
-    Unfinished files of records, and sockets for statistics, are removed as well.
+    Temporary files of records, and sockets for statistics, are removed without this delay if their
+    server has ended.
     """
     user = os.geteuid()
     ended = []
@@ -179,7 +180,7 @@ def _remove_stale(directory: int) -> None:
 
 
 def _remove_unfinished(directory: int, name: str) -> None:
-    """Remove the unfinished file or socket of a record, unless its server may still be running."""
+    """Remove a record's temporary file or its socket, unless the server may still be running."""
     pid = name.removesuffix(_NEW_SUFFIX).removesuffix(STATISTICS_SUFFIX).rpartition(".")[2]
     if re.fullmatch("[0-9]{1,10}", pid) and process_start(int(pid)) is None:
         os.unlink(name, dir_fd=directory)

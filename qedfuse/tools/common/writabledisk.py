@@ -31,8 +31,8 @@ def open_writable(
     Raises:
         CorruptImageError: The check found damage.
         NeedsCheckError: The image is too large to be checked.
-        QedError: The image or a base cannot be opened or locked, its policy refuses a base, or the
-            changes could not be made durable.
+        QedError: The image or a base cannot be opened or locked, ``options.backing`` refuses a
+            base, or the changes could not be made durable.
     """
     options = replace(options or OpenOptions(), writable=True)
     return open_disk(path, options, inspector=inspect_image, with_bases=with_bases)
