@@ -61,7 +61,7 @@ def read_record(fd: int, path: str) -> bytes | None:
 def set_attribute(fd: int, record: bytes) -> bool:
     """Store the record of an image as an attribute; return False if there is no place for it.
 
-    Then an older record is removed, if the host permits.
+    If there is no place, an older attribute is removed, if the host permits.
 
     Raises:
         OSError: The host refused for another reason.

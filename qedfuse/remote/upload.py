@@ -74,7 +74,7 @@ class Upload:
         """Prepare to store ``size`` bytes of ``content`` as the object at ``address``.
 
         Args:
-            address: An address of a store.
+            address: The address of the object in a store.
             content: The content to store.
             size: Length of the content in bytes.
             options: How to connect.
@@ -91,8 +91,8 @@ class Upload:
         self._retry_seconds = retry_seconds
         self._steps = 0
         self._stopped = threading.Event()
-        # Another program may store an object during the upload.  So the store is asked again after
-        # all parts were read.
+        # Another program may store the object during the upload.  So `before_end`, called when all
+        # parts were read, looks for one again.
         self._parts = ContentParts(
             *(content, size, address.shown),
             before_end=self._refuse_existing,
@@ -128,9 +128,9 @@ class Upload:
     def stop(self) -> None:
         """Make `run` end soon with `StoppedError`, or with its result if it has nearly ended.
 
-        `run` then removes what it has stored.  It cannot do so if the store does not answer or has
-        given the object no entity tag.  It keeps a complete object that was allowed to replace
-        another.  See `remains`.
+        Before StoppedError, `run` removes what it has stored.  It cannot do so if the store does
+        not answer or has given the object no entity tag.  With ``overwrite`` it keeps a complete
+        object.  See `remains`.
         """
         self._stopped.set()
 

@@ -47,7 +47,7 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
 def _first_qed_error(group: BaseExceptionGroup[BaseException]) -> QedError | None:
     """Return the first `QedError` of a group; None if there is none, or if there is a bug as well.
 
-    Cancellations of tasks are left out: a caller that is cancelled too may end with an error.
+    Cancelled tasks do not count as a bug, even if the caller is cancelled too.
     """
     found, others = group.split(QedError)
     if found is None or (others is not None and others.split(trio.Cancelled)[1] is not None):
