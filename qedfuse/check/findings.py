@@ -118,16 +118,16 @@ class CheckReport:
 
     Attributes:
         findings: Up to `MAX_FINDINGS_PER_CODE` findings of each code.
-        counts: Number of findings of each code that has any, kept or not; for leaks, the number of
-            leaked clusters.
+        counts: For each code with findings their number, including those that are not kept.  For
+            leaks it is the number of leaked clusters.
         allocated_clusters: Number of L2 entries that refer to a data cluster in the file.
         file_clusters: Number of whole clusters in the file.
         listed_clusters: Number of clusters in the persistent free list; they do not count as
             leaked.  None without a valid list.
         past_end_clusters: How many of ``allocated_clusters`` lie past the end of the disk.
         hidden_findings: Number of findings that no kept finding describes.
-        fragmented_clusters: Number of L2 entries whose cluster is not the next one in the file
-            after that of the previous entry of the table.  Entries without an offset are left out.
+        fragmented_clusters: Number of L2 entries whose cluster does not directly follow the cluster
+            of the entry before it in the file.  Entries without an offset are skipped.
     """
 
     findings: tuple[Finding, ...]

@@ -1,4 +1,4 @@
-"""Calls on the host's files that may block, made by native threads without the GIL.
+"""Calls that may block, on the host's files: native threads make them without the GIL.
 
 The threads belong to an optional C extension (`_iothreads.c`).  A call by one of them costs less
 than half of what a call by a thread of trio costs (`qedfuse.hostio.threadcalls`).

@@ -37,7 +37,7 @@ class ThreadCalls:
         """Do nothing: trio itself resumes the tasks."""
 
     def start_read(self, *_: object) -> None:
-        """Raise NotImplementedError: a thread of trio cannot call the C function ``answer``."""
+        """Raise NotImplementedError: a thread of trio cannot call the C function in ``answer``."""
         raise NotImplementedError
 
     def start_export_read(self, *_: object) -> None:

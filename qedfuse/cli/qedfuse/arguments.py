@@ -146,7 +146,7 @@ def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
     With ``--help`` neither the operands nor the values of later options are checked.
 
     Raises:
-        UsageError: An option or its value is wrong, or there is not exactly one mountpoint.
+        UsageError: An option or its value is wrong, or there is no mountpoint or more than one.
     """
     given, paths = _getopt(words, "h", ["timeout=", "help"])
     timeout_seconds: float | None = None

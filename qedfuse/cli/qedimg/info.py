@@ -114,7 +114,7 @@ async def _describe_chain(
 
 
 def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
-    """Read the tables (``--allocation``) and the free list if needed; None if neither is."""
+    """Read the tables for ``--allocation``, and the free list; None if neither is needed."""
     if image.qed is None or not (arguments.allocation or image.qed.has_free_list):
         return None
     with progress(arguments, "Counting") as on_progress:

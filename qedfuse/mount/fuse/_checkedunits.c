@@ -17,7 +17,7 @@
 #define BLOCK_BITS 12
 #define BLOCK_BYTES (1 << BLOCK_BITS)
 
-/* The value in `ready` of a settled unit, whose pages are valid and not waiting to be written. */
+/* The value in `ready` of a settled unit (settle_unit()). */
 #define SETTLED 2
 
 /* Only one in this number of reads tries to settle a unit.  An attempt costs more than a read, and
@@ -81,8 +81,8 @@ static int is_uncut(const struct checked_units *units, off_t length)
     return length == units->file_bytes || length == units->file_bytes + 1;
 }
 
-/* Compares the length of the file with its length after the previous read.  A change can mean that
- * the file was cut between the two reads.  Then this read fails, and its units are compared again.
+/* Compares the length of the file with its length after the previous read.  After a change, which
+ * can mean that the file was cut, this read fails, and its units are compared again.
  * A file that was cut never gets a valid length again, with one exception: a process that opens the
  * entry may look at the length before the cut, and set the other valid length after the cut.  That
  * length differs from the previous one, too. */
@@ -103,7 +103,7 @@ static int is_alone(const struct checked_units *units)
 /* Settles a unit, if its pages are valid and not waiting to be written.  A page is invalid while
  * the kernel reads it, and after the kernel has failed to write it.  So the pages of a settled unit
  * stay valid until they leave the page cache, which cached_pages() reports, or a process writes to
- * them because it fetches the unit anew.  Before this process does, it makes the unit not ready
+ * them because it fetches the unit anew.  Before this process writes, it makes the unit not ready
  * (UnitStore).  While another process may write, is_alone() is false. */
 static void settle_unit(const struct checked_units *units, int fd, uint64_t unit)
 {
