@@ -46,8 +46,8 @@ class Limits:
 
     Attributes:
         open_named: Opens a file that an image names, or refuses the file.
-        any_file: Whether images may name any file.  If False and the kernel has no
-            Landlock to confine QEMU, an image that names another file is refused.
+        any_file: Whether images may name any file.  If False, and the kernel has no Landlock to
+            confine QEMU, images may name no file at all.
         lock: Whether QEMU locks the files.
         share: Whether to read files that another program has open for writing.
     """

@@ -5,8 +5,8 @@
  * Four accumulators of 128 bits are folded over the data, 64 bytes in each step.  The four are then
  * folded into one, and a Barrett reduction turns it into 32 bits.
  *
- * The module can be imported only if gcc or clang has compiled it and the processor has this
- * instruction.  Otherwise its importer uses zlib.
+ * The module can be imported only if gcc or clang has compiled it and the processor has PCLMULQDQ
+ * and SSE4.1.  Otherwise its importer uses zlib.
  */
 
 #define PY_SSIZE_T_CLEAN

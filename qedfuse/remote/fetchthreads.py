@@ -1,8 +1,8 @@
 """The threads that fetch units of remote files, and the queues of their work.
 
 They are separate from trio's threads, whose number is limited, so a slow server does not delay
-reads of local files.  Some of them only look up units in the cache, so cached units can be read
-even while the server does not answer.
+reads of local files.  At most `_MAX_FETCH_THREADS` of them fetch at a time.  The others can look up
+units in the cache, so cached units can be read even while the server does not answer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 _MAX_FETCH_THREADS: Final = 16
 """Maximum number of threads that fetch at a time."""
 _LOOKUP_THREADS: Final = 4
-"""Number of further threads, which only look up units in the cache."""
+"""Number of further threads, which are left to look up units in the cache."""
 _MAX_PREFETCHES: Final = 4
 """Maximum number of prefetches (fetches that no reader waits for) that run at a time."""
 _IDLE_SECONDS = 10.0

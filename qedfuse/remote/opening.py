@@ -44,9 +44,9 @@ def open_remote(
     Args:
         address: The address.
         options: How to read the object, and where the cache is.
-        wanted: Size and validator of the only version that may come from the cache without the
-            server; None for any version.  A complete entry for it is used even if the server has
-            another version.
+        wanted: Size and validator of the version that the caller expects; None for any version.  A
+            complete entry for this version is used even if the server has another version.  Without
+            the server, only this version may come from the cache.
 
     Raises:
         RemoteError: The object is missing or cannot be read.

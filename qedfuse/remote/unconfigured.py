@@ -1,4 +1,4 @@
-"""The client that is used without a valid configuration, to read objects that the cache has."""
+"""The client for an object in the cache while the configuration for its server is not valid."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class UnconfiguredClient:
         yield from self._configured().get(offset, lengths, version, allocate)
 
     def renew(self) -> None:
-        """Read the configuration again; if it is valid now, later requests are made."""
+        """Read the configuration again; if it is valid now, pass later requests on."""
         if self._client is not None:
             self._client.renew()
             return

@@ -53,7 +53,7 @@ def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser, flag: str, base_help: str) -> None:
-    """Declare ``flag`` or ``--base`` for a base, and ``-F`` for the base's format."""
+    """Declare ``flag`` with the synonym ``--base`` for a base, and ``-F`` for its format."""
     parser.add_argument(flag, "--base", metavar="BASE", help=base_help)
     parser.add_argument(
         "-F",

@@ -7,8 +7,8 @@ a time and flushes each time waits for 16 such flushes in each cluster of 64 KiB
 flush takes about 250 µs, and one without an allocation about 120 µs.
 
 So when a write gets the first new clusters after a flush, the rest of these clusters is filled with
-zeros.  Later writes before the next flush leave holes in their new clusters, because that flush
-commits all allocations together.
+zeros.  Later writes before the next flush leave holes in their new clusters, because one flush then
+commits the allocations of many writes.
 
 The guest's data is written first.  So the guest's write succeeds even if the host has space for the
 data only.
@@ -44,9 +44,9 @@ class ZeroFill:
         The caller must have written the guest's data to the run.  The rest must read as zeros
         already (`Run.never_written`) and need no data of the base.
 
-        Fills the rest only if a cycle of `MetadataWriteback` has begun since the previous call
-        (calls with a full run do not count), if the guest writes data, and if the run has at most
-        `_MAX_BYTES`.  Never blocks, and raises no error: the rest may stay a hole.
+        Fills the rest only if a cycle of `MetadataWriteback` has begun since the previous run that
+        the data did not fill, if the guest writes data, and if the run has at most `_MAX_BYTES`.
+        Never blocks, and raises no error: the rest may stay a hole.
 
         Args:
             run: The run of new clusters.

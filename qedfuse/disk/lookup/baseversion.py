@@ -107,8 +107,8 @@ def version_of_status(status: os.stat_result) -> FileVersion:
 def _parsed_size(text: str) -> int:
     """Return a size from its hexadecimal digits; raise ValueError if no file can have it.
 
-    Python refuses to convert an integer of thousands of digits to text, so no message could show
-    it.
+    Without the limit, a message could contain an integer of thousands of digits, which Python
+    refuses to convert to text.
     """
     size = int(text, 16)
     if not 0 <= size <= _MAX_SIZE:

@@ -1,8 +1,8 @@
 """Ordered write-back of the tables, so that every state after a crash is consistent.
 
 Requests change the tables in memory, and a *cycle* writes the changes to the file, in the order of
-docs/durability.md.  Cycles are a group commit: all callers that arrive while a cycle is running
-share the next cycle.
+docs/durability.md, whose rules have the names D1, D2 and so on.  Cycles are a group commit: all
+callers that arrive while a cycle is running share the next cycle.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class MetadataWriteback:
             raise self.failure.again()
 
     async def _cycle(self) -> None:
-        """Make durable what was written so far; after an error, what was not written is dirty."""
+        """Make all changes so far durable; after an error, unwritten slices are dirty again."""
         self._check()
         self.cycles += 1
         # No await from here to `cycle_began`: the counter, the dirty slices and what the observer

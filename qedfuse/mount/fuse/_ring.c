@@ -114,8 +114,8 @@ static int map_queues(const struct io_uring_params *made)
     return 0;
 }
 
-/* Permits only reads, because a sandbox's filter of system calls does not see the operations, and
- * starts the queue; returns 0, or -1 with errno. */
+/* Permits only reads and starts the queue; returns 0, or -1 with errno.  The queue needs a limit of
+ * its own, because a sandbox's filter of system calls does not see its operations. */
 static int restrict_and_enable(void)
 {
     struct io_uring_restriction only_reads = {.opcode = IORING_RESTRICTION_SQE_OP,

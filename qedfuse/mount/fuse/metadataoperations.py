@@ -114,7 +114,7 @@ class MetadataOperations(pyfuse3.Operations):
         return exported
 
     def may_grow(self, exported: ExportedDisk) -> bool:
-        """Return whether requests enlarge a disk; False for a partition, whose size is fixed."""
+        """Return whether requests may enlarge a disk; False for a partition, of fixed size."""
         return self.growable and not exported.is_partition
 
     async def grow(self, exported: ExportedDisk, end: int) -> None:

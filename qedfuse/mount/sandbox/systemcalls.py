@@ -63,9 +63,9 @@ IOCTLS: Final = {
 """The commands of ioctl(2) that are permitted, with the numbers of most architectures."""
 
 CONNECT: Final = ("connect", "bind", "sendto", "sendmmsg")
-"""Calls with the address of a socket, permitted only if a file is on a server or is served by
-qemu-nbd.  With these calls an attacker could make other services of the host do what the sandbox
-forbids.  sendto(2) without an address is always permitted."""
+"""Calls with the address of a socket, permitted only if the mount reads a file from a server or
+from qemu-nbd.  With these calls an attacker could make other services of the host do what the
+sandbox forbids.  sendto(2) without an address is always permitted."""
 
 NOT_IMPLEMENTED: Final = ("clone3",)
 """Calls that fail with ENOSYS, so that the C library uses clone(2).  A filter cannot read the flags
@@ -76,4 +76,5 @@ KILL: Final = ("kill", "pidfd_send_signal")
 
 CHMOD: Final = ("chmod", "fchmodat", "fchmodat2")
 """Calls that set the permissions of a file by its name.  The server of a writable mount sets the
-permissions that the file already has, so that the kernel takes over its size (`SizeFixup`)."""
+permissions that the file already has, because the reply also gives the kernel the file's size
+(`SizeFixup`)."""
