@@ -36,8 +36,8 @@ _SYSTEM_PATHS = (
 )
 """What every program may read and execute: libraries, QEMU's modules, commands in scripts."""
 _OWN_DIRECTORIES = ("lib", "lib64", "libexec")
-"""Where a program outside ``/usr`` has its libraries: for ``/opt/qemu/bin/qemu-nbd``, in these
-directories of ``/opt/qemu``."""
+"""Directories of the libraries of a program outside ``/usr``, beside the directory of the program:
+``/opt/qemu/bin/qemu-nbd`` has its libraries in ``/opt/qemu/lib``, for example."""
 
 FIRST_FILE_DESCRIPTOR = 100
 """The descriptor of the first file in the program; the next files have the next numbers."""

@@ -1,8 +1,8 @@
 """Asking QEMU for the virtual size of one image of a chain.
 
-``qemu-img info`` runs in a sandbox like that of qemu-nbd.  Its options name the image without its
-base, so it opens only the files of this image.  The output is not trusted: a size that no disk has
-is refused.
+``qemu-img info`` runs in a sandbox like that of qemu-nbd.  The command line names the image without
+its base, so qemu-img opens only the files of this image.  The output is not trusted: a size that no
+disk has is refused.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _MAX_PAUSE_SECONDS: Final = 5.0
 _MAX_PROTOCOL_ERRORS: Final = 2
-"""Number of protocol errors after which a read fails, because the server probably has a bug."""
+"""A read fails after this number of protocol errors: the server probably has a bug."""
 
 
 class Attempts:
@@ -38,7 +38,7 @@ class Attempts:
         Args:
             name: The name of the file in messages.
             deadlines: The read fails after `Deadlines.total_seconds`.
-            outages: Gets the error with which the read fails.  Two errors are no outage: the file
+            outages: Gets the error with which the read fails.  Two errors do not count: the file
                 was closed, or the server has answered with an error other than ESHUTDOWN.
             is_brief: Whether the read fails after `Deadlines.attempt_seconds` already.
         """

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_PARALLEL_PARTS: Final = 4
 _MAX_PART_SECONDS: Final = 600.0
-"""Maximum time for one part.  Four concurrent parts of 64 MiB need at least 437 KiB/s."""
+"""Maximum time for one part.  So four concurrent parts of 64 MiB need at least 437 KiB/s."""
 _RETRY_SECONDS: Final = 60.0
 """The default of ``retry_seconds`` of `Upload`."""
 _NOT_IMPLEMENTED: Final = "NotImplemented"

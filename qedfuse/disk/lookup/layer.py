@@ -255,7 +255,7 @@ class QedLayer:
         last = geometry.clusters(end - slice_start)
         found = runs(slice_.entries, first, last, size)
         if slice_.bad is not None:
-            # A run could contain bad entries and valid ones.
+            # A run could contain bad entries and valid ones, so take each entry by itself.
             found = ((at, 1, slice_.entries[at]) for at in range(first, last))
         for index, count, value in found:
             run_start = slice_start + index * size

@@ -73,8 +73,8 @@ class SpaceManager:
     async def allocate(self, clusters: int) -> Run:
         """Hand out a run of 1 to ``clusters`` clusters; the caller must call again for the rest.
 
-        The caller must have left its epoch (`Epochs`).  This method may wait until all requests of
-        the epoch have ended, and would otherwise wait for the caller itself.
+        The caller must have left its epoch (`Epochs`), because this method may wait until all
+        requests of the epoch have ended.
         """
         if not self._free.count:
             await self._source.reclaim_before_growth()

@@ -62,7 +62,7 @@ def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager
 
 
 def _snapshot_directory() -> str:
-    """Return the directory for snapshots, by default not /tmp, which is often in memory."""
+    """Return the directory for snapshots; /var/tmp by default, because /tmp is often in memory."""
     chosen = os.environ.get("TMPDIR")
     return chosen if chosen and os.path.isdir(chosen) else "/var/tmp"  # noqa: PTH112, S108  mkdtemp
 

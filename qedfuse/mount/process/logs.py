@@ -94,9 +94,9 @@ def log_to_stderr(*, debug: bool = False) -> None:
 def log_to_stderr_without_waiting() -> None:
     """Log to stderr from now on without waiting for the reader of stderr.
 
-    A message is dropped if the reader has no space for it.  A server that logs to stderr without
-    ``-d`` must call this function before it serves disks, because a reader that is stopped must not
-    stop the disks.
+    A message is dropped if the pipe to the reader is full.  Without ``-d``, a server that logs to
+    stderr must call this function before it serves disks, because a stopped reader must not stop
+    the disks.
     """
     handler = StderrHandler(sys.stderr.fileno())
     handler.setFormatter(_LineFormatter(tracebacks=False))

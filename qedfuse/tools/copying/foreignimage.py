@@ -46,8 +46,8 @@ async def foreign_image(
             writes all zeros as data.
 
     Raises:
-        UsageError: qemu-img is not installed, does not make the format, or would not make exactly
-            one file with these options.
+        UsageError: qemu-img is not installed, does not make the format, or would make no file or
+            several files with these options.
         HostError: qemu-img refused the options or failed, or the host refused a system call.
     """
     program = shutil.which(_PROGRAM)
