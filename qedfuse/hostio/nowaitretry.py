@@ -77,8 +77,9 @@ class _RetryQueue:
     ) -> bool:
         """Retry ``attempt`` until it returns True; return False if the retries are given up.
 
-        Gives up when ``deadline`` has passed, or when worker threads are running: an event loop
-        that never sleeps starves other threads of the GIL.  ``clock`` returns the present time.
+        Gives up when ``deadline`` has passed, or `LoopLoad.has_running_threads` returns True: an
+        event loop that never sleeps starves other threads of the GIL.  ``clock`` returns the
+        present time.
         """
         read = _Read(attempt, deadline)
         self._reads.append(read)

@@ -32,7 +32,7 @@
 /* Maximum number of requests of one burst, after the one that pyfuse3's loop has taken. */
 #define MAX_REQUESTS 7
 
-/* Maximum number while polling is permitted. */
+/* The same while polling is permitted. */
 #define MAX_POLLED_REQUESTS 63
 
 /* Size and alignment of a huge page, into which writes are copied faster. */

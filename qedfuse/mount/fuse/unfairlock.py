@@ -31,7 +31,7 @@ class UnfairLock:
         self._held = True
 
     async def __aexit__(self, *_: object) -> None:
-        """Release the lock, and wake one waiter unless a woken one has not run yet."""
+        """Release the lock; wake one waiter if the last woken one has run."""
         self._held = False
         if self._waiting and not self._woken:
             self._woken = True

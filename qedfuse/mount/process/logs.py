@@ -94,7 +94,7 @@ def log_to_stderr(*, debug: bool = False) -> None:
 def log_to_stderr_without_waiting() -> None:
     """Log to stderr from now on without waiting for the reader of stderr.
 
-    A message is dropped if the pipe to the reader is full.  Without ``-d``, a server that logs to
+    A message is dropped if its write would have to wait.  Without ``-d``, a server that logs to
     stderr must call this function before it serves disks, because a stopped reader must not stop
     the disks.
     """

@@ -68,7 +68,7 @@ def create(
 ) -> CreateResult:
     """Create an image.
 
-    The image gets its name when it is complete; see `NewFile` for an exception.
+    The image gets its name when it is complete (`NewFile`).
 
     Args:
         path: Path of the image.
