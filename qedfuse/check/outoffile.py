@@ -4,7 +4,7 @@ A repair appends copies of tables and of data clusters to the file.  An entry th
 old end of the file would then become valid, and the guest would read a copy that belongs to another
 entry.  So such entries are first overwritten and made durable, and only then does the file grow.
 
-Most entries get their final value: unallocated or, for an L2 entry of an overlay, a zero
+Most entries get their final value now: unallocated or, for an L2 entry of an overlay, a zero
 cluster.  An L1 entry of an overlay for guest offsets inside the disk must not become unallocated,
 because the guest would then read the backing file.  At the end of the repair, such an entry points
 to a new table of zero clusters.  The new table needs a longer file, so the entry is `POISON_ENTRY`

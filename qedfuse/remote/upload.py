@@ -92,7 +92,7 @@ class Upload:
         self._steps = 0
         self._stopped = threading.Event()
         # Another program may store the object during the upload.  So `before_end`, called when all
-        # parts were read, looks for one again.
+        # parts were read, looks for the object again.
         self._parts = ContentParts(
             *(content, size, address.shown),
             before_end=self._refuse_existing,

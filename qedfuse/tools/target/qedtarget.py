@@ -78,7 +78,7 @@ class NewQedTarget(ParallelTarget):
         # Each chunk must lie within the range of one slice of an L2 table, because `assign_offsets`
         # changes the entries of one slice only.  A chunk of several clusters crosses no multiple of
         # `max_chunk_bytes`.  The range of a slice is a multiple of `max_chunk_bytes`: both are
-        # powers of two, and a slice is a whole table or covers at least 32 MiB.
+        # powers of two, and the range is that of a whole table, or at least 32 MiB.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
