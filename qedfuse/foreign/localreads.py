@@ -39,6 +39,7 @@ _JOIN_SECONDS: Final = 5.0
 
 class LocalReads:
     """Reads parts of a disk from the files that store them, by a map made in the background.
+
     The map is valid as long as no program changes the files.  So this process locks all of
     `Graph.files` before it makes the map, and holds the locks until the files are closed.  The
     locks of qemu-nbd do not suffice, because qemu-nbd may end earlier.  The extents of a VMDK image

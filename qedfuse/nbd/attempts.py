@@ -39,7 +39,7 @@ class Attempts:
             name: The name of the file in messages.
             deadlines: The read fails after `Deadlines.total_seconds`.
             outages: Gets the error with which the read fails.  Two errors do not count: the file
-                was closed, or the server has answered with an error other than ESHUTDOWN.
+                was closed, or the server has answered the read with an error other than ESHUTDOWN.
             is_brief: Whether the read fails after `Deadlines.attempt_seconds` already.
         """
         seconds = deadlines.total_seconds

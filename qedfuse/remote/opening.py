@@ -168,8 +168,8 @@ def _offline_entry(
 ) -> tuple[Version | None, UnitFile | None]:
     """Return the version and open entry of an object that can be used without a server.
 
-    This is the entry for the version ``wanted``, or the last used one if ``wanted`` is None.  Both
-    are None if there is none; but if ``client`` has no valid configuration, RemoteError is raised.
+    This is the entry for the version ``wanted``, or the last used one if ``wanted`` is None.  If
+    there is no such entry, both are None; or RemoteError is raised if ``client`` is unconfigured.
     """
     if directory is not None:
         for version, entry in directory.offline_entries(address, client.store_id):

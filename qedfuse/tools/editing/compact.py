@@ -52,7 +52,7 @@ async def compact(
         CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or a system call failed.
     """
-    # With another value, the close of the disk could compact the image a second time, in vain.
+    # Without compact="off", the close of the disk could compact the image a second time, in vain.
     disk_options = replace(options or OpenOptions(), compact="off")
     async with open_writable(path, disk_options, with_bases=False) as disk:
         before = disk.fstat().st_size
