@@ -220,7 +220,7 @@ class UnitStore:
             cache.close()
 
     def _set_ready(self, first: int, count: int, cache: UnitFile, forgotten: int) -> bool:
-        """Make units ready that were read or written; return False if ``cache`` was discarded.
+        """Make units ready after a read or write; return False if ``cache`` was discarded.
 
         ``forgotten`` is `_forgotten` before the units were read or written.  If `forget` was called
         since then, they do not become ready.

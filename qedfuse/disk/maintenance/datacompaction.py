@@ -88,8 +88,8 @@ class DataCompaction:
                 if no lower one is free.  If not None, only the data clusters before ``last`` move,
                 to free clusters at or past ``last``.
             limited: Whether to flush more often, and to stop reading tables when an L2 entry has
-                been found for each used cluster from ``first`` on.  If a table lies there, all
-                tables are read, because no L2 entry refers to the clusters of a table.
+                been found for each used cluster from ``first`` on.  If one of these clusters holds
+                a table, all tables are read, because no L2 entry refers to it.
 
         Raises:
             CorruptImageError: A table entry does not point to the start of a cluster, or a cluster

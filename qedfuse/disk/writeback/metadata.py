@@ -307,7 +307,7 @@ class MetadataWriteback:
             await pace.step()
 
     def _give_back(self, writes: Sequence[WriteBack]) -> None:
-        """Make changes dirty again that the cycle has taken but not written."""
+        """Make dirty again the changes that the cycle has taken but not written."""
         for write in writes:
             self._tables.end_write_back(write, written=False)
 

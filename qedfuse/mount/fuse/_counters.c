@@ -3,8 +3,8 @@
  * (RequestCounters in requestcounters.py, which describes the cells).
  *
  * Reading the clock twice costs almost a percent of a short request.  So of the requests that do
- * not wait, only one in SAMPLING is timed.  The requests up to the next timed one are counted with
- * that time.  A request that waits for the host's disk is always timed.
+ * not wait, only one in SAMPLING is timed.  Its time also counts for each request up to the next
+ * timed one.  A request that waits for the host's disk is always timed.
  *
  * Everything happens in the thread of the event loop, with the GIL held.
  */
