@@ -278,7 +278,7 @@ async def _format_of(
 async def _open_foreign_base(
     base: HostFile, image: str, driver: str, options: OpenOptions
 ) -> HostFile:
-    """Open a base in a foreign format with QEMU; return its disk.  Closes the base after an error."""
+    """Open a base in a foreign format with QEMU; return its disk.  Closes a refused base."""
     try:
         return await open_foreign(base, driver, options)
     except ForeignError as error:
