@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from tests.support import qemu
 from tests.support.chains import assert_like_qemus
-from tests.support.foreignchains import FORMATS, draw_mixed, servers
+from tests.support.foreignchains import FORMATS, draw_mixed, processes
 from tests.support.programs import qedimg
 
 _ALLOWED: Final = ("--foreign", "qemu")
@@ -63,7 +63,7 @@ class Round:
         self._rebase_unsafe()
         self._rebase_to_none()
         self._commit()
-        assert servers(self._scratch) == []
+        assert processes(self._scratch) == []
 
     def _info(self, path: Path) -> None:
         found = json.loads(_qedimg("info", "--backing-chain", *_ALLOWED, "--output=json", path))

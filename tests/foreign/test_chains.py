@@ -18,7 +18,7 @@ from tests.support.foreignchains import (
     draw_bottom,
     draw_chain,
     draw_disk,
-    servers,
+    processes,
 )
 from tests.support.mounted import mounted
 from tests.support.programs import qedimg
@@ -62,7 +62,7 @@ def test_each_format(tmp_path: Path, image_format: str) -> None:
         assert disk.read() == expected.read_bytes()
     info = json.loads(run("info", "--output", "json", path))
     assert (info["format"], info["virtual-size"]) == (image_format, expected.stat().st_size)
-    assert servers(tmp_path) == []
+    assert processes(tmp_path) == []
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -74,7 +74,7 @@ def test_random_chain(tmp_path: Path, seed: int) -> None:
     with mounted(path, tmp_path / "mnt", "-o", "ro,foreign=qemu"):
         found = (tmp_path / "mnt" / f"{path.stem}.raw").read_bytes()
     assert found == expected.read_bytes()
-    assert servers(tmp_path) == []
+    assert processes(tmp_path) == []
 
 
 @pytest.mark.parametrize("seed", range(8, 14))
@@ -144,7 +144,7 @@ def test_create_over(tmp_path: Path, image_format: str) -> None:
     assert_same_disk(path, expected, *ALLOWED)
     code, _, complaint = qedimg("compare", path, expected)
     assert (code, "foreign=qemu" in complaint) == (2, True)
-    assert servers(tmp_path) == []
+    assert processes(tmp_path) == []
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -162,7 +162,7 @@ def test_convert_over(tmp_path: Path, image_format: str) -> None:
     assert path.stat().st_size <= empty.stat().st_size + (2 << 20)
     words = ("measure", "-B", base, "-F", image_format, "--output", "json", source)
     assert json.loads(run(*words))["required"] == path.stat().st_size
-    assert servers(tmp_path) == []
+    assert processes(tmp_path) == []
 
 
 def test_create_over_chain_outside(tmp_path: Path) -> None:

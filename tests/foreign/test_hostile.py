@@ -17,7 +17,7 @@ from qedfuse.foreign.sandbox import launch_command
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util.landlock import landlock_version
 from tests.support import qemu
-from tests.support.foreignchains import servers
+from tests.support.foreignchains import processes
 from tests.support.programs import qedimg
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def refused(path: Path, code: int, *options: str) -> str:
         assert not (path.parent / "copy.raw").exists()
         lines.append(complaint.removeprefix("qedimg: ").rstrip())
     assert len(set(lines)) == 1, lines
-    assert servers(path.parent) == []
+    assert processes(path.parent) == []
     return lines[0]
 
 

@@ -12,7 +12,7 @@ from qedfuse.errors import ForeignError
 from qedfuse.foreign import virtualsize
 from qedfuse.tools.inspection.chaininfo import describe_chain
 from tests.support import qemu
-from tests.support.foreignchains import draw_chain, servers
+from tests.support.foreignchains import draw_chain, processes, write_out
 from tests.support.programs import qedimg
 from tests.support.share import share
 
@@ -73,6 +73,7 @@ def common(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def assert_as_qemu(path: Path) -> list[dict[str, Any]]:
     """Assert that text and JSON name the images that QEMU names; return what is common."""
+    write_out(path.parent)
     ours = common(json.loads(run("--output", "json", path)))
     command = ("qemu-img", "info", "--backing-chain")
     assert ours == common(json.loads(qemu.run(*command, "--output=json", path).stdout))
@@ -86,7 +87,7 @@ def assert_as_qemu(path: Path) -> list[dict[str, Any]]:
     assert exact[0] == exact[1]
     names = [[line for line in text if " size:" not in line] for text in lines]
     assert names[0] == names[1]
-    assert servers(path.parent) == []
+    assert processes(path.parent) == []
     return ours
 
 
@@ -106,6 +107,7 @@ def test_random_chain(tmp_path: Path, seed: int) -> None:
 def test_only_the_image(tmp_path: Path) -> None:
     """Without the option only the image is described, with the name of its base."""
     path = make_chain(tmp_path, ("qcow2", "qed", "raw"))
+    write_out(tmp_path)
     code, output, complaint = qedimg("info", "--output", "json", path)
     assert (code, complaint) == (0, "")
     assert common([json.loads(output)]) == common([qemu.info(path)])
@@ -187,4 +189,4 @@ async def test_program_fails(
     with pytest.raises(ForeignError) as raised:
         await describe_chain(str(path))
     assert str(raised.value).startswith(f"{tmp_path}/0.vdi: qemu-img: {expected}")
-    assert servers(tmp_path) == []
+    assert processes(tmp_path) == []

@@ -21,7 +21,14 @@ from qedfuse.foreign.foreignfile import ForeignFile
 from qedfuse.foreign.localreads import LOOKUPS_BEFORE_MAP
 from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
-from tests.support.foreignchains import DISK_BYTES, FORMATS, draw_chain, draw_disk, servers
+from tests.support.foreignchains import (
+    DISK_BYTES,
+    FORMATS,
+    draw_chain,
+    draw_disk,
+    processes,
+    servers,
+)
 from tests.support.mounted import front
 from tests.support.refusedcalls import CLONE3, run_without
 
@@ -289,7 +296,7 @@ async def test_no_thread_for_the_map(compressed: Path, *, is_started_early: bool
         assert disk.page_source.runs.cells[0] == 0
     finally:
         disk.close()
-    assert servers(compressed.parent) == []
+    assert processes(compressed.parent) == []
 
 
 async def test_thread_for_the_map_later(compressed: Path) -> None:

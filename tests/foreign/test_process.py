@@ -32,7 +32,7 @@ from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util import landlock
 from tests.support import qemu
-from tests.support.foreignchains import DISK_BYTES, draw_bottom, servers
+from tests.support.foreignchains import DISK_BYTES, draw_bottom, processes, servers
 from tests.support.mounted import front, mounted
 from tests.support.mounted import qedfuse as command
 from tests.support.programs import environment, qedimg
@@ -92,16 +92,16 @@ def test_server_killed(image: Path, tmp_path: Path) -> None:
 
 
 def test_mount_killed(image: Path, tmp_path: Path) -> None:
-    """A mount that is killed leaves no qemu-nbd behind, whatever it was doing."""
+    """A mount that is killed leaves no program of QEMU behind, whatever it was doing."""
     with front("-r", image, tmp_path / "mnt") as mount:
         assert server_of(image)
         mount.signal(signal.SIGKILL)
-        wait_until(lambda: not servers(tmp_path))
+        wait_until(lambda: not processes(tmp_path))
 
 
 @pytest.mark.parametrize("milliseconds", [20, 60, 100, 150, 200])
 def test_killed_while_starting(image: Path, tmp_path: Path, milliseconds: int) -> None:
-    """A program that is killed while it opens an image leaves no qemu-nbd behind."""
+    """A program that is killed while it opens an image leaves no program of QEMU behind."""
     script = (
         "import sys, qedfuse, os\n"
         "print('begun', flush=True)\n"
@@ -117,14 +117,14 @@ def test_killed_while_starting(image: Path, tmp_path: Path, milliseconds: int) -
         assert program.stdout.readline() == b"begun\n"
         time.sleep(milliseconds / 1000)
         program.kill()
-    wait_until(lambda: not servers(tmp_path))
+    wait_until(lambda: not processes(tmp_path))
 
 
 def test_interrupt_from_terminal(image: Path, tmp_path: Path) -> None:
     """qemu-nbd is in a session of its own, so that Ctrl-C does not end it before the disk."""
     with qedfuse.open(image):
         assert os.getsid(server_of(image)) != os.getsid(0)
-    assert servers(tmp_path) == []
+    assert processes(tmp_path) == []
 
 
 def test_nothing_left(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_nothing_left(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = len(list(Path("/proc/self/fd").iterdir()))
     with qedfuse.open(image) as disk:
         assert disk.read(4096) == b"\x07" * 4096
-    assert servers(tmp_path) == []
+    assert processes(tmp_path) == []
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert not list((tmp_path / "temporary").iterdir())
 
@@ -268,7 +268,7 @@ def test_abandoned_at_the_end(image: Path, monkeypatch: pytest.MonkeyPatch) -> N
         abandoned.set()
         with pytest.raises(ForeignError, match="abandoned"):
             finished.result(20)
-    assert servers(image.parent) == []
+    assert processes(image.parent) == []
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208  the names alone
 
 
@@ -281,7 +281,7 @@ def test_abandoned_after_the_end(image: Path) -> None:
     opened.finish()
     opened.abandon()
     opened.abandon()
-    assert servers(image.parent) == []
+    assert processes(image.parent) == []
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208  the names alone
 
 
@@ -311,7 +311,7 @@ def test_changed_while_it_is_opened(
     with pytest.raises(ForeignError, match=f"{changed.name}: found other names of files"):
         opened.finish()
     opened.abandon()
-    assert servers(image.parent) == []
+    assert processes(image.parent) == []
 
 
 def test_closed_by_two_threads(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:

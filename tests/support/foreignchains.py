@@ -82,15 +82,45 @@ def contents(path: Path, directory: Path) -> Path:
 def servers(directory: Path) -> list[int]:
     """Return the ids of the processes of qemu-nbd that have a file below a directory open."""
     found = []
-    for entry in Path("/proc").iterdir():
+    for number in processes(directory):
         try:
-            if entry.name.isdigit() and (entry / "comm").read_text("utf-8") == "qemu-nbd\n":
-                files = [str(link.readlink()) for link in (entry / "fd").iterdir()]
-                if any(name.startswith(f"{directory}/") for name in files):
-                    found.append(int(entry.name))
+            if Path(f"/proc/{number}/comm").read_text("utf-8") == "qemu-nbd\n":
+                found.append(number)
         except OSError:  # the process has ended
             continue
     return found
+
+
+def processes(directory: Path) -> list[int]:
+    """Return the ids of the processes, without this one, that have a file below a directory open.
+
+    A program of QEMU that was left behind is found, whichever program it is.
+    """
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            files = [str(link.readlink()) for link in (entry / "fd").iterdir()]
+        except OSError:  # the process has ended
+            continue
+        if any(name.startswith(f"{directory}/") for name in files):
+            found.append(int(entry.name))
+    return found
+
+
+def write_out(directory: Path) -> None:
+    """Write the data of all files of a directory to the disk.
+
+    Before that a file system can count space for them that it does not use in the end.
+    """
+    for path in directory.iterdir():
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 _MIXED_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
