@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import ForeignError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 _PACKAGE: Final = "qemu-utils"
 """The Debian package that contains the programs."""
+_KILLED_SECONDS: Final = 0.5
+"""Maximum time for which `end_process` waits for the end of a process that it has killed."""
 
 
 def find_program(program: str, name: str) -> str:
@@ -74,3 +77,13 @@ def spawn_confined(
         cwd="/",
         env={},
     )
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process if it has not ended, and wait for its end, at most `_KILLED_SECONDS`.
+
+    A process that waits for the host's disk ends only when the disk has answered.
+    """
+    process.kill()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_KILLED_SECONDS)

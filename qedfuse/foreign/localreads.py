@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, QedError
+from qedfuse.foreign.confined import end_process
 from qedfuse.foreign.mapping import fill_map, start_mapping
 from qedfuse.foreign.runmap import MAX_FILES, UNKNOWN, RunMap, without_zeros
 from qedfuse.hostio.locking import LockMode, lock_image
@@ -231,12 +232,11 @@ class LocalReads:
             finally:
                 os.close(write_end)
                 self._has_started.set()
-            with process:
-                try:
-                    fill_map(run_map, output, files)
-                finally:
-                    with self._lock:
-                        # `close` must not kill a process that has been waited for: its number may
-                        # be reused.
-                        self._process = None
-                    process.kill()
+            try:
+                fill_map(run_map, output, files)
+            finally:
+                with self._lock:
+                    # `close` must not kill a process that has been waited for: its number may be
+                    # reused.
+                    self._process = None
+                end_process(process)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from qedfuse.errors import ForeignError
 from qedfuse.foreign.confined import find_program, spawn_confined
 from qedfuse.foreign.runmap import MAX_RUN_OFFSET, UNKNOWN, ZEROS
+from qedfuse.text import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ _MAX_CPU_SECONDS: Final = 60
 """Maximum processor time of the program."""
 _CHUNK_BYTES: Final = 1 << 16
 """Maximum number of bytes that one call reads, and about the maximum length of a line."""
+_MAX_SHOWN: Final = 100
+"""Maximum number of characters of the output that a message shows."""
 
 
 def start_mapping(graph: Graph, name: str, output: int) -> subprocess.Popen[bytes]:
@@ -63,12 +66,15 @@ def fill_map(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] 
         for found in _objects(output):
             start, length = found["start"], found["length"]
             if start != run_map.end or not 0 < length <= MAX_RUN_OFFSET - start:
-                msg = f"{_PROGRAM}: found a range at {start!r}, expected one at {run_map.end}"
+                # JSON can have anything here, of any length.
+                shown = shortened(repr(start), _MAX_SHOWN)
+                msg = f"{_PROGRAM}: found a range at {shown}, expected one at {run_map.end}"
                 raise ForeignError(msg)
             if not _add(run_map, found, files):
                 return
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        msg = f"{_PROGRAM}: found output that is not a map: {error!r}"
+        # Not the text of the error: it can contain all that was read.
+        msg = f"{_PROGRAM}: found output that is not a map ({type(error).__name__})"
         raise ForeignError(msg) from error
 
 

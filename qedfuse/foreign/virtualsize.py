@@ -12,10 +12,13 @@ import os
 import select
 import subprocess
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 from qedfuse.errors import ForeignError, HostError
-from qedfuse.foreign.confined import find_program, spawn_confined
+from qedfuse.foreign.confined import end_process, find_program, spawn_confined
 
 if TYPE_CHECKING:
     from qedfuse.foreign.graph import ChainImage, Graph
@@ -27,6 +30,8 @@ _MAX_SECONDS: Final = 30.0
 """Maximum time in seconds until the program has printed everything."""
 _END_SECONDS: Final = 5.0
 """Maximum time in seconds until the program has ended, after it has printed everything."""
+_CANCEL_CHECK_SECONDS: Final = 0.2
+"""Maximum time after which a cancellation of the task, as by Ctrl-C, is noticed."""
 _MAX_OUTPUT_BYTES: Final = 16 << 20
 """Maximum length of the output: an image can have many snapshots, and QEMU describes each."""
 _CHUNK_BYTES: Final = 1 << 16
@@ -36,7 +41,10 @@ _MAX_DISK_BYTES: Final = (1 << 63) - 1
 def virtual_size(graph: Graph, image: ChainImage) -> int:
     """Return the size in bytes of the disk of an image of a graph; the call blocks.
 
+    The caller is a worker thread of trio.  If its task is cancelled, the program is killed.
+
     Raises:
+        Cancelled: The task was cancelled.
         ForeignError: The program is not installed, fails, does not end, or prints no size.
         HostError: A system call failed.
     """
@@ -52,17 +60,13 @@ def virtual_size(graph: Graph, image: ChainImage) -> int:
                 )
             finally:
                 os.close(write_end)
-            with process:
-                try:
-                    text = _read_all(output.fileno(), name)
-                    status = process.wait(_END_SECONDS)
-                finally:
-                    process.kill()
+            try:
+                text = _read_all(output.fileno(), name)
+                status = _wait_end(process, name)
+            finally:
+                end_process(process)
     except OSError as error:
         raise HostError.from_os(error, name, f"cannot run {_PROGRAM}") from error
-    except subprocess.TimeoutExpired as error:
-        msg = f"{name}: {_PROGRAM}: found no end after its output, expected one"
-        raise ForeignError(msg) from error
     if status:
         msg = f"{name}: {_PROGRAM}: found exit status {status}, expected 0"
         raise ForeignError(msg)
@@ -73,6 +77,7 @@ def _read_all(output: int, name: str) -> bytes:
     """Return all that the program prints to the descriptor ``output``.
 
     Raises:
+        Cancelled: The task was cancelled.
         ForeignError: The output is too long, or does not end in time.
         OSError: A system call failed.
     """
@@ -81,14 +86,34 @@ def _read_all(output: int, name: str) -> bytes:
     poll.register(output, select.POLLIN)
     text = bytearray()
     while len(text) <= _MAX_OUTPUT_BYTES:
-        if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
+        trio.from_thread.check_cancelled()
+        left = end - time.monotonic()
+        if left <= 0:
             msg = f"{name}: {_PROGRAM}: found no end for {_MAX_SECONDS:.0f} s, expected one"
             raise ForeignError(msg)
+        if not poll.poll(min(left, _CANCEL_CHECK_SECONDS) * 1000):
+            continue
         part = os.read(output, _CHUNK_BYTES)
         if not part:
             return bytes(text)
         text += part
     msg = f"{name}: {_PROGRAM}: found more than {_MAX_OUTPUT_BYTES} bytes of output, expected fewer"
+    raise ForeignError(msg)
+
+
+def _wait_end(process: subprocess.Popen[bytes], name: str) -> int:
+    """Wait for the end of the program; return its exit status.
+
+    Raises:
+        Cancelled: The task was cancelled.
+        ForeignError: The program does not end in time.
+    """
+    end = time.monotonic() + _END_SECONDS
+    while (left := end - time.monotonic()) > 0:
+        trio.from_thread.check_cancelled()
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, _CANCEL_CHECK_SECONDS))
+    msg = f"{name}: {_PROGRAM}: found no end after its output, expected one"
     raise ForeignError(msg)
 
 
@@ -101,7 +126,11 @@ def _size_in(text: bytes, name: str) -> int:
     try:
         size = json.loads(text)["virtual-size"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        msg = f"{name}: {_PROGRAM}: found output without a size, expected one: {error!r}"
+        # Not the text of the error: it can contain the whole output.
+        msg = (
+            f"{name}: {_PROGRAM}: found output without a size, expected one "
+            f"({type(error).__name__})"
+        )
         raise ForeignError(msg) from error
     if type(size) is not int or not 0 <= size <= _MAX_DISK_BYTES:
         msg = f"{name}: {_PROGRAM}: found a size that no disk has"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+import trio
 
 from qedfuse.errors import ForeignError
 from qedfuse.foreign import virtualsize
@@ -163,6 +165,7 @@ def test_not_allowed(tmp_path: Path) -> None:
         ("echo x", "found output without a size, expected one"),
         ("echo '[1]'", "found output without a size, expected one"),
         ("echo '{}'", "found output without a size, expected one"),
+        (r"printf '\377%04000d' 0", "found output without a size, expected one (Unicode"),
         ('echo \'{"virtual-size": "1"}\'', "found a size that no disk has"),
         ("echo '{\"virtual-size\": true}'", "found a size that no disk has"),
         ("echo '{\"virtual-size\": -1}'", "found a size that no disk has"),
@@ -176,11 +179,7 @@ async def test_program_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: str
 ) -> None:
     """If qemu-img fails, the error names the image, and the program is not left behind."""
-    path = make_chain(tmp_path, ("qcow2", "vdi"))
-    program = tmp_path / "qemu-img"
-    program.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
-    program.chmod(0o755)
-    monkeypatch.setattr(virtualsize, "find_program", lambda *_names: str(program))
+    path = chain_with_program(tmp_path, monkeypatch, script)
     monkeypatch.setattr(virtualsize, "_MAX_OUTPUT_BYTES", 4096)
     if "for 0 s" in expected:
         monkeypatch.setattr(virtualsize, "_MAX_SECONDS", 0.4)
@@ -189,4 +188,63 @@ async def test_program_fails(
     with pytest.raises(ForeignError) as raised:
         await describe_chain(str(path))
     assert str(raised.value).startswith(f"{tmp_path}/0.vdi: qemu-img: {expected}")
+    assert len(str(raised.value)) < len(str(tmp_path)) + 200
+    assert processes(tmp_path) == []
+
+
+def chain_with_program(directory: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """Make a chain; return its path.  The shell script runs in place of qemu-img for its base."""
+    path = make_chain(directory, ("qcow2", "vdi"))
+    program = directory / "qemu-img"
+    program.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr(virtualsize, "find_program", lambda *_names: str(program))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("script", "step"),
+    [
+        ("exec sleep 1000", "spawn_confined"),
+        ("echo '{}'; exec >&-; exec sleep 1000", "_read_all"),
+    ],
+)
+async def test_cancelled_while_the_program_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, step: str
+) -> None:
+    """Ctrl-C ends the wait for qemu-img, before and after its output, and ends the program."""
+    path = chain_with_program(tmp_path, monkeypatch, script)
+    original = getattr(virtualsize, step)
+    scope = trio.CancelScope()
+
+    def cancel_after(*arguments: object, **more: object) -> object:
+        found = original(*arguments, **more)
+        trio.from_thread.run_sync(scope.cancel)
+        return found
+
+    monkeypatch.setattr(virtualsize, step, cancel_after)
+    with scope:
+        await describe_chain(str(path))
+    assert scope.cancelled_caught
+    assert processes(tmp_path) == []
+
+
+async def test_program_that_cannot_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A qemu-img that waits for the host's disk, and so does not end, does not block qedimg."""
+    path = chain_with_program(tmp_path, monkeypatch, "exec sleep 60")
+    monkeypatch.setattr(virtualsize, "_MAX_SECONDS", 0.4)
+    kill = subprocess.Popen.kill
+    found: list[subprocess.Popen[bytes]] = []
+
+    def remember(process: subprocess.Popen[bytes]) -> None:
+        found.append(process)
+
+    monkeypatch.setattr(subprocess.Popen, "kill", remember)
+    with pytest.raises(ForeignError, match="found no end for 0 s"):
+        await describe_chain(str(path))
+    assert found[0].poll() is None
+    kill(found[0])
+    found[0].wait()
     assert processes(tmp_path) == []

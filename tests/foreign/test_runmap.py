@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 
 import pytest
@@ -33,7 +34,7 @@ def filled(
     """Return the map that an output makes, as parts up to its end, and the error or nothing."""
     run_map, error = RunMap(capacity), ""
     try:
-        fill_map(run_map, io.BytesIO(text.encode()), files)
+        fill_map(run_map, io.BytesIO(os.fsencode(text)), files)
     except ForeignError as failed:
         error = str(failed)
     return list(run_map.parts(0, run_map.end)), error
@@ -173,6 +174,7 @@ def test_long_output() -> None:
         (line(100, 0.5), "not a map"),
         (line(100, "10"), "not a map"),
         ({"start": 100}, "not a map"),
+        ({**line(0, 1), "start": "x" * 60_000}, "found a range at 'xxx"),
     ],
 )
 def test_wrong_output(second: dict[str, object], message: str) -> None:
@@ -181,17 +183,27 @@ def test_wrong_output(second: dict[str, object], message: str) -> None:
     assert found == [Part(0, 0, 0, 100)]
     assert message in error
     assert error.isprintable()
+    assert len(error) < 200
 
 
 @pytest.mark.parametrize(
-    "text", ["x\n", "[1]\n", "[[]]\n", "[" * 60_000 + "\n", "[" + " " * 200_000, '["\udc80"]\n']
+    "text",
+    [
+        "x\n",
+        "[1]\n",
+        "[[]]\n",
+        "[" * 60_000 + "\n",
+        "[" + " " * 200_000,
+        '["\udc80"]\n',
+        "\udc80" * 60_000 + "\n",
+    ],
 )
 def test_no_objects(text: str) -> None:
     """Output that is not a list of objects gives no map."""
-    text = text.encode(errors="surrogateescape").decode(errors="replace")
     found, error = filled(text, (0, 1000))
     assert not found
     assert "not a map" in error
+    assert len(error) < 200
 
 
 def test_offsets_before_and_far_past_the_file() -> None:

@@ -213,6 +213,25 @@ def test_a_server_of_another_version(
     assert json.loads(capsys.readouterr().out)["mounts"] == [json.loads(text)]
 
 
+@pytest.mark.parametrize(
+    ("version", "shown"), [(7, "7"), ("x" * 70_000, "no number"), (10**4000, f"1{'0' * 99}...")]
+)
+def test_a_document_of_an_unknown_version(
+    mnt: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    version: object,
+    shown: str,
+) -> None:
+    """The message shows the version that a server states, and not any other text of the server."""
+    answer = statistics._Answer(str(mnt), json.dumps({"version": version}).encode())
+    monkeypatch.setattr(statistics, "call_in_child", lambda *_arguments: answer)
+    assert main(["stats", str(mnt)]) != 0
+    assert capsys.readouterr().err == (
+        f"qedfuse: {mnt}: statistics: found version {shown}, expected 1\n"
+    )
+
+
 def test_a_server_with_impossible_values(
     image: Path, mnt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,11 +20,13 @@ from qedfuse.mount.system.mounttable import (
 from qedfuse.mount.system.recorddirectory import STATISTICS_SUFFIX
 from qedfuse.mount.system.recordlookup import find_record, open_record_directory
 from qedfuse.mount.system.statisticssocket import UnusableServerError, receive
-from qedfuse.text import printable
+from qedfuse.text import printable, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_MAX_SHOWN: Final = 100
+"""Maximum number of characters of an unknown version that a message shows."""
 _MAX_SECONDS: Final = 5.0
 """Maximum time to wait for the statistics of a mount."""
 
@@ -104,7 +106,9 @@ def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
         )
         raise NoStatisticsError(msg)
     if document.get("version") != VERSION:
-        found = printable(str(document.get("version")))
+        version = document.get("version")
+        # The document is untrusted: it can have anything here, of any length.
+        found = "no number" if type(version) is not int else shortened(str(version), _MAX_SHOWN)
         msg = f"{shown}: statistics: found version {found}, expected {VERSION}"
         raise NoStatisticsError(msg)
     return document
