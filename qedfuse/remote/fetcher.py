@@ -11,6 +11,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.errors import RemoteError
 from qedfuse.remote.fetchthreads import FetchThreads
 from qedfuse.remote.flight import Flight
 from qedfuse.remote.flightloader import FlightLoader
@@ -21,7 +22,7 @@ from qedfuse.remote.unitfile import units_of
 from qedfuse.remote.unitstore import UnitStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from qedfuse.errors import HostError
     from qedfuse.remote.object import RemoteObject
@@ -89,8 +90,9 @@ class Fetcher:
     def demand(self, first: int, last: int) -> list[Flight]:
         """Start fetching the units ``first`` to ``last`` that are not ready; return their flights.
 
-        The caller must wait for the flights.  When they have ended without an error, each unit is
-        in the blocks of its flight, or is ready.
+        The caller must wait for the flights, and then `release` them, also if the wait fails or is
+        cancelled.  When they have ended without an error, each unit is in the blocks of its flight,
+        or is ready.
 
         Raises:
             RemoteError: The fetcher is closed.
@@ -99,6 +101,19 @@ class Fetcher:
             flights = self._begin(first, last, is_wanted=True)
             self._fetch_ahead(first, last)
         return flights
+
+    def release(self, flights: Iterable[Flight]) -> None:
+        """Record that a reader waits no longer for flights that `demand` has returned.
+
+        A flight that no thread has taken, and for which no other reader waits, is dropped, or is
+        again one of the prefetches if it was.  Otherwise the fetches of readers that have given up
+        would delay those of other readers, and be made when the server answers again.
+        """
+        with self._lock:
+            for flight in flights:
+                flight.readers -= 1
+                if not flight.readers and self._threads.withdraw(flight):
+                    self._drop(flight)
 
     def prefetch(self, first: int, last: int) -> list[Flight]:
         """Start fetching adjacent units that no reader waits for; return their flights.
@@ -223,17 +238,32 @@ class Fetcher:
                     self._threads.add_lookup(flight)
                 else:
                     self._threads.add_prefetch(flight)
-            elif is_wanted and not flight.is_wanted:
+            elif is_wanted and not flight.readers:
                 self._want(flight)
-                self._threads.promote(flight)
+                flight.joined_late = not self._threads.promote(flight)
+            flight.readers += is_wanted
+            flight.is_prefetched |= not is_wanted
             found.append(flight)
             unit = flight.last + 1
         return found
 
     def _want(self, flight: Flight) -> None:
         """Record that a reader waits for a flight."""
-        flight.want()
+        flight.is_wanted = True
         self._wanted.add(flight)
+
+    def _drop(self, flight: Flight) -> None:
+        """End a flight that no reader waits for, or make it a prefetch again if it was one.
+
+        The caller has taken the flight out of the queues, and holds the lock.
+        """
+        if flight.is_prefetched:
+            flight.is_wanted = False
+            self._wanted.discard(flight)
+            self._threads.add_prefetch(flight)
+        else:
+            self._end(flight)
+            flight.end(RemoteError(f"{self._name}: found no reader, expected one"))
 
     def _new_flight(self, first: int, last: int, *, continues: bool) -> Flight:
         """Return a new flight of the unit ``first`` and the units after it that need a flight."""
@@ -279,25 +309,41 @@ class Fetcher:
 
     def _look_up(self, flight: Flight) -> None:
         """Look up the units of a flight in the cache; queue the flight if a unit is missing."""
-        if self._loader.missing(flight):
-            self._threads.add_fetch(flight)
-        else:
+        if not self._loader.missing(flight):
             self._finish(flight)
+            return
+        with self._lock:
+            if flight.readers:
+                self._threads.add_fetch(flight)
+            elif not self._threads.is_closed:
+                self._drop(flight)
 
     def _finish(self, flight: Flight, error: HostError | None = None) -> None:
-        """End a flight; make its markers not ready if no reader waits (`ReadAhead.set_marker`)."""
+        """End a flight, unless its fetch has failed and must be made again for a late reader."""
         with self._lock:
-            for unit in range(flight.first, flight.last + 1):
-                if self._flights.get(unit) is flight:
-                    del self._flights[unit]
-                if unit in self._markers:
-                    self._markers.remove(unit)
-                    if not flight.is_wanted:
-                        self.ready[unit] = 0
-                        self._held_back.add(unit)
-            if flight in self._wanted:
-                self._wanted.remove(flight)
-                if error is not None:
-                    self._failures.record(flight.first, flight.last)
-                self._last_wanted = time.monotonic()
+            must_repeat = error is not None and flight.joined_late and flight.readers > 0
+            flight.joined_late = False
+            if must_repeat and not self._threads.is_closed:
+                self._threads.add_fetch(flight)
+                return
+            self._end(flight, error)
         flight.end(error)
+
+    def _end(self, flight: Flight, error: HostError | None = None) -> None:
+        """Remove a flight that ends from the attributes of the fetcher; the caller holds the lock.
+
+        Its markers become not ready if no reader has waited (`ReadAhead.set_marker`).
+        """
+        for unit in range(flight.first, flight.last + 1):
+            if self._flights.get(unit) is flight:
+                del self._flights[unit]
+            if unit in self._markers:
+                self._markers.remove(unit)
+                if not flight.is_wanted:
+                    self.ready[unit] = 0
+                    self._held_back.add(unit)
+        if flight in self._wanted:
+            self._wanted.remove(flight)
+            if error is not None:
+                self._failures.record(flight.first, flight.last)
+            self._last_wanted = time.monotonic()

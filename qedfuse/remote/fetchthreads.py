@@ -101,11 +101,24 @@ class FetchThreads:
             if not flight.continues:
                 self._start_thread()
 
-    def promote(self, flight: Flight) -> None:
-        """Move a flight from the prefetches to the lookups, unless a thread has taken it."""
-        with self.lock, suppress(ValueError):
-            self._prefetches.remove(flight)
+    def promote(self, flight: Flight) -> bool:
+        """Move a flight from the prefetches to the lookups; return False if it is not there."""
+        with self.lock:
+            try:
+                self._prefetches.remove(flight)
+            except ValueError:
+                return False
             self.add_lookup(flight)
+            return True
+
+    def withdraw(self, flight: Flight) -> bool:
+        """Remove a flight from the lookups or fetches; return False if it is in neither queue."""
+        with self.lock:
+            for queue in (self._lookups, self._fetches):
+                with suppress(ValueError):
+                    queue.remove(flight)
+                    return True
+            return False
 
     def ensure_thread(self) -> None:
         """Wake or start a thread if flights are queued, in case an earlier start has failed."""

@@ -32,6 +32,11 @@ class Flight:
             only units that are ready for reads from the page cache (`UnitStore.ready`) can be
             missing.
         is_wanted: Whether a reader waits, or has waited, for the flight.
+        readers: Number of readers that have demanded the flight and not released it.
+        is_prefetched: Whether the flight must be fetched even if no reader waits for it.
+        joined_late: Whether its first reader, or the first one after all others had left, came when
+            a thread had already taken the flight.  If the fetch fails, it is then made again: the
+            time limit of the failed one has begun before that reader came.
         continues: Whether one request may fetch the flight together with the preceding flight.
         is_brief: Whether failed fetches are repeated for a short time only, because a reader of one
             of the units has just waited for the server without success.
@@ -64,7 +69,8 @@ class Flight:
         self.first = first
         self.last = last
         self.blocks: dict[int, Buffer] = {}
-        self.is_wanted = False
+        self.is_wanted = self.is_prefetched = self.joined_late = False
+        self.readers = 0
         self.continues = continues
         self.is_brief = is_brief
         self._name = name
@@ -75,10 +81,6 @@ class Flight:
         self._ended = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._lock = threading.Lock()
-
-    def want(self) -> None:
-        """Record that a reader waits for the flight (`is_wanted`)."""
-        self.is_wanted = True
 
     def is_next_of(self, flight: Flight) -> bool:
         """Return whether one request may fetch ``flight`` and then this flight."""

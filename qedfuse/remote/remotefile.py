@@ -83,8 +83,11 @@ class RemoteFile(ReadOnlyFile):
         at = 0
         while at < length:
             flights = self._demand(offset + at, length - at)
-            for flight in flights:
-                await flight.wait()
+            try:
+                for flight in flights:
+                    await flight.wait()
+            finally:
+                self.fetcher.release(flights)
             at += self._fill(offset + at, view[at:length], flights)
         return length
 
@@ -99,8 +102,11 @@ class RemoteFile(ReadOnlyFile):
         at = 0
         while at < length:
             flights = self._demand(offset + at, length - at)
-            for flight in flights:
-                flight.wait_blocking()
+            try:
+                for flight in flights:
+                    flight.wait_blocking()
+            finally:
+                self.fetcher.release(flights)
             at += self._fill(offset + at, view[at:length], flights)
         return length
 

@@ -24,7 +24,7 @@ from tests.support.remotes import HeldObject, fetching_threads, read, some_bytes
 from tests.support.webserver import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 UNITS = 80
@@ -214,6 +214,84 @@ def test_demand_does_not_wait_for_prefetches(tmp_path: Path) -> None:
         assert len(source.requests) == 6  # no further prefetch has begun
         source.release()
         wait_until(lambda: all(fetcher.ready[20:]))
+
+
+class Lasting(dict[int, BaseException]):
+    """Errors for `HeldObject.errors` that are raised again and again."""
+
+    def pop(self, unit: int) -> BaseException:  # type: ignore[override]
+        """Return the error for a unit."""
+        return self[unit]
+
+
+async def give_up(file: RemoteFile, units: Iterable[int], until: Callable[[], bool]) -> None:
+    """Read units in one task each until a condition holds, and cancel the tasks."""
+    async with trio.open_nursery() as nursery:
+        for unit in units:
+            nursery.start_soon(file.pread, unit * UNIT_BYTES, 10)
+        await trio.to_thread.run_sync(wait_until, until)
+        nursery.cancel_scope.cancel()
+
+
+def test_units_of_readers_that_have_given_up_are_not_fetched(tmp_path: Path) -> None:
+    """Of the reads that were cancelled, only those are fetched whose requests had begun.
+
+    The unit of a later reader is fetched first, and a unit that was prefetched is fetched last.
+    """
+    with fetching(tmp_path) as (source, fetcher, file):
+        source.held = set(range(4, UNITS))
+        running = [fetcher.demand(unit, unit) for unit in range(4, 36, 2)]
+        wait_until(lambda: len(source.requests) == 16)
+        fetcher.prefetch(70, 70)
+        trio.run(give_up, file, range(40, 72, 2), lambda: len(fetcher._threads._fetches) == 16)
+        assert not any(flight.readers for flight in fetcher._flights.values() if flight.first >= 40)
+        last = fetcher.demand(3, 3)
+        assert len(source.requests) == 16
+        source.release()
+        for flight in [*running, last]:
+            flight[0].wait_blocking()
+        wait_until(lambda: fetcher.ready[70])
+        assert source.units()[16:] == [[3], [70]]
+        assert read(file, 50 * UNIT_BYTES, 10) == unit_bytes(50)[:10]
+
+
+@pytest.mark.expect_log("what is not in the cache")
+@pytest.mark.expect_log("answers again")
+@pytest.mark.parametrize("first", ["prefetch", "reader that has given up"])
+def test_a_late_reader_of_a_request_that_fails_has_a_request_of_its_own(
+    first: str, tmp_path: Path
+) -> None:
+    """A reader that joins a running request that no reader waits for gets its own whole time.
+
+    So if the request fails, another one is made; if that fails, the reader fails.
+    """
+    with fetching(tmp_path) as (source, fetcher, file):
+        cases: list[tuple[int, dict[int, BaseException]]] = [
+            (20, {20: RemoteError("out")}),
+            (50, Lasting({50: RemoteError("out")})),
+        ]
+        for unit, errors in cases:
+            source.held, source.errors, before = {unit}, errors, len(source.requests)
+
+            def has_begun(requests: int = len(source.requests) + 1) -> bool:
+                return len(source.requests) == requests
+
+            if first == "prefetch":
+                fetcher.prefetch(unit, unit)
+                wait_until(has_begun)
+            else:
+                trio.run(give_up, file, [unit], has_begun)
+            flight = fetcher.demand(unit, unit)[0]
+            source.release()
+            if isinstance(errors, Lasting):
+                with pytest.raises(RemoteError, match="out"):
+                    flight.wait_blocking()
+            else:
+                flight.wait_blocking()
+                assert bytes(flight.blocks[unit]) == unit_bytes(unit)
+            assert len(source.requests) == before + 2
+        source.errors = {}
+        assert read(file, 0, 10) == CONTENT[:10]
 
 
 def test_cached_units_are_read_while_all_fetches_hang(tmp_path: Path) -> None:
