@@ -97,9 +97,13 @@ class DiskFile(io.RawIOBase):
     threads can share a file.  For many small reads, wrap it in an `io.BufferedReader`.
 
     In a child of ``os.fork`` reads, writes and `truncate` raise `RuntimeError`, and `flush` and
-    `close` have no effect on the image.  Each file has a thread with an event loop.  After a
-    failure of this event loop, reads, writes and `truncate` raise `RuntimeError`.  So does `flush`
-    with ``r+b``.  `close` raises the cause of the failure.
+    `close` have no effect on the image.  The child can open files itself, except objects of stores
+    (``s3://``, ``gs://``, ``az://``) if its parent had used a store: then `open` raises
+    `RemoteError`, unless the cache has the whole object.
+
+    Each file has a thread with an event loop.  After a failure of this event loop, reads, writes
+    and `truncate` raise `RuntimeError`.  So does `flush` with ``r+b``.  `close` raises the cause of
+    the failure.
 
     An unclosed file is closed when it is garbage collected or when the program ends, with a
     `ResourceWarning`.  Errors of such a close are only logged.

@@ -1,7 +1,7 @@
 """A client for object stores (S3, Google Cloud Storage, Azure) that uses obstore.
 
-obstore hangs in a child process that is forked after its first use.  So a client must be made after
-the mount has become a daemon.
+obstore hangs in a child process that is forked after its first use, so `make_store` refuses to make
+a store there.  A mount must become a daemon before it makes a client.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ refuses an endpoint without TLS that the user has not allowed.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -61,6 +62,38 @@ _HINTS: Final = {
 }
 
 
+class _ForkGuard:
+    """Notices that the parent process used a store before this process was forked.
+
+    obstore's threads do not exist in such a child, so a request would never end.
+    """
+
+    def __init__(self) -> None:
+        self._is_used = False
+        self._is_broken = False
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        self._is_broken |= self._is_used
+
+    def use(self) -> None:
+        """Note that this process uses a store.
+
+        Raises:
+            UnusableError: The parent process used one before the fork.
+        """
+        if self._is_broken:
+            msg = (
+                "found a process that was forked after its parent had used a store, expected the "
+                "fork before the first use of a store, or a new program (start method spawn)"
+            )
+            raise UnusableError(msg)
+        self._is_used = True
+
+
+_GUARD: Final = _ForkGuard()
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """A configured bucket or container.
@@ -94,8 +127,10 @@ def make_store(
 
     Raises:
         UnusableError: The variables, or a file with credentials, configure no usable store, or a
-            proxy of the environment cannot be used.
+            proxy of the environment cannot be used, or the process was forked after its parent had
+            used a store.
     """
+    _GUARD.use()
     is_cloud_machine(address.scheme)  # found out even if the configuration is not valid yet
     check_proxies()
     variables = Variables(dict(options.credentials))

@@ -282,10 +282,13 @@ class Rounds:
 
     def full(self) -> None:
         """Read through a cache on a file system that becomes full, and once more through it."""
-        size = self._random.randrange(16, int(UNITS * UNIT_BYTES) // 1024 * 2)
+        size = self._random.randrange(16, int(UNITS * UNIT_BYTES) // 1024)
         with MountedTmpfs(self._other, f"size={size}k,mode=700") as is_mounted:
-            if not is_mounted:
-                self.happened["full: cannot mount"] += 1
+            self.happened["full: on a tmpfs" if is_mounted else "full: cannot mount"] += 1
+            room = os.statvfs(self._other)
+            if is_mounted and room.f_blocks * room.f_frsize >= len(self._server.content):
+                msg = f"{self._other}: found space for the whole object, expected too little"
+                raise OSError(msg)
             for _ in range(2):
                 with opened(self._server.url, self._other) as file:
                     self._compare(file, 0, self._server.content)
@@ -299,6 +302,7 @@ class Rounds:
             if not is_mounted:
                 self.happened["read-only: cannot mount"] += 1
                 return
+            self.happened["read-only: on a tmpfs"] += 1
             subprocess.run(["mount", "-o", "remount,ro", self._other], check=True)
             with opened(self._server.url, self._other) as file:
                 self._compare(file, 0, self._server.content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Final
@@ -20,6 +21,12 @@ DISASTERS: Final = frozenset(
         *("rot_in_use", "rot_between_processes", "fault", "full", "read_only", "limit", "others"),
     }
 )
+ON_TMPFS: Final = frozenset({"full: on a tmpfs", "read-only: on a tmpfs"})
+
+
+def may_mount() -> bool:
+    """Return whether this process can mount a tmpfs: its user is root."""
+    return not os.geteuid()
 
 
 @pytest.mark.parametrize("seed", range(share(2, of=4)))
@@ -37,3 +44,5 @@ def test_rounds(seed: int) -> None:
     assert f"{ROUNDS} rounds: all bytes right" in done.stdout
     happened = {line.split(maxsplit=1)[1] for line in done.stdout.splitlines()}
     assert happened >= DISASTERS
+    if may_mount():
+        assert happened >= ON_TMPFS
