@@ -4,6 +4,8 @@ from qedfuse.hostio.hostfile import Buffer
 
 _Tag = TypeVar("_Tag")
 
+INTERFACE: int
+
 class IoThreads(Generic[_Tag]):
     def __init__(self, max_threads: int, idle_seconds: float = 5.0) -> None: ...
     def fileno(self) -> int: ...

@@ -33,8 +33,11 @@ def public_names(value: object) -> set[str]:
 
 
 def stated_names(nodes: list[ast.stmt]) -> set[str]:
-    """Return the names of functions and classes in the body of a stub or of a class in it."""
+    """Return the names in the body of a stub, or of a class in it."""
     found = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    found |= {
+        n.target.id for n in nodes if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+    }
     return {name for name in found if not name.startswith("_")}
 
 
@@ -48,7 +51,7 @@ def test_every_stub_belongs_to_an_extension() -> None:
 @needs_extensions
 @pytest.mark.parametrize("stub", STUBS, ids=lambda stub: stub.stem)
 def test_names_are_those_of_the_extension(stub: Path) -> None:
-    """A stub has the functions, types and methods of its extension, and no others.
+    """A stub has the constants, functions, types and methods of its extension, and no others.
 
     A type that only the extension makes may be absent from the extension's names.
     """

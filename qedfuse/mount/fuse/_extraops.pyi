@@ -4,6 +4,8 @@ from collections.abc import Callable
 from qedfuse.disk.datapath.readtables import InPlaceWrites, SeekTables
 from qedfuse.hostio.pagesource import PageSource
 
+INTERFACE: int
+
 class Request:
     def error(self, number: int, /) -> None: ...
     def offset(self, offset: int, /) -> None: ...
