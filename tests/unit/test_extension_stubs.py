@@ -36,7 +36,9 @@ def stated_names(nodes: list[ast.stmt]) -> set[str]:
     """Return the names in the body of a stub, or of a class in it."""
     found = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     found |= {
-        n.target.id for n in nodes if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        node.target.id
+        for node in nodes
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
     return {name for name in found if not name.startswith("_")}
 
