@@ -69,6 +69,9 @@ _TUNNEL_REASONS: Final = {
 }
 """What a proxy does in place of connecting to a server with TLS, by the name in obstore's debugging
 output."""
+_NO_PROXY: Final = re.compile(r"client::legacy::Error\(\s*Connect,\s*ConnectFailed\(")
+"""How obstore's debugging output shows that no connection to the proxy of a server with TLS was
+made.  For a server without TLS it does not name the proxy."""
 _NO_ADDRESS: Final = "failed to lookup address information: "
 _RETRIED: Final = (
     HTTPStatus.REQUEST_TIMEOUT,
@@ -222,15 +225,16 @@ def _for_no_answer(text: str, details: str) -> Exception:
     if tunnel is not None:
         reason = _TUNNEL_REASONS.get(tunnel[1], "found the end of the connection")
         return UnreachableError(f"proxy: {reason}")
+    about = "proxy: " if _NO_PROXY.search(details) else ""
     if cause in {"Timeout", "TimedOut"}:
-        return kind("found no answer in time")
+        return kind(f"{about}found no answer in time")
     if cause is None:
-        return kind(_last_part(text))
+        return kind(f"{about}{_last_part(text)}")
     reason = printable(cause)
     if reason.startswith(_NO_ADDRESS):
         reason = reason.removeprefix(_NO_ADDRESS)
-        return kind(f"found no address of the host ({reason}), expected one")
-    return kind(reason)
+        return kind(f"{about}found no address of the host ({reason}), expected one")
+    return kind(f"{about}{reason}")
 
 
 def _last_part(text: str) -> str:

@@ -364,6 +364,43 @@ def test_refused_connection_of_a_store(place: Place) -> None:
     refused(place)
 
 
+def test_certificate_of_a_store_that_is_not_trusted(place: Place, tmp_path: Path) -> None:
+    """A store whose certificate has an unknown authority is refused at the first attempt."""
+    certificate = make_certificate(tmp_path)
+    both = tmp_path / "both.pem"
+    both.write_text(certificate.read_text() + (tmp_path / "key.pem").read_text())
+    with serving(place.server.content, both) as server:
+        place.use_store()
+        place.variables["AWS_ENDPOINT_URL"] = f"https://127.0.0.1:{server.port}"
+        refused(place)
+        assert not server.authorizations
+
+
+def test_unknown_host_of_a_store(place: Place) -> None:
+    """An endpoint that no name server knows."""
+    place.use_store()
+    place.variables["AWS_ENDPOINT_URL"] = "https://nosuch.invalid"
+    refused(place)
+
+
+def test_store_that_does_not_answer(place: Place) -> None:
+    """A store that accepts connections and says nothing."""
+    place.use_store()
+    place.server.always, place.server.heads_fail = "silence", True
+    refused(place)
+    assert place.server.struck["silence"] >= 2
+
+
+def test_proxy_that_cannot_be_reached(place: Place) -> None:
+    """A proxy that does not listen is not mistaken for the server, by neither client."""
+    place.url = "https://example.org/vm.qed"
+    place.variables["ALL_PROXY"] = "http://127.0.0.1:9"
+    refused(place)
+    place.use_store()
+    place.variables["AWS_ENDPOINT_URL"] = "https://store.example"
+    refused(place)
+
+
 def test_proxy_that_is_not_usable(place: Place) -> None:
     """A proxy that a client would ignore is refused; its password is not shown."""
     place.variables["ALL_PROXY"] = "socks5://me:hush@127.0.0.1:9"

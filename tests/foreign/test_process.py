@@ -35,7 +35,7 @@ from tests.support import qemu
 from tests.support.foreignchains import DISK_BYTES, draw_bottom, processes, servers
 from tests.support.mounted import front, mounted
 from tests.support.mounted import qedfuse as command
-from tests.support.programs import environment, qedimg
+from tests.support.programs import environment, qedimg, run
 
 if TYPE_CHECKING:
     import socket
@@ -185,6 +185,48 @@ def test_program_fails(
     assert expected in str(caught.value)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 3", "ended with status 3"),
+        ("kill -9 $$", "ended by SIGKILL"),
+        (
+            """exec /usr/bin/perl -e 'open(L, "+<&=3"); accept C,L; syswrite C,0 x 99; sleep 9'""",
+            "runs, but does not answer as an NBD server",
+        ),
+        (
+            "echo \"qemu-nbd: unrecognized option '--shared=0'\" >&2; exit 1",
+            "unrecognized option '--shared=0'",
+        ),
+        (None, "Unsupported qcow2 version 9"),  # the installed program refuses the image
+    ],
+)
+def test_a_program_that_fails_gives_an_exit_code(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, reason: str
+) -> None:
+    """A mount, `convert` and `info` end with code 25 and one line, whatever QEMU has done."""
+    if script is None:
+        with image.open("r+b") as file:
+            file.seek(4)
+            file.write(bytes([0, 0, 0, 9]))
+    else:
+        program = tmp_path / "bin" / "qemu-nbd"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    message = f"{image}: qemu-nbd: {reason}\n"
+    for done in (
+        command("-r", image, tmp_path),
+        run("qedimg", "convert", "-O", "raw", image, tmp_path / "copy.raw", timeout=60),
+        run("qedimg", "info", "--backing-chain", image, timeout=60),
+    ):
+        assert (done.returncode, done.stdout) == (25, "")
+        assert done.stderr in (f"qedfuse: {message}", f"qedimg: {message}")
+    assert not (tmp_path / "copy.raw").exists()
+    assert processes(tmp_path) == []
 
 
 def test_in_use(image: Path) -> None:
