@@ -72,8 +72,8 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=_prefix,
-        help="allow backing files whose URLs begin with PREFIX, and redirections to such URLs "
-        "(may be repeated)",
+        help="allow backing files whose URLs begin with PREFIX, and redirections of web servers to "
+        "such URLs; redirections of stores are not limited (may be repeated)",
     )
     parser.add_argument(
         "--base-changed",
