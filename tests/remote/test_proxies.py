@@ -193,6 +193,26 @@ def test_a_proxy_that_refuses_a_store(
     assert str(caught.value).startswith(f"{URLS['s3']}: proxy: found {reason} (attempts: ")
 
 
+@pytest.mark.parametrize(
+    ("proxy", "reason"),
+    [
+        ("127.0.0.1:9", "Connection refused"),
+        (
+            "nosuch.invalid:9",
+            "found no address of the host (Name or service not known), expected one",
+        ),
+    ],
+)
+def test_a_proxy_that_cannot_be_reached(
+    url: str, proxy: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both clients name the proxy, so that its failure is not mistaken for one of the server."""
+    monkeypatch.setenv("ALL_PROXY", f"http://{proxy}")
+    with pytest.raises(RemoteError) as caught, opened(url, None, deadlines=DEADLINES):
+        pass
+    assert str(caught.value).startswith(f"{url}: proxy: {reason} (attempts: ")
+
+
 def test_a_proxy_refuses_the_redirection_of_a_store(
     trusted: Path,
     tmp_path: Path,

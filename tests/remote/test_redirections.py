@@ -176,6 +176,23 @@ def test_which_secrets_another_host_gets(
         assert found == leaked
 
 
+def test_the_token_of_a_container_goes_to_no_other_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A redirection of the service for credentials is followed, without the container's token."""
+    token = tmp_path / "token"
+    token.write_text(SECRET)
+    with redirected() as (service, other):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", other.url.rpartition("/images")[0])
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", service.url)
+        monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(token))
+        with pytest.raises(RemoteError), opened(URLS["s3"], None, deadlines=DEADLINES):
+            pass
+        assert SECRET in service.authorizations
+        assert other.headers
+        assert not any(SECRET in value for found in other.headers for value in found.values())
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("size", [100, 20 << 20])
 def test_no_content_of_an_upload_goes_to_another_host(
