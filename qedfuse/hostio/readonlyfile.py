@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
     from qedfuse.hostio.pagesource import PageSource, WriteTarget
     from qedfuse.hostio.readpolicy import ReadPolicy
+    from qedfuse.hostio.serversilence import ServerSilence
 
 
 class ServerReads(NamedTuple):
@@ -62,6 +63,11 @@ class ReadOnlyFile(ABC):
     @property
     def server_reads(self) -> ServerReads | None:
         """Counters of the fetches from a server; None if no server has the file."""
+        return None
+
+    @property
+    def silence(self) -> ServerSilence | None:
+        """The silence of the server that has the file; None if no server has it."""
         return None
 
     @property

@@ -11,6 +11,7 @@ import trio
 
 from qedfuse.errors import RemoteError
 from qedfuse.hostio.readonlyfile import ReadOnlyFile
+from qedfuse.hostio.serversilence import ServerSilence
 from qedfuse.nbd.alignedread import AlignedRead, block_status
 from qedfuse.nbd.attempts import Attempts
 from qedfuse.nbd.extents import MIN_STEP_BYTES, ExtentMap, SmallSteps
@@ -64,11 +65,17 @@ class NbdFile(ReadOnlyFile):
         self._connections = connections
         self._deadlines = deadlines
         self._outages = OutageLog(name, "reads fail until it answers again")
+        self._silence = ServerSilence(deadlines.attempt_seconds)
         self._extents = ExtentMap(export.size)
         self._small_steps = SmallSteps(deadlines.total_seconds)
         self._extent_failures = 0  # consecutive
         self._failures = RecentFailures()
         self._opened = time.time()
+
+    @property
+    def silence(self) -> ServerSilence:
+        """The silence of the server."""
+        return self._silence
 
     @property
     def identity(self) -> FileIdentity:
@@ -89,6 +96,12 @@ class NbdFile(ReadOnlyFile):
         if not length:
             await trio.lowlevel.checkpoint()
             return 0
+        with self.silence.waiting():
+            return await self._fill_from_server(offset, view[:length])
+
+    async def _fill_from_server(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; return its length.  It ends within the file."""
+        length = len(view)
         attempts = self._attempts(offset, length)
         while True:
             sent = time.monotonic()
@@ -101,7 +114,7 @@ class NbdFile(ReadOnlyFile):
                 seconds = self._pause_seconds(attempts, error, offset, length)
                 await pause(self._connections.closed, seconds)
             else:
-                self._outages.answered(sent)
+                self._answered(sent)
                 return length
 
     def read_blocking(self, offset: int, view: memoryview) -> int:
@@ -126,7 +139,7 @@ class NbdFile(ReadOnlyFile):
                 seconds = self._pause_seconds(attempts, error, offset, length)
                 pause_blocking(self._connections.closed, seconds)
             else:
-                self._outages.answered(sent)
+                self._answered(sent)
                 return length
 
     def try_read(self, _offset: int, _view: memoryview) -> bool:
@@ -173,6 +186,11 @@ class NbdFile(ReadOnlyFile):
     def close(self) -> None:
         """Close the connections: reads that wait, and later ones, fail."""
         self._connections.close()
+
+    def _answered(self, sent: float) -> None:
+        """Record that the server has answered a request that was sent at a time."""
+        self._outages.answered(sent)
+        self._silence.answered()
 
     def _attempts(self, offset: int, length: int) -> Attempts:
         """Return a new time limit for a read, short if a read of the same units has just failed."""
@@ -241,7 +259,7 @@ class NbdFile(ReadOnlyFile):
                 seconds = attempts.pause_after(error, is_closed=self._connections.is_closed)
                 await pause(self._connections.closed, seconds)
             else:
-                self._outages.answered(sent)
+                self._answered(sent)
                 self._record_reply(request, offset)
                 is_too_slow = self._small_steps.add_reply(request, time.monotonic() - start)
                 # The request begins at the start of the block that contains ``offset``, so a reply

@@ -50,6 +50,7 @@ class Fetcher:
     Attributes:
         ready: See `UnitStore.ready`.
         zeros: See `UnitStore.zeros`.
+        silence: See `FlightLoader`.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Fetcher:
         self.zeros = self._store.zeros
         self._failures = RecentFailures()
         self._loader = FlightLoader(source, self._store, self._finish)
+        self.silence = self._loader.silence
         self._threads = FetchThreads(
             *(self._name, self._look_up, self._loader.fetch, self._finish),
             self._loader.clear_buffers,

@@ -34,6 +34,7 @@ class Flight:
         is_wanted: Whether a reader waits, or has waited, for the flight.
         readers: Number of readers that have demanded the flight and not released it.
         is_prefetched: Whether the flight must be fetched even if no reader waits for it.
+        is_missing: Whether a unit was not found in the cache.
         joined_late: Whether its first reader, or the first one after all others had left, came when
             a thread had already taken the flight.  If the fetch fails, it is then made again: the
             time limit of the failed one has begun before that reader came.
@@ -69,7 +70,7 @@ class Flight:
         self.first = first
         self.last = last
         self.blocks: dict[int, Buffer] = {}
-        self.is_wanted = self.is_prefetched = self.joined_late = False
+        self.is_wanted = self.is_prefetched = self.joined_late = self.is_missing = False
         self.readers = 0
         self.continues = continues
         self.is_brief = is_brief
@@ -81,6 +82,10 @@ class Flight:
         self._ended = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._lock = threading.Lock()
+
+    def needs_server(self) -> bool:
+        """Return whether the flight waits for the server: a unit was not found in the cache."""
+        return self.is_missing
 
     def is_next_of(self, flight: Flight) -> bool:
         """Return whether one request may fetch ``flight`` and then this flight."""

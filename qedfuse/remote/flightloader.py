@@ -8,6 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from qedfuse.errors import HostError, RemoteError
+from qedfuse.hostio.serversilence import ServerSilence
 from qedfuse.remote.bufferpool import BufferPool
 from qedfuse.remote.outagelog import OutageLog
 from qedfuse.remote.unitfile import UNIT_BYTES, blocks_of
@@ -30,6 +31,7 @@ class FlightLoader:
         fetched_bytes: Number of bytes of the object that the server has sent.
         requests: Number of requests that the server has answered with a range.
         awaited_requests: Number of these requests for which a reader waited.
+        silence: The silence of the server.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class FlightLoader:
         self._finish = finish
         self._is_closed = False
         self._outages = OutageLog(source.address.shown, "what is not in the cache cannot be read")
+        self.silence = ServerSilence(source.attempt_seconds)
         self._buffers = BufferPool()
         self._counting = threading.Lock()
         # `_counting` protects the following attributes.
@@ -75,13 +78,13 @@ class FlightLoader:
         """
         units = range(flight.first, flight.last + 1)
         missing = [unit for unit in units if not self._ready[unit] and unit not in flight.blocks]
-        if not missing or not self._store.has_any(missing[0], missing[-1]):
-            return missing
-        for unit in missing.copy():
-            content = self._store.load(unit)
-            if content is not None:
-                flight.blocks[unit] = content
-                missing.remove(unit)
+        if missing and self._store.has_any(missing[0], missing[-1]):
+            for unit in missing.copy():
+                content = self._store.load(unit)
+                if content is not None:
+                    flight.blocks[unit] = content
+                    missing.remove(unit)
+        flight.is_missing = bool(missing)
         return missing
 
     def fetch(self, flights: deque[Flight]) -> None:
@@ -127,6 +130,7 @@ class FlightLoader:
         def deliver(content: Buffer) -> None:
             nonlocal is_awaited
             self._outages.answered(sent)
+            self.silence.answered()
             flight = flights[0]
             with self._counting:
                 self.fetched_bytes += len(memoryview(content))

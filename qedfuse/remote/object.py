@@ -52,6 +52,7 @@ class RemoteObject:
     Attributes:
         address: The address of the object.
         version: The version that is read.
+        attempt_seconds: Maximum duration of one attempt, up to the first MiB of its answer.
         max_seconds: Maximum duration of a call of `get`, and of each part of `get_parts`.
         max_brief_seconds: The same for each part of `get_parts` with ``is_brief``.
     """
@@ -66,6 +67,7 @@ class RemoteObject:
         # Three attempts can add their full time: one that stalls after the previous part, one that
         # begins at the very end of the total time, and one with renewed credentials.
         spare_seconds = 3 * deadlines.attempt_seconds
+        self.attempt_seconds = deadlines.attempt_seconds
         self.max_seconds = deadlines.total_seconds + spare_seconds
         self._total_seconds = deadlines.total_seconds
         self._brief_seconds = min(_BRIEF_SECONDS, deadlines.total_seconds)

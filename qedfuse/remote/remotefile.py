@@ -18,6 +18,7 @@ from qedfuse.remote.unitfile import UNIT_BYTES
 if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer, FileIdentity
     from qedfuse.hostio.pagesource import PageSource
+    from qedfuse.hostio.serversilence import ServerSilence
     from qedfuse.remote.fetcher import Fetcher
     from qedfuse.remote.flight import Flight
     from qedfuse.remote.localdata import LocalData
@@ -65,6 +66,11 @@ class RemoteFile(ReadOnlyFile):
         return ServerReads(fetcher.requests, fetcher.awaited_requests, fetcher.fetched_bytes)
 
     @property
+    def silence(self) -> ServerSilence:
+        """The silence of the server."""
+        return self.fetcher.silence
+
+    @property
     def identity(self) -> FileIdentity:
         """The URL, the size and the validator of the version."""
         return (self.path, self._size, self._version.validator)
@@ -85,7 +91,8 @@ class RemoteFile(ReadOnlyFile):
             flights = self._demand(offset + at, length - at)
             try:
                 for flight in flights:
-                    await flight.wait()
+                    with self.silence.waiting(flight.needs_server):
+                        await flight.wait()
             finally:
                 self.fetcher.release(flights)
             at += self._fill(offset + at, view[at:length], flights)

@@ -91,6 +91,7 @@ class HeldObject:
         errors: For offsets of units, what requests for them raise.
     """
 
+    attempt_seconds = 10.0
     max_seconds = 60.0
     max_brief_seconds = 10.0
 
