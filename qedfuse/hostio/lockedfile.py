@@ -22,23 +22,26 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 
-def open_locked(path: str, lock: LockMode | None, *, writable: bool = False) -> int:
+def open_locked(
+    path: str, lock: LockMode | None, *, writable: bool = False, name: str | None = None
+) -> int:
     """Open a regular file and lock it; return its descriptor, which the caller must close.
 
     Args:
         path: The file.
         lock: The mode in which to lock the file; None for no lock.
         writable: Whether to open the file for writing as well.
+        name: Name of the file in messages; None for ``path``.
 
     Raises:
         HostError: The file cannot be opened or locked.
         ImageError: The file is not a regular file.
         ImageInUseError: Another opener of the file holds a lock that conflicts with ``lock``.
     """
-    fd = open_regular(path, os.O_RDWR if writable else os.O_RDONLY)
+    fd = open_regular(path, os.O_RDWR if writable else os.O_RDONLY, name=name)
     try:
         if lock is not None:
-            lock_image(fd, lock, printable(path))
+            lock_image(fd, lock, printable(name or path))
     except BaseException:
         os.close(fd)
         raise

@@ -26,7 +26,9 @@ STAT_BLOCK_BYTES: Final = 512
 """The unit of ``st_blocks`` on every file system, see stat(2)."""
 
 
-def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
+def open_regular(
+    path: str, access: int, *, dir_fd: int | None = None, name: str | None = None
+) -> int:
     """Open a regular file; return a descriptor, which the caller must close.
 
     A FIFO or a device is refused without being opened.
@@ -36,12 +38,13 @@ def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
         access: ``os.O_RDONLY`` or ``os.O_RDWR``.
         dir_fd: Descriptor of the directory from which a relative path starts; None for the current
             directory.
+        name: Name of the file in messages; None for ``path``.
 
     Raises:
         HostError: The file cannot be opened, or /proc is not mounted.
         ImageError: The file is not a regular file.
     """
-    return _open(path, access, dir_fd, {stat.S_IFREG: "a regular file"})
+    return _open(path, access, dir_fd, {stat.S_IFREG: "a regular file"}, name or path)
 
 
 def open_raw(path: str, access: int) -> int:
@@ -52,13 +55,14 @@ def open_raw(path: str, access: int) -> int:
         ImageError: The file is of another kind.
     """
     expected = {stat.S_IFREG: "a file", stat.S_IFBLK: "a block device"}
-    return _open(path, access, None, expected)
+    return _open(path, access, None, expected, path)
 
 
-def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str]) -> int:
+def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str], name: str) -> int:
     """Open a file of one of the kinds that are the keys of ``expected``; return a descriptor.
 
-    The values of ``expected`` are the names of the kinds in messages.
+    The values of ``expected`` are the names of the kinds in messages, and ``name`` is the name of
+    the file there.
     """
     flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
@@ -67,18 +71,18 @@ def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str]) 
         # itself.
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:
-        raise cannot_open(path, error) from error
+        raise cannot_open(name, error) from error
     try:
         kind = stat.S_IFMT(os.fstat(handle).st_mode)
         if kind not in expected:
             found = KIND_NAMES.get(kind, "a special file")
-            msg = f"{printable(path)}: found {found}, expected {' or '.join(expected.values())}"
+            msg = f"{printable(name)}: found {found}, expected {' or '.join(expected.values())}"
             raise ImageError(msg)
         return os.open(f"/proc/self/fd/{handle}", flags)
     except FileNotFoundError as error:
         raise proc_missing() from error
     except OSError as error:
-        raise cannot_open(path, error) from error
+        raise cannot_open(name, error) from error
     finally:
         os.close(handle)
 

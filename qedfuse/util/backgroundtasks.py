@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -10,11 +11,13 @@ import trio
 from qedfuse.errors import QedError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
     from typing import TypeAlias
 
     Progress: TypeAlias = Callable[[int, int], None]
     """A function that is called with the work done and the whole work, in the same unit."""
+
+_log = logging.getLogger(__name__)
 
 _PROGRESS_INTERVAL_SECONDS: Final = 0.1
 """Time between two calls of the function that `periodic_progress` gets."""
@@ -28,15 +31,15 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
     ``cancel_scope`` if they do not end by themselves.
 
     trio wraps every error that leaves a nursery in an exception group, which callers do not expect:
-    they handle a `QedError`, and print a group with trio's own message.  So of several errors of
-    this kind the first is raised.  A group is raised only if there are several errors and one is a
-    bug.
+    they handle a `QedError`, and print a group with trio's own message.  So of several errors the
+    first `QedError` is raised, or the first OSError if there is none; the others are logged at the
+    level debug.  A group is raised only if there are several errors and one is a bug.
     """
     try:
         async with trio.open_nursery() as nursery:
             yield nursery
     except BaseExceptionGroup as group:
-        error: BaseException | None = _first_qed_error(group)
+        error: BaseException | None = _first_expected_error(group)
         if error is None and len(group.exceptions) > 1:
             raise
         error = error or group.exceptions[0]
@@ -44,19 +47,30 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
         raise error from error.__cause__
 
 
-def _first_qed_error(group: BaseExceptionGroup[BaseException]) -> QedError | None:
-    """Return the first `QedError` of a group; None if there is none, or if there is a bug as well.
+def _first_expected_error(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    """Return the error of a group to raise in its place; None if one of its errors is a bug.
 
-    Cancelled tasks do not count as a bug, even if the caller is cancelled too.
+    A `QedError` is preferred to an OSError.  The other errors are logged.  Cancellations of tasks
+    are left out: a caller that is cancelled too may end with an error.
     """
-    found, others = group.split(QedError)
+    found, others = group.split((QedError, OSError))
     if found is None or (others is not None and others.split(trio.Cancelled)[1] is not None):
         return None
-    error: BaseException = found
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, QedError)  # noqa: S101  `split` has chosen it
-    return error
+    errors = list(_leaves(found))
+    first = next((error for error in errors if isinstance(error, QedError)), errors[0])
+    for error in errors:
+        if error is not first:
+            _log.debug("another task has failed too: %s", error)
+    return first
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    """Yield the errors in a group and in the groups inside it, in order."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 @asynccontextmanager

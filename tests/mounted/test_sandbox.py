@@ -288,8 +288,8 @@ def test_strict_needs_every_part(image: Path, mnt: Path) -> None:
     done = qedfuse(image, mnt, "-o", "sandbox=strict", prelude=prelude)
     assert done.returncode == 2
     assert done.stderr == (
-        "qedfuse: option sandbox=strict: seccomp: found no library libmissing.so (sandbox=on goes "
-        "on without)\n"
+        "qedfuse: option sandbox=strict: seccomp: found no library libmissing.so (with sandbox=on "
+        "the mount starts without it)\n"
     )
     with front("-o", "sandbox=on", image, mnt, prelude=prelude) as mount:
         mount.signal(signal.SIGTERM)
@@ -304,7 +304,7 @@ def test_an_older_kernel_gives_less(image: Path, mnt: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "qedfuse: option sandbox=strict: Landlock: the kernel or a filter of system calls refuses "
-        "it (sandbox=on goes on without)\n"
+        "it (with sandbox=on the mount starts without it)\n"
     )
     with front(image, mnt, prelude=prelude) as mount:
         mount.wait_for_sandbox()

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.hostio import systemcalls, threadcalls
+from qedfuse.errors import ImageInUseError
+from qedfuse.hostio import lockedfile, systemcalls, threadcalls
 from qedfuse.ondisk.constants import Feature
+from qedfuse.tools.editing import create as create_module
 from tests.support import qemu
 from tests.support.disks import header_of
 from tests.support.share import share
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from qedfuse.hostio.locking import LockMode
 
 
 def names(directory: Path) -> set[str]:
@@ -198,6 +202,43 @@ def test_full_preallocation(cluster_size: str, size: int, tmp_path: Path) -> Non
     assert (found.code, found.data["allocated-clusters"]) == (0, found.data["total-clusters"])
     assert path.stat().st_blocks * 512 >= size
     assert not any(qemu.content(path))
+
+
+@pytest.mark.parametrize("is_locked", [False, True])
+def test_a_new_image_that_cannot_be_opened_again(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_locked: bool,
+) -> None:
+    """If the new image cannot be filled, the message has its name, not that of the temporary."""
+    path = tmp_path / "full.qed"
+
+    def fail(fd: int, _mode: object, name: str) -> None:
+        os.fstat(fd)
+        msg = f"{name}: in use"
+        raise ImageInUseError(msg)
+
+    def no_descriptor(*_arguments: object, **_more: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def open_again(path: str, lock: LockMode | None, *, writable: bool, name: str) -> int:
+        if is_locked:
+            monkeypatch.setattr(lockedfile, "lock_image", fail)
+        else:
+            monkeypatch.setattr(os, "open", no_descriptor)
+        try:
+            return lockedfile.open_locked(path, lock, writable=writable, name=name)
+        finally:
+            monkeypatch.undo()
+
+    monkeypatch.setattr(create_module, "open_locked", open_again)
+    code = main(["create", "-q", "--preallocate", "full", str(path), "1M"])
+    expected = "in use" if is_locked else "cannot open: Too many open files"
+    assert capsys.readouterr().err == f"qedimg: {path}: {expected}\n"
+    assert code == (16 if is_locked else 1)
+    assert names(tmp_path) == set()
 
 
 def test_a_full_host_leaves_nothing_behind(

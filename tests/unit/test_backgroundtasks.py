@@ -40,10 +40,17 @@ async def fail_when_cancelled(scope: trio.CancelScope, error: Exception | None) 
             await trio.sleep_forever()
 
 
-async def test_the_first_of_several_errors_is_raised() -> None:
-    """If the block and a task fail, the caller gets the error of the block."""
+@pytest.mark.parametrize(
+    "error", [HostError("task"), OSError("task")], ids=["HostError", "OSError"]
+)
+async def test_the_first_of_several_errors_is_raised(
+    caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """If the block and a task fail, the caller gets the error of the block; the log has both."""
+    caplog.set_level("DEBUG", "qedfuse.util.backgroundtasks")
     with pytest.raises(HostError, match="block"):
-        await fail_beside(HostError("task"))
+        await fail_beside(error)
+    assert caplog.messages == ["another task has failed too: task"]
 
 
 async def test_an_error_beside_a_cancellation_is_raised() -> None:

@@ -38,7 +38,7 @@ def test_a_missing_extension_is_listed_once(version: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "landlock_version", lambda: version)
     monkeypatch.setitem(sys.modules, "qedfuse.mount.sandbox._threads", None)
     sandbox = Sandbox("on", ServerNeeds("/mnt", is_directory=True))
-    assert landlock_lines(sandbox) == ["Landlock (the extension was not built)"]
+    assert landlock_lines(sandbox) == ["Landlock (the extension was not built, or cannot be used)"]
 
 
 @needs_extensions

@@ -76,7 +76,7 @@ class Sandbox:
         self._filter: CallFilter | None = None
         self._restrict = privileges.thread_restrictor()
         if self._restrict is None:
-            self._add_missing("Landlock", "the extension was not built")
+            self._add_missing("Landlock", "the extension was not built, or cannot be used")
         else:
             self._rules = self._try_make_rules()
         try:
@@ -143,7 +143,10 @@ class Sandbox:
     def _add_missing(self, what: str, reason: str) -> None:
         """Add the part ``what`` to ``missing``, or raise a HostError if the mode is ``strict``."""
         if self._is_strict:
-            msg = f"option sandbox=strict: {what}: {reason} (sandbox=on goes on without)"
+            msg = (
+                f"option sandbox=strict: {what}: {reason} "
+                "(with sandbox=on the mount starts without it)"
+            )
             raise HostError(msg)
         self.missing.append(f"{what} ({reason})")
 

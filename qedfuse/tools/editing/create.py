@@ -145,7 +145,7 @@ async def preallocate(temporary: str, path: str, progress: Progress | None = Non
     from qedfuse.hostio.posixfile import PosixFile  # noqa: PLC0415  late, see above
 
     options = OpenOptions(writable=True)
-    fd = open_locked(temporary, options.image_lock, writable=True)
+    fd = open_locked(temporary, options.image_lock, writable=True, name=path)
     with closing(PosixFile(fd, path, writable=True)) as file:
         async with open_disk_in(file, temporary, options) as disk:
             await _allocate_all(disk, progress)
