@@ -77,6 +77,11 @@ class Address:
         return int(port) if port else _DEFAULT_PORTS[self.scheme]
 
     @property
+    def hostname(self) -> str:
+        """The host of a server, without the port and without brackets."""
+        return urlsplit(f"//{self.host}").hostname or ""
+
+    @property
     def server(self) -> str:
         """The prefix (`parse_prefix`) of all objects of the server or bucket, for messages."""
         query = f"?{self.query}" if self.is_nbd and self.query else ""
@@ -120,11 +125,10 @@ class Address:
     @property
     def is_loopback(self) -> bool:
         """Whether the host is ``localhost`` or a loopback address."""
-        name = urlsplit(f"//{self.host}").hostname or ""
         try:
-            return ipaddress.ip_address(name).is_loopback
+            return ipaddress.ip_address(self.hostname).is_loopback
         except ValueError:
-            return name == "localhost"
+            return self.hostname == "localhost"
 
 
 def is_url(text: str) -> bool:

@@ -1,10 +1,21 @@
-"""The services of the clouds that give a machine or container the key of its role."""
+"""The services of the clouds that give the key of a role, and the stores that may have this key.
+
+The key of a role is for the stores of the cloud.  On Google and Azure the key is a bearer token,
+which each server that gets it can use.
+"""
 
 from __future__ import annotations
 
 import functools
+import ipaddress
+import re
 from pathlib import Path
 from typing import Final
+
+from qedfuse.errors import UsageError
+from qedfuse.remote.address import Address, parse_prefix
+from qedfuse.remote.client import UnusableError
+from qedfuse.remote.urlsyntax import server_part
 
 _CLOUD_MACHINES: Final = {
     "s3": ("sys_vendor", "Amazon EC2"),
@@ -14,6 +25,75 @@ _CLOUD_MACHINES: Final = {
 """For each cloud a file in `_DMI`, and the content of the file on a machine of this cloud."""
 _DMI: Final = "/sys/class/dmi/id"
 """The directory in which the kernel shows the identification that the firmware gives."""
+_REGION: Final = r"[a-z]+(?:-[a-z]+)+-[0-9]+"
+_CLOUD_HOSTS: Final = {
+    # Hosts of customers have such names as well, such as NAME.REGION.elb.amazonaws.com.
+    "s3": re.compile(
+        rf"(?:.+\.)?(?:s3|s3-[a-z0-9-]+|s3express-[a-z0-9-]+)(?:\.dualstack)?(?:\.{_REGION})?"
+        r"(?:\.vpce)?\.(?:amazonaws\.com|amazonaws\.com\.cn|api\.aws)"
+    ),
+    "gs": re.compile(r".+\.googleapis\.com"),
+    "az": re.compile(
+        r".+\.(?:blob|dfs)\.(?:core\.windows\.net|core\.usgovcloudapi\.net|core\.chinacloudapi\.cn"
+        r"|storage\.azure\.net|fabric\.microsoft\.com)"
+    ),
+}
+"""The names of the hosts of each cloud's stores."""
+_SERVICE_HOSTS: Final = frozenset(
+    # Amazon EKS, EC2; Google.
+    ("fd00:ec2::23", "fd00:ec2::254", "fd20:ce::254", "metadata.google.internal")
+)
+"""Further hosts of services for keys that are reached without TLS, and only by this machine."""
+
+
+def is_of_cloud(scheme: str, endpoint: str | None) -> bool:
+    """Return whether a store is one of the cloud's own.
+
+    Args:
+        scheme: The scheme of the store's URLs.
+        endpoint: The URL of its endpoint, which is valid; None for the default endpoint.
+    """
+    if endpoint is None:
+        return True
+    return _CLOUD_HOSTS[scheme].fullmatch(parse_prefix(endpoint).hostname) is not None
+
+
+def check_service(name: str, url: str, *, allow_http: bool) -> None:
+    """Check the URL of a service that gives keys.
+
+    Args:
+        name: The variable that has the URL.
+        url: The URL.
+        allow_http: Whether a service without TLS may be on any machine.
+
+    Raises:
+        UnusableError: The URL is not valid, or it is that of another machine, without TLS, and not
+            that of a service of a cloud.
+    """
+    try:
+        address = parse_prefix(server_part(url) or url)
+    except UsageError as error:
+        msg = f"credentials: {name}: {error}"
+        raise UnusableError(msg) from error
+    if not address.is_web:
+        msg = f"credentials: {name}: found {address.server}, expected https://HOST"
+        raise UnusableError(msg)
+    if address.scheme == "http" and not (allow_http or _is_service_host(address)):
+        msg = (
+            f"credentials: {name}: found {address.server} without TLS on another machine, expected "
+            "https:// (allow it with allow_http)"
+        )
+        raise UnusableError(msg)
+
+
+def _is_service_host(address: Address) -> bool:
+    """Return whether only this machine itself, or its hypervisor, can have the host."""
+    if address.is_loopback or address.hostname in _SERVICE_HOSTS:
+        return True
+    try:
+        return ipaddress.ip_address(address.hostname).is_link_local
+    except ValueError:
+        return False
 
 
 def is_cloud_machine(scheme: str) -> bool:

@@ -9,10 +9,11 @@ part of obstore's text, without the secrets of URLs.
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
 
 from obstore.exceptions import (
     BaseError,
@@ -22,6 +23,8 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 
+from qedfuse.errors import UsageError
+from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.client import (
     AttemptError,
     ChangedError,
@@ -30,7 +33,7 @@ from qedfuse.remote.client import (
     UnreachableError,
     UnusableError,
 )
-from qedfuse.remote.urlsyntax import hide_secrets
+from qedfuse.remote.urlsyntax import hide_secrets, server_part
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -46,10 +49,15 @@ _KEY_REQUEST: Final = re.compile(
     r"|Error performing POST REDACTED in "  # Amazon's STS; the URL has the token
     r"|Error performing [A-Z]+ \S+/latest/(?:api/token|meta-data/iam/security-credentials/\S*) in "
     r"|Error performing GET http://169\.254\.170\.2/"
-    r"|Failed to read EKS token file"
+    r"|Error getting token response body"
+    r"|HTTP error: .* at line \d+ column \d+"  # JSON, which only these services of Amazon send
+    r"|Invalid AssumeRoleWithWebIdentity response"
+    r"|Failed to read (?:EKS )?token file"  # Amazon
+    r"|Error reading federated token file"  # Azure
 )
 """The beginning of obstore's text about a request to the service that gives the credentials of a
 role, called its key here."""
+_GET: Final = re.compile(r"Error performing GET (\S+) in ")
 _NO_RANGE: Final = "Received non-partial response when range requested"
 _CODE: Final = re.compile(r"<Code>([A-Za-z0-9]{1,80})</Code>")
 _NO_BUCKET: Final = re.compile("<Code>(NoSuchBucket|ContainerNotFound)</Code>")
@@ -167,8 +175,18 @@ def _is_key_request(text: str, key_url: str) -> bool:
     """
     # The body of a response follows after " - ", and is not trusted.
     head = text.partition(" - ")[0]
-    is_of_container = key_url and f"Error performing GET {key_url} in " in head
-    return bool(is_of_container or _KEY_REQUEST.search(head))
+    url = _GET.search(head)
+    is_of_container = bool(key_url and url and _normal(url[1]) == _normal(key_url))
+    return is_of_container or _KEY_REQUEST.search(head) is not None
+
+
+def _normal(url: str) -> tuple[str, str]:
+    """Return the server and the rest of a URL in their normal forms; obstore changes both."""
+    server = server_part(url)
+    rest = unquote(url[len(server) :])
+    with suppress(UsageError):
+        server = parse_prefix(server).server
+    return server, rest if rest.startswith("/") else f"/{rest}"
 
 
 def _for_key_request(status: int | None, text: str, details: str) -> Exception:

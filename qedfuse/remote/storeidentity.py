@@ -17,23 +17,32 @@ import errno
 import os
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from qedfuse.remote.client import UnusableError
-from qedfuse.remote.keyservices import is_cloud_machine
+from qedfuse.remote.keyservices import check_service, is_cloud_machine
 from qedfuse.remote.storevariables import (
     AMAZON_DEFAULT_FILE,
+    AZURE_AUTHORITY_VARIABLES,
+    AZURE_KEY_VARIABLES,
+    AZURE_SERVICE_VARIABLES,
+    AZURE_VARIABLES,
+    CONTAINER_TOKEN_VARIABLES,
     CONTAINER_VARIABLES,
     GOOGLE_DEFAULT_FILE,
+    GOOGLE_FILE_VARIABLES,
     GOOGLE_METADATA_VARIABLES,
+    GOOGLE_VARIABLES,
     KEY_VARIABLES,
+    METADATA_VARIABLES,
+    SKIP_VARIABLES,
     STS_ENDPOINT_VARIABLES,
     WEB_IDENTITY_VARIABLES,
     Variables,
     check_files,
     check_value,
     expand_home,
+    read_key_file,
 )
 from qedfuse.text import printable
 
@@ -44,14 +53,13 @@ if TYPE_CHECKING:
 
     from qedfuse.remote.client import ClientOptions
 
-_CONTAINER_TOKEN_VARIABLES: Final = ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",)
-
 
 def add_s3_identity(
     variables: Variables,
     settings: dict[str, Any],
     *,
     is_amazon: bool,
+    allow_http: bool,
     renewed: Callable[[], ClientOptions] | None,
 ) -> bool:
     """Add to the settings how requests are signed; return False if requests are anonymous.
@@ -60,16 +68,20 @@ def add_s3_identity(
         variables: The variables of the credentials file and of the environment.
         settings: The settings of the store.
         is_amazon: Whether the store is Amazon's own.
+        allow_http: Whether a service for keys may be on another machine without TLS.
         renewed: Reads the credentials file again, for each request; None keeps the first key.
 
     Raises:
         UnusableError: Only the ID of a key or only its secret is set, the file of Amazon's tools
-            cannot be used, or the configuration of a role is incomplete.
+            cannot be used, or the configuration of a role is incomplete or not valid.
     """
     credential = _s3_credential(variables)
+    if variables.is_true(SKIP_VARIABLES["s3"]):
+        settings["skip_signature"] = True
+        return False
     if credential is None:
-        if not variables.is_true("AWS_SKIP_SIGNATURE") and (
-            _has_role(variables) or (is_amazon and _has_metadata_service("s3", variables))
+        if _has_role(variables, allow_http=allow_http) or (
+            is_amazon and _has_machine_role(variables, allow_http=allow_http)
         ):
             return True
         settings["skip_signature"] = True
@@ -92,27 +104,35 @@ def add_s3_identity(
     return True
 
 
-def _has_role(variables: Variables) -> bool:
+def _has_role(variables: Variables, *, allow_http: bool) -> bool:
     """Return whether variables configure a role, by a web identity or by a container's service.
 
     Raises:
         UnusableError: A variable that obstore needs for this role is missing or not valid, or a
-            file with a token cannot be opened.
+            file with a token cannot be used.
     """
     if variables.first(WEB_IDENTITY_VARIABLES):
         _check_set(variables, *WEB_IDENTITY_VARIABLES, "AWS_ROLE_ARN")
-        check_files(variables, WEB_IDENTITY_VARIABLES)
         sts = variables.first(STS_ENDPOINT_VARIABLES)
         if sts is not None and not sts.startswith("https://"):
             msg = f"credentials: {STS_ENDPOINT_VARIABLES[0]}: found another scheme, expected https"
             raise UnusableError(msg)
+        check_files(variables, WEB_IDENTITY_VARIABLES)
         return True
     relative, full = CONTAINER_VARIABLES
-    if variables.first((relative,)):
+    path = variables.first((relative,))
+    if path is not None:
+        # obstore appends the value to a host, so with another beginning it changes the host.
+        if not path.startswith("/"):
+            msg = f"credentials: {relative}: found {printable(path)}, expected a path with / first"
+            raise UnusableError(msg)
         return True
-    if variables.first((full,)):
-        _check_set(variables, full, *_CONTAINER_TOKEN_VARIABLES)
-        check_files(variables, _CONTAINER_TOKEN_VARIABLES)
+    url = variables.first((full,))
+    if url is not None:
+        check_service(full, url, allow_http=allow_http)
+        _check_set(variables, full, *CONTAINER_TOKEN_VARIABLES)
+        # Amazon's libraries refuse the end of a line in such a token, too.
+        check_files(variables, CONTAINER_TOKEN_VARIABLES, is_header=True)
         return True
     return False
 
@@ -136,7 +156,7 @@ def _s3_credential(variables: Variables) -> S3Credential | None:
         found = key_name if key else secret_name
         msg = f"credentials: found {found} alone, expected {key_name} and {secret_name}"
         raise UnusableError(msg)
-    is_other = variables.is_true("AWS_SKIP_SIGNATURE") or variables.first(WEB_IDENTITY_VARIABLES)
+    is_other = variables.is_true(SKIP_VARIABLES["s3"]) or variables.first(WEB_IDENTITY_VARIABLES)
     if not key and not is_other:
         key, secret, token = _shared_credentials(variables)
     if not key:
@@ -151,10 +171,82 @@ def _s3_credential(variables: Variables) -> S3Credential | None:
     }
 
 
-def add_identity(
-    scheme: str, variables: Variables, names: tuple[str, ...], settings: dict[str, Any]
+def add_google_identity(
+    variables: Variables, settings: dict[str, Any], *, is_google: bool, allow_http: bool
 ) -> bool:
-    """Make requests anonymous if nothing gives credentials; return False if requests are anonymous.
+    """Add to the settings how requests are signed; return False if requests are anonymous.
+
+    Without variables, credentials are sent only to Google's own stores.
+
+    Args:
+        variables: The variables of the credentials file and of the environment.
+        settings: The settings of the store.
+        is_google: Whether the store is Google's own.
+        allow_http: Whether a service for keys may be on another machine without TLS.
+
+    Raises:
+        UnusableError: The credentials are partly in the file and partly in the environment, a file
+            cannot be used, or the service for keys may not be used.
+    """
+    _check_origin(variables, GOOGLE_VARIABLES)
+    if not variables.is_true(SKIP_VARIABLES["gs"]):
+        if variables.has_identity(GOOGLE_VARIABLES):
+            check_files(variables, GOOGLE_FILE_VARIABLES)
+            return True
+        if is_google and _has_google_file():
+            return True
+        hosts = [(name, os.environ.get(name)) for name in GOOGLE_METADATA_VARIABLES]
+        for name, host in hosts:
+            if host:
+                check_service(name, f"http://{host}", allow_http=allow_http)
+        if any(host for _, host in hosts) or (is_google and is_cloud_machine("gs")):
+            return True
+    settings["skip_signature"] = True
+    return False
+
+
+def add_azure_identity(
+    variables: Variables, settings: dict[str, Any], *, is_azure: bool, allow_http: bool
+) -> bool:
+    """Add to the settings how requests are signed; return False if requests are anonymous.
+
+    Without variables of the user, credentials are sent only to Azure's own stores.
+
+    Args:
+        variables: The variables of the credentials file and of the environment.
+        settings: The settings of the store.
+        is_azure: Whether the store is Azure's own.
+        allow_http: Whether a service for keys may be on another machine without TLS.
+
+    Raises:
+        UnusableError: The credentials are partly in the file and partly in the environment, or the
+            service for keys may not be used.
+    """
+    _check_origin(variables, AZURE_VARIABLES)
+    if variables.is_true(SKIP_VARIABLES["az"]):
+        settings["skip_signature"] = True
+        return False
+    for name in AZURE_AUTHORITY_VARIABLES:
+        authority = variables.first((name,))
+        if authority is not None and authority.startswith("http://"):
+            check_service(name, authority, allow_http=allow_http)
+    service = next((name for name in AZURE_SERVICE_VARIABLES if variables.first((name,))), "")
+    has_machine_role = is_azure and (service or is_cloud_machine("az"))
+    if not variables.has_identity(AZURE_VARIABLES) and not has_machine_role:
+        settings["skip_signature"] = True
+        return False
+    url = variables.first((service,))
+    if url is not None:
+        has_key = variables.first(AZURE_KEY_VARIABLES)
+        if not has_key or variables.first(("AZURE_CREDENTIAL_TYPE",)):
+            check_service(service, url, allow_http=allow_http)
+        # In the environment, obstore would prefer IDENTITY_ENDPOINT, which the user has not set.
+        settings["msi_endpoint"] = url
+    return True
+
+
+def _check_origin(variables: Variables, names: tuple[str, ...]) -> None:
+    """Check that credentials in the file are not completed by those in the environment.
 
     ``names`` are the names of the variables that give credentials.
 
@@ -170,13 +262,6 @@ def add_identity(
                     "expected only those in the file"
                 )
                 raise UnusableError(msg)
-        return True
-    if variables.first(names) or (scheme == "gs" and _has_google_file()):
-        return True
-    if _has_metadata_service(scheme, variables):
-        return True
-    settings["skip_signature"] = True
-    return False
 
 
 def _has_google_file() -> bool:
@@ -185,16 +270,20 @@ def _has_google_file() -> bool:
     return os.path.isfile(expand_home(GOOGLE_DEFAULT_FILE))  # noqa: PTH113  see above
 
 
-def _has_metadata_service(scheme: str, variables: Variables) -> bool:
-    """Return whether the machine has an instance metadata service, which can give credentials."""
-    if scheme == "s3":
-        if variables.is_true("AWS_EC2_METADATA_DISABLED"):
-            return False
-        if variables.first(("AWS_METADATA_ENDPOINT",)):
-            return True
-    if scheme == "gs" and any(os.environ.get(name) for name in GOOGLE_METADATA_VARIABLES):
+def _has_machine_role(variables: Variables, *, allow_http: bool) -> bool:
+    """Return whether this machine may have a role on Amazon, whose service gives the key.
+
+    Raises:
+        UnusableError: The service may not be used.
+    """
+    if variables.is_true("AWS_EC2_METADATA_DISABLED"):
+        return False
+    (name,) = METADATA_VARIABLES
+    url = variables.first((name,))
+    if url is not None:
+        check_service(name, url, allow_http=allow_http)
         return True
-    return is_cloud_machine(scheme)
+    return is_cloud_machine("s3")
 
 
 def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
@@ -209,18 +298,22 @@ def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
     """
     named = variables.first(("AWS_SHARED_CREDENTIALS_FILE",))
     profile = variables.first(("AWS_PROFILE",))
-    path = Path(expand_home(named or AMAZON_DEFAULT_FILE))
-    shown = printable(str(path))
+    path = expand_home(named or AMAZON_DEFAULT_FILE)
+    shown = printable(path)
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     try:
-        parser.read_string(path.read_text(encoding="utf-8"))
+        # The empty device may be named, so that no file is read.
+        parser.read_string("" if path == os.devnull else read_key_file(path))
     except OSError as error:
         is_missing = error.errno in {errno.ENOENT, errno.ENOTDIR}
         if is_missing and named is None and profile is None:
             return "", "", ""
         msg = f"credentials: {shown}: {error.strerror}"
         raise UnusableError(msg) from error
-    except (configparser.Error, UnicodeDecodeError):
+    except UnusableError as error:
+        msg = f"credentials: {shown}: {error}"
+        raise UnusableError(msg) from None
+    except configparser.Error:
         msg = f"credentials: {shown}: found no sections of NAME = VALUE, expected them"
         raise UnusableError(msg) from None
     section = profile or "default"

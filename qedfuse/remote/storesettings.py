@@ -14,22 +14,20 @@ from typing import TYPE_CHECKING, Any, Final
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.client import UnusableError
-from qedfuse.remote.keyservices import is_cloud_machine
+from qedfuse.remote.keyservices import is_cloud_machine, is_of_cloud
 from qedfuse.remote.proxies import check_proxies
 from qedfuse.remote.storeerrors import Identity, panics_translated, translated
-from qedfuse.remote.storeidentity import add_identity, add_s3_identity
+from qedfuse.remote.storeidentity import add_azure_identity, add_google_identity, add_s3_identity
 from qedfuse.remote.storevariables import (
-    AZURE_VARIABLES,
+    AZURE_SERVICE_VARIABLES,
     CONTAINER_VARIABLES,
     ENDPOINT_VARIABLES,
-    GOOGLE_FILE_VARIABLES,
-    GOOGLE_VARIABLES,
     KEY_VARIABLES,
+    PREFIXES,
     REGION_VARIABLES,
+    SKIP_VARIABLES,
     Variables,
-    check_files,
     check_variables,
     find_endpoint,
     find_store_id,
@@ -45,16 +43,12 @@ _MAX_RETRIES: Final = 10_000
 """How often obstore may repeat a request; so often that only ``retry_seconds`` limits it."""
 _MAX_PAUSE_SECONDS: Final = 5.0
 """Maximum pause between two attempts of obstore."""
-_PREFIXES: Final = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
-"""The prefix of the variables that configure each kind of store."""
 _UNKNOWN_TO_OBSTORE: Final = (
     "AWS_PROFILE",
     "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_EC2_METADATA_DISABLED",
 )
 """Variables that are not passed to obstore, because obstore does not know them."""
-_AMAZON_DOMAINS: Final = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
-"""How the names of the hosts of Amazon's stores end."""
 _HINTS: Final = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
@@ -135,11 +129,13 @@ def make_store(
     check_proxies()
     variables = Variables(dict(options.credentials))
     check_variables(address.scheme, variables)
-    prefix = _PREFIXES[address.scheme]
+    prefix = PREFIXES[address.scheme]
     handled_here = (
         *KEY_VARIABLES,
         *ENDPOINT_VARIABLES["s3"],
         *REGION_VARIABLES,
+        *AZURE_SERVICE_VARIABLES,
+        *SKIP_VARIABLES.values(),
         *_UNKNOWN_TO_OBSTORE,
     )
     config: Any = {
@@ -160,6 +156,7 @@ def make_store(
         },
     }
     endpoint = find_endpoint(variables, ENDPOINT_VARIABLES[address.scheme], options)
+    is_own = is_of_cloud(address.scheme, endpoint)
     common["client_options"]["allow_http"] = bool(endpoint and endpoint.startswith("http://"))
     try:
         with panics_translated():
@@ -171,24 +168,23 @@ def make_store(
                 has_credentials = add_s3_identity(
                     variables,
                     common,
-                    is_amazon=endpoint is None or _is_of_amazon(endpoint),
+                    is_amazon=is_own,
+                    allow_http=options.allow_http,
                     renewed=options.renewed if read_keys_again else None,
                 )
                 handle: ObjectStore = S3Store(address.host, config=config, **common)
             elif address.scheme == "gs":
-                has_credentials = add_identity("gs", variables, GOOGLE_VARIABLES, common)
-                check_files(variables, GOOGLE_FILE_VARIABLES)
+                has_credentials = add_google_identity(
+                    variables, common, is_google=is_own, allow_http=options.allow_http
+                )
                 handle = GCSStore(address.host, config=config, **common)
             else:
-                has_credentials = add_identity("az", variables, AZURE_VARIABLES, common)
+                has_credentials = add_azure_identity(
+                    variables, common, is_azure=is_own, allow_http=options.allow_http
+                )
                 handle = AzureStore(address.host, config=config, **common)
     except (BaseError, ValueError) as error:
         raise UnusableError(str(translated(error))) from error
     hint = "" if has_credentials else _HINTS[address.scheme]
     key_url = variables.first((CONTAINER_VARIABLES[1],)) or ""
     return Store(handle, Identity(hint, key_url), find_store_id(address.scheme, variables))
-
-
-def _is_of_amazon(endpoint: str) -> bool:
-    """Return whether an endpoint is one of Amazon's, such as that of a private network (VPC)."""
-    return parse_prefix(endpoint).host.endswith(_AMAZON_DOMAINS)

@@ -6,10 +6,11 @@ obstore, the library for object stores, panics at a value that no header or URL 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import stat
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import UsageError
+from qedfuse.hostio.regular import KIND_NAMES
 from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.client import UnusableError
 from qedfuse.text import printable
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 AMAZON_DEFAULT_FILE: Final = "~/.aws/credentials"
 GOOGLE_DEFAULT_FILE: Final = "~/.config/gcloud/application_default_credentials.json"
+PREFIXES: Final = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
+"""The prefix of the variables that configure each kind of store."""
+SKIP_VARIABLES: Final = {scheme: f"{prefix}SKIP_SIGNATURE" for scheme, prefix in PREFIXES.items()}
+"""The variable of each kind of store that makes requests anonymous."""
 KEY_VARIABLES: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 ENDPOINT_VARIABLES: Final = {
     "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
@@ -31,6 +36,8 @@ ENDPOINT_VARIABLES: Final = {
 REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
 WEB_IDENTITY_VARIABLES: Final = ("AWS_WEB_IDENTITY_TOKEN_FILE",)
 STS_ENDPOINT_VARIABLES: Final = ("AWS_ENDPOINT_URL_STS",)
+METADATA_VARIABLES: Final = ("AWS_METADATA_ENDPOINT",)
+CONTAINER_TOKEN_VARIABLES: Final = ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",)
 CONTAINER_VARIABLES: Final = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
@@ -42,15 +49,29 @@ GOOGLE_VARIABLES: Final = (
     "GOOGLE_SERVICE_ACCOUNT_KEY",
     "GOOGLE_BEARER_TOKEN",
 )
-AZURE_VARIABLES: Final = (
+AZURE_KEY_VARIABLES: Final = (
     *("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY"),
     *("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_TOKEN"),
+)
+"""Variables that themselves have a key or token for Azure."""
+AZURE_VARIABLES: Final = (
+    *AZURE_KEY_VARIABLES,
     *("AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID", "AZURE_FEDERATED_TOKEN_FILE"),
     *("AZURE_STORAGE_CLIENT_SECRET", "AZURE_CLIENT_SECRET", "AZURE_CREDENTIAL_TYPE"),
     *("AZURE_IDENTITY_ENDPOINT", "AZURE_MSI_ENDPOINT", "AZURE_USE_AZURE_CLI"),
     "AZURE_STORAGE_USE_EMULATOR",
 )
 """Variables that give credentials for Azure, or determine where obstore gets them."""
+AZURE_AUTHORITY_VARIABLES: Final = ("AZURE_STORAGE_AUTHORITY_HOST", "AZURE_AUTHORITY_HOST")
+"""Variables with the URL of the server that exchanges a secret of the user for a token."""
+AZURE_SERVICE_VARIABLES: Final = (
+    "AZURE_IDENTITY_ENDPOINT",
+    "AZURE_MSI_ENDPOINT",
+    "IDENTITY_ENDPOINT",
+)
+"""Variables with the URL of Azure's service for keys.  Azure sets the last one on some machines."""
+_SWITCHES: Final = ("AZURE_USE_AZURE_CLI", "AZURE_STORAGE_USE_EMULATOR")
+"""Variables of `AZURE_VARIABLES` that give credentials only if their value is true."""
 STORE_VARIABLES: Final = {
     "s3": (ENDPOINT_VARIABLES["s3"],),
     "gs": (ENDPOINT_VARIABLES["gs"],),
@@ -87,11 +108,24 @@ _CHECKED: Final = {
         *WEB_IDENTITY_VARIABLES,
         *STS_ENDPOINT_VARIABLES,
         *CONTAINER_VARIABLES,
+        *CONTAINER_TOKEN_VARIABLES,
+        *METADATA_VARIABLES,
+        *("AWS_ROLE_ARN", "AWS_ROLE_SESSION_NAME"),
     ),
-    "gs": (*GOOGLE_VARIABLES, *ENDPOINT_VARIABLES["gs"]),
-    "az": (*AZURE_VARIABLES, *(name for group in STORE_VARIABLES["az"] for name in group)),
+    "gs": (*GOOGLE_VARIABLES, *ENDPOINT_VARIABLES["gs"], *GOOGLE_METADATA_VARIABLES),
+    "az": (
+        *AZURE_VARIABLES,
+        *AZURE_SERVICE_VARIABLES,
+        *AZURE_AUTHORITY_VARIABLES,
+        "IDENTITY_HEADER",
+        *(name for group in STORE_VARIABLES["az"] for name in group),
+    ),
 }
 """The variables of each kind of store that `check_variables` checks."""
+
+
+_MAX_KEY_FILE_BYTES: Final = 1 << 20
+"""Maximum length of a file with a key or token."""
 
 
 class Variables:
@@ -116,6 +150,12 @@ class Variables:
                 if source.get(name):
                     return source[name]
         return None
+
+    def has_identity(self, names: tuple[str, ...]) -> bool:
+        """Return whether one of the variables ``names`` gives credentials."""
+        return any(
+            self.is_true(name) if name in _SWITCHES else self.first((name,)) for name in names
+        )
 
     def values_of_group(self, names: tuple[str, ...]) -> list[str]:
         """Return the values of variables that belong together; empty for each that is not set.
@@ -158,10 +198,12 @@ def check_variables(scheme: str, variables: Variables) -> None:
     Raises:
         UnusableError: A value has a control character, or the name of an account is missing.
     """
-    for name in _CHECKED[scheme]:
+    known = _CHECKED[scheme]
+    for name in [*known, *(name for name in os.environ if name.startswith(PREFIXES[scheme]))]:
         # obstore would treat an empty variable as set; Amazon's tools ignore it.
         if os.environ.get(name) == "":
             del os.environ[name]
+    for name in known:
         if name not in _WITH_LINES:
             check_value(name, variables.first((name,)) or "")
     if scheme == "az" and not (
@@ -186,22 +228,58 @@ def check_value(name: str, value: str) -> None:
         raise UnusableError(msg)
 
 
-def check_files(variables: Variables, names: tuple[str, ...]) -> None:
-    """Check that the files which the variables ``names`` name can be opened.
+def check_files(variables: Variables, names: tuple[str, ...], *, is_header: bool = False) -> None:
+    """Check that the files which the variables ``names`` name can be read.
+
+    Args:
+        variables: The variables of the credentials file and of the environment.
+        names: The names of the variables.
+        is_header: Whether obstore sends the content of the files in an HTTP header.
 
     Raises:
-        UnusableError: A file cannot be opened.
+        UnusableError: A file cannot be read, is not a regular file, or its content is not valid.
     """
     for name in names:
         path = variables.first((name,))
         if path is None:
             continue
+        shown = f"{name}: {printable(path)}"
         try:
-            with Path(path).open("rb"):
-                pass
+            content = read_key_file(path)
         except OSError as error:
-            msg = f"credentials: {name}: {printable(path)}: {error.strerror}"
+            msg = f"credentials: {shown}: {error.strerror}"
             raise UnusableError(msg) from error
+        except UnusableError as error:
+            msg = f"credentials: {shown}: {error}"
+            raise UnusableError(msg) from None
+        if is_header:
+            check_value(shown, content)
+
+
+def read_key_file(path: str) -> str:
+    """Return the text of a file with a key or token.
+
+    Raises:
+        OSError: The file cannot be read.
+        UnusableError: The file is not a regular file, too long, or not in UTF-8; the message is
+            only the reason.
+    """
+    # Without O_NONBLOCK, open(2) of a FIFO would wait for a writer.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind not in {stat.S_IFREG, stat.S_IFDIR}:  # read(2) refuses a directory
+            msg = f"found {KIND_NAMES.get(kind, 'a special file')}, expected a regular file"
+            raise UnusableError(msg)
+        content = file.read(_MAX_KEY_FILE_BYTES + 1)
+    if len(content) > _MAX_KEY_FILE_BYTES:
+        msg = f"found more than {_MAX_KEY_FILE_BYTES} bytes, expected no more"
+        raise UnusableError(msg)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        msg = "found bytes that are not UTF-8, expected text"
+        raise UnusableError(msg) from None
 
 
 def find_endpoint(

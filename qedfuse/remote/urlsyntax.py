@@ -18,6 +18,13 @@ _MAX_NAME_BYTES: Final = 4096
 """Maximum length of the name of an NBD export; object stores allow only shorter names."""
 _SAFE_IN_SEGMENT: Final = "!$&'()*+,;=:@-._~"
 """Characters that a segment of a path may have unescaped (RFC 3986, ``pchar``)."""
+_SERVER: Final = r"[A-Za-z][A-Za-z0-9+.-]*://[^/\\?#]*"
+
+
+def server_part(url: str) -> str:
+    """Return a URL up to its path, unchanged; empty if the URL has no scheme."""
+    match = re.match(_SERVER, url)
+    return match[0] if match else ""
 
 
 def parse_host(text: str, authority: str, host: str) -> str:

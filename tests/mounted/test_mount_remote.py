@@ -594,15 +594,16 @@ def test_the_sandbox_lets_the_key_of_a_role_be_renewed(
                 monkeypatch.setenv(name, f"127.0.0.1:{service.port}")
         with front("-r", url, tmp_path / "mnt") as mount:
             mount.wait_for_sandbox()
-            keys = service.keys
+            keys, asked = service.keys, len(server.authorizations)
             token.unlink()
             token.write_text("second")
             disk = mount.mountpoint / "disk.raw"
             assert read(disk, FAR) == content[FAR : FAR + BLOCK]
-            assert service.keys > keys > 0
-            assert server.authorizations[-1].partition(before)[2].startswith(str(service.keys))
+            # Requests that began earlier may arrive at any time, with an earlier key.
+            later = [text.partition(before)[2] for text in server.authorizations[asked:]]
+            assert max(int(text.partition("/")[0]) for text in later) > keys > 0
             if cloud == "Amazon":
-                assert service.header("authorization")[-1] == "second"
+                assert "second" in service.header("authorization")
             stop(mount)
 
 

@@ -29,6 +29,7 @@ NAMES: Final = (
     "store.example",
     "s3.us-east-1.amazonaws.com",
     "bucket.vpce-1.s3.eu-central-1.vpce.amazonaws.com",
+    "account.blob.core.windows.net",
 )
 """Names of hosts for which servers of the tests have a certificate."""
 

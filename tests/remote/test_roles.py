@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 CONTENT: Final = some_bytes(2.5)
 AMAZON: Final = "s3.us-east-1.amazonaws.com"
 AMAZON_VPC: Final = "bucket.vpce-1.s3.eu-central-1.vpce.amazonaws.com"
-KINDS: Final = ("container", "web identity", "EC2", "EC2 in a VPC", "Google", "Azure")
+AZURE: Final = "account.blob.core.windows.net"
+ECS: Final = "169.254.170.2"
+KINDS: Final = (
+    *("container", "ECS", "web identity", "EC2", "EC2 in a VPC", "Google", "Azure"),
+    "Azure App Service",
+)
+WITH_PROXY: Final = ("ECS", "EC2", "EC2 in a VPC", "Azure App Service")
+"""Kinds of roles whose service or store has a fixed address, for which a proxy stands in."""
 
 pytestmark = pytest.mark.usefixtures("bare_environment")
 
@@ -85,12 +92,13 @@ def role(
         variables = _variables(kind, service, store, token)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        scheme = {"Google": "gs", "Azure": "az"}.get(kind, "s3")
+        scheme = {"Google": "gs", "Azure": "az", "Azure App Service": "az"}.get(kind, "s3")
         role = Role(f"{scheme}://images/disk.qed", service, store)
-        hosts = {f"{host}:443": store.port for host in (AMAZON, AMAZON_VPC)}
-        with proxying(hosts) as proxy:
-            if kind.startswith("EC2"):
-                monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        hosts = {f"{host}:443": store.port for host in (AMAZON, AMAZON_VPC, AZURE)}
+        with proxying({**hosts, ECS: service.port}) as proxy:
+            if kind in WITH_PROXY:
+                monkeypatch.setenv("ALL_PROXY", proxy.url)
+                monkeypatch.setenv("NO_PROXY", "127.0.0.1")
             yield role
 
 
@@ -99,7 +107,7 @@ def _services(kind: str, certificate: Path) -> Iterator[tuple[KeyService, WebSer
     """Run a service for keys and a store, each with TLS where obstore demands it."""
     with (
         giving_keys(certificate if kind == "web identity" else None) as service,
-        serving(CONTENT, certificate if kind.startswith("EC2") else None) as store,
+        serving(CONTENT, certificate if kind in WITH_PROXY[1:] else None) as store,
     ):
         yield service, store
 
@@ -112,6 +120,10 @@ def _variables(kind: str, service: KeyService, store: WebServer, token: Path) ->
             "AWS_ENDPOINT_URL": endpoint,
             "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{service.url}/container/key",
             "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": str(token),
+        },
+        "ECS": {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/container/key?id=1",
         },
         "web identity": {
             "AWS_ENDPOINT_URL": endpoint,
@@ -135,6 +147,11 @@ def _variables(kind: str, service: KeyService, store: WebServer, token: Path) ->
             "AZURE_IDENTITY_ENDPOINT": f"{service.url}/msi",
             "IDENTITY_HEADER": "of-the-machine",
         },
+        "Azure App Service": {
+            "AZURE_STORAGE_ACCOUNT_NAME": "account",
+            "IDENTITY_ENDPOINT": f"{service.url}/msi",
+            "IDENTITY_HEADER": "of-the-machine",
+        },
     }[kind]
 
 
@@ -155,6 +172,8 @@ def test_requests_are_signed_with_the_key_of_the_role(
     if kind == "container":
         assert (method, path) == ("GET", "/container/key")
         assert role.service.header("authorization") == ["of-the-container"]
+    elif kind == "ECS":
+        assert (method, path) == ("GET", "/container/key?id=1")
     elif kind == "web identity":
         assert method == "POST"
         assert "WebIdentityToken=of-the-container" in path
@@ -219,6 +238,15 @@ def test_a_service_that_does_not_answer(role: Role) -> None:
     assert caught.value.errno == errno.EIO
     message = str(caught.value)
     assert message.startswith(f"{role.url}: service for credentials: found no answer in time")
+    assert role.store.headers == []
+
+
+def test_a_service_that_gives_no_key(role: Role) -> None:
+    """An answer without a key is an error that names the service, and no request is unsigned."""
+    role.service.garbage = b"garbage"
+    with pytest.raises(RemoteError) as caught, opened(role.url, None, deadlines=DEADLINES):
+        pass
+    assert str(caught.value).startswith(f"{role.url}: service for credentials: ")
     assert role.store.headers == []
 
 

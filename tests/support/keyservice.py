@@ -29,6 +29,7 @@ class KeyService:
     Attributes:
         lifetime_seconds: How long a key is valid; negative for a key that has expired.
         status: The status of each answer.
+        garbage: The body of each answer in place of a key; empty for a key.
         is_silent: Whether requests get no answer.
         requests: Method, path and headers of each request.
         keys: How many keys were given.
@@ -36,6 +37,7 @@ class KeyService:
 
     lifetime_seconds: float = 3600.0
     status: int = 200
+    garbage: bytes = b""
     is_silent: bool = False
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     keys: int = 0
@@ -59,6 +61,8 @@ class KeyService:
             return SESSION.encode()
         if path.endswith("/security-credentials/"):
             return ROLE.encode()
+        if self.garbage:
+            return self.garbage
         with self.lock:
             self.keys += 1
             number = self.keys

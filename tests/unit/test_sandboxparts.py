@@ -97,3 +97,17 @@ def test_a_user_without_a_home_directory_has_no_cache(
         socket_directory=None,
     )
     assert needs.cache_directory == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AZURE_IDENTITY_ENDPOINT",
+        "IDENTITY_ENDPOINT",
+        "GCE_METADATA_HOST",
+        "AZURITE_BLOB_STORAGE_URL",
+    ],
+)
+def test_the_port_of_a_service_is_permitted(name: str) -> None:
+    """A server may connect to the port of each address that obstore reads from a variable."""
+    assert 41111 in module._ports((), [(name, "http://127.0.0.1:41111/msi")])

@@ -43,7 +43,10 @@ rename files into another directory."""
 _DEFAULT_PORTS: Final = (53, 80, 443)
 """The TCP ports to which a server that reads remote files may always connect.  They are the usual
 ports of name servers, stores and services for credentials."""
-_ADDRESS_VARIABLE_PREFIXES: Final = ("AWS_", "AZURE_", "GOOGLE_")
+_ADDRESS_VARIABLE_PREFIXES: Final = (
+    *("AWS_", "AZURE_", "GOOGLE_"),
+    *("IDENTITY_ENDPOINT", "AZURITE_BLOB_STORAGE_URL"),
+)
 """Prefixes of environment variables whose values can be the URL of a store or of a service for
 credentials."""
 
