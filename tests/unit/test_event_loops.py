@@ -30,6 +30,7 @@ SAFE_TO_SHARE: Final = {
     "qedfuse.remote.connecting.RESOLVER": "has a lock",
     "qedfuse.remote.keyservices._firmware_text": "a cache of the standard library, with a lock",
     "qedfuse.remote.resolver.RESOLVER": "has a lock",
+    "qedfuse.remote.storesettings._GUARD": "one flag, set once; a forked child has one thread",
     "qedfuse.util.portal._watcher": "has a lock",
     "qedfuse.check.fastcheck._load": "a cache of the standard library, of one value",
     "qedfuse.tools.inspection.fastmap._load": "a cache of the standard library, of one value",
