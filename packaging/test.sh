@@ -192,7 +192,9 @@ test_wheel() {
             done
             pip wheel -q --no-deps -w /wheels "pyfuse3>=3.4"
             ls /wheels
-            test "$(python3 -m zipfile -l /wheels/qedfuse-*.whl | grep -c "\.so ")" = 6'
+            python3 -m zipfile -l /wheels/qedfuse-*.whl >/tmp/wheel
+            if grep "\.[ch] " /tmp/wheel; then exit 1; fi
+            test "$(grep -c "\.so " /tmp/wheel)" = 6'
         rm -rf "$store/wheels/$system"
         mkdir -p "$store/wheels"
         cp -r "$target/wheels" "$store/wheels/$system"
