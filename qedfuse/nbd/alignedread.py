@@ -67,6 +67,6 @@ class AlignedRead:
 
 
 def block_status(export: Export, offset: int) -> BlockStatus:
-    """Return a request for extents from the start of the minimum block that has ``offset``."""
+    """Return a request for extents from the start of the minimum block in which ``offset`` lies."""
     aligned_start = offset // export.min_block_bytes * export.min_block_bytes
     return BlockStatus(aligned_start, min(_MAX_STATUS_BYTES, export.size - aligned_start))

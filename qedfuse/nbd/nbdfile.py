@@ -225,9 +225,9 @@ class NbdFile(ReadOnlyFile):
             elif found.is_zero is is_zero:
                 return offset
             elif time.monotonic() > end:
-                # The time of the search is over, so zeros are reported as data.  The next search
-                # must have the same result.  So a search for zeros records the whole export as
-                # data, and a search for data records the rest of these zeros as data.
+                # The time of the search is over, so zeros are reported as data.  A later search
+                # must not contradict this.  So a search for zeros records the whole export as
+                # data.  A search for data records the zeros from `offset` to `found.end` as data.
                 if is_zero:
                     self._extents.set_all_data()
                     return None

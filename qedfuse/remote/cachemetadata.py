@@ -169,9 +169,10 @@ def _parsed_time(modified: object) -> float | None:
 
 
 def _unpacked(packed: object, size: int) -> bytes:
-    """Return the units that readers need, or raise ValueError; ``size`` limits the memory."""
+    """Return the units of an object of ``size`` bytes that readers need, or raise ValueError."""
     units = units_of(size)
     unpacker = zlib.decompressobj()
+    # The limit of the length keeps damaged metadata from filling the memory.
     try:
         needed = unpacker.decompress(base64.b64decode(str(packed), validate=True), units + 1)
     except zlib.error as error:

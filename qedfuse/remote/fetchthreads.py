@@ -63,7 +63,7 @@ class FetchThreads:
             look_up: Looks for the units of a flight in the cache; then ends the flight if all are
                 there, or queues it with `add_fetch`.
             fetch: Fetches the units of adjacent flights, and removes each flight that it ends from
-                the queue that it was given.
+                the deque that it gets.
             fail: Ends a flight with an error, unless it has ended; called if a step raises.
             become_idle: Called by the last thread before it ends, with ``lock`` held.
         """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
-"""Maximum number of clusters that `Quarantine.retire_many` collects; the list takes 2 MiB."""
+"""`Quarantine.retire_many` collects up to about this number of clusters, in 2 MiB of memory."""
 
 
 class _Batch:
@@ -71,8 +71,9 @@ class Quarantine:
         """Take in a run of ``count`` clusters to which no table in memory refers any more.
 
         The caller must not await anything between changing the entries and this call, in either
-        order.  Otherwise a cycle that begins in between could seal the clusters without writing
-        the entries.  The clusters could then be used again while the file still refers to them.
+        order.  If this call came first, a cycle that begins in between could seal the clusters
+        without writing the entries.  The clusters could then be used again while the file still
+        refers to them.
         """
         self._unsealed.add(first, count)
 
@@ -81,8 +82,9 @@ class Quarantine:
 
         The caller must not await anything between changing the entries and this call.
 
-        The clusters of one table may be scattered over all blocks of the map.  Adding many clusters
-        to a block together is cheaper, so the clusters of several calls are collected.
+        The entries of one table may have referred to clusters in all blocks of the map.  (A block
+        has 4096 clusters: see `FreeMap`.)  Adding many clusters to a block together is cheaper, so
+        the clusters of several calls are collected.
         """
         self._scattered.append(clusters)
         self._scattered_count += len(clusters)
@@ -109,7 +111,7 @@ class Quarantine:
             batch.durable = True
 
     def pop_reusable(self) -> tuple[int, int] | None:
-        """Remove from the quarantine reusable clusters that lie in one block of the map.
+        """Remove reusable clusters of one block of the map from the quarantine.
 
         Returns:
             The number of the block, and its bits, as in `FreeMap.bits`.  None if no cluster may be

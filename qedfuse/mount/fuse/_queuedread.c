@@ -1,6 +1,7 @@
 /*
- * Reads whose data is not in memory, made through io_uring (_ring.c) and answered by the event
- * loop, without a thread and without a task.
+ * Reads whose data the event loop has not found in the page cache, or not looked for there.  They
+ * are made through io_uring (_ring.c), and answered by the event loop, without a thread and without
+ * a task.
  *
  * The reads of a burst (_burst.c) are submitted together at its end, so that the disk gets all of
  * them with one notification.  end_queued_reads() answers those that have ended.  The event loop
@@ -240,9 +241,10 @@ void end_queued_reads(void)
         submit();
     /* One ring_run() need not do all work (_ring.c), and the flag of ring_has_work() may be set
      * without any work.  So the loop ends when the flag is clear, or after IDLE_RUNS calls in a row
-     * without effect.  By then all work that had come before these calls is done.  Later work sets
-     * the flag, and then makes the eventfd readable.  If ring_run() has emptied the eventfd, the
-     * loop counts from 0 again, and finds the flag of the later work. */
+     * without effect.  IDLE_RUNS calls do all work that came before the first of them.  Later
+     * work sets the flag, and then makes the eventfd readable, which wakes the event loop.  If
+     * ring_run() has emptied the eventfd, this wake-up may be lost.  So the loop counts from 0
+     * again, and finds the flag of the later work. */
     for (idle = 0; idle < IDLE_RUNS && ring_has_work(); idle++) {
         int notified = ring_run();
         if (end_reported(0) || notified)

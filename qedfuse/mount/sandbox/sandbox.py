@@ -3,8 +3,9 @@
 While the server answers requests, the images are open already.  So it needs few other files, few
 system calls and hardly any capability.  The sandbox forbids everything else.
 
-The rules are prepared before the mount exists, because making a rule looks up a path.  Later, a
-path could lead through the mount.  Then the server would wait for its own reply.
+The rules of paths are prepared before the mount exists, because making such a rule looks up the
+path.  Later, a path could lead through the mount.  Then the server would wait for its own reply.
+Only the rule of the mountpoint is added later: opening it with O_PATH sends the server no request.
 """
 
 from __future__ import annotations
@@ -243,9 +244,9 @@ class Sandbox:
 
         The mountpoint and the pid file may lie in a directory of another user.  Root can search it
         only with CAP_DAC_READ_SEARCH, and remove a file from it only with CAP_DAC_OVERRIDE.  To
-        correct sizes, the server truncates files of the mount or sets their permissions
-        (`qedfuse.mount.fuse.sizefixup`).  Another user may own these files, so the server needs
-        CAP_DAC_OVERRIDE and CAP_FOWNER.
+        correct the sizes that the kernel has cached, the server truncates files of the mount or
+        sets their permissions (`qedfuse.mount.fuse.sizefixup`).  Another user may own these files,
+        so the server needs CAP_DAC_OVERRIDE and CAP_FOWNER.
         """
         kept = 1 << privileges.CAP_DAC_READ_SEARCH
         if self._needs.writable:

@@ -51,18 +51,18 @@ async def resize(
         size: The new size in bytes; with ``relative`` the number of bytes to add.
         relative: Whether ``size`` is added to the present size; it may then be negative.
         shrink: Allow the disk to become smaller.
-        force: Allow the loss of data past the new end; if the disk grows, of data that another
-            program left past the old end.
+        force: Allow the loss of data.  A disk that shrinks loses the data past its new end.  A
+            disk that grows loses data that another program has left past its old end.
         options: How to open the image; ``writable`` is always set.  None for the defaults.
         progress: Called with the work done and the whole work of shrinking, in the same unspecified
             unit.
 
     Raises:
         UsageError: The size is negative, not a multiple of 512, or more than the tables can
-            address.  Or the disk would become smaller without ``shrink``, or would lose data past
-            its new end without ``force``.
+            address.  Without ``shrink``: the disk would become smaller.  Without ``force``: the
+            disk would lose data past its new end.
         CorruptImageError: A check found damage, or a table entry for the added or removed range is
-            bad.  Or, without ``force``, a table entry for the added range refers to data.
+            bad.  Without ``force``: a table entry for the added range refers to data.
         QedError: The image cannot be opened for writing, or a system call failed.
     """
     async with open_writable(path, options) as disk:

@@ -36,7 +36,7 @@ _MAX_L1_BYTES: Final = 1 << 22
 """Maximum length in bytes of the used part of an L1 table, which is read into memory."""
 
 _MAX_NAME_CHARS: Final = 4096
-"""Maximum length of the printable name of an image, which the extension copies for each entry."""
+"""Maximum length of an image's printable name, which is in each line of the text table."""
 
 
 _INTERFACE: Final = 1

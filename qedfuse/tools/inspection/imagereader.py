@@ -1,4 +1,4 @@
-"""Blocking reads of an image, by a descriptor or through a `ReadableFile`, for its description."""
+"""Blocking reads of an image, for `qedimg info` and other code that describes an image."""
 
 from __future__ import annotations
 

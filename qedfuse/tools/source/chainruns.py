@@ -38,8 +38,8 @@ class ChainRuns:
         kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD` for each run.
         offsets: An offset in bytes for each run, by the kind of the run:
 
-            - `DATA` and `HOLE`: the offset of the run in the file of the layer; for a depth in
-              `ChainRunReader.unknown_depths`, the guest offset of the run.
+            - `DATA` and `HOLE`: the offset of the run in the file of the layer.  If QEMU serves
+              the layer (`ChainRunReader.unknown_depths`), the guest offset of the run.
             - `BAD`: the guest offset where the range of the invalid entry begins.
             - Other kinds: meaningless.
     """

@@ -33,11 +33,12 @@ class _TableSlice:
     Attributes:
         entries: The entries of the slice.
         offset: File offset of the slice in bytes; 0 before the first slice.
-        slice_index: Index of the slice, counted over all L1 or all L2 tables; -1 before the first.
+        slice_index: Index of the slice in the L1 table, or counted over the L2 tables of the whole
+            disk; -1 before the first slice.
     """
 
     def __init__(self, length: int) -> None:
-        """Prepare ``length`` entries that belong to no slice yet."""
+        """Prepare a buffer of ``length`` entries, which holds one slice after another."""
         self.entries: NDArray[np.uint64] = np.zeros(length, np.uint64)
         self.offset = 0
         self.slice_index = -1
@@ -75,10 +76,10 @@ class NewQedTarget(ParallelTarget):
         self.block_size = header.cluster_size
         self._header = header
         self._backing = backing
-        # Each chunk must lie within the range of one slice of an L2 table, because `assign_offsets`
-        # changes the entries of one slice only.  A chunk of several clusters crosses no multiple of
-        # `max_chunk_bytes`.  The range of a slice is a multiple of `max_chunk_bytes`: both are
-        # powers of two, and the range is that of a whole table, or at least 32 MiB.
+        # `assign_offsets` changes the entries of one slice of an L2 table only, so a chunk must lie
+        # in the range of one slice.  A chunk of one cluster does.  A longer chunk crosses no
+        # multiple of `max_chunk_bytes`, and each slice begins at such a multiple: the range of a
+        # slice is that of a whole table, or at least 32 MiB, and all lengths are powers of two.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
@@ -178,7 +179,7 @@ class ExistingQedTarget(SequentialTarget):
         self._written_end = 0  # guest offset up to which the disk is written or discarded
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
-        """Write the blocks of data; discard the blocks of zeros, and the range before the chunk."""
+        """Write blocks of data; discard blocks of zeros, and the gap after the previous chunk."""
         await self._discard(start)
         for first, last in mask_ranges(data):
             await self._discard(start + first * self.block_size)
@@ -193,7 +194,7 @@ class ExistingQedTarget(SequentialTarget):
         await self._disk.flush()
 
     async def _discard(self, end: int) -> None:
-        """Discard the range from the end of the last write or discard up to ``end``, if any."""
+        """Discard from the end of the last write or discard to ``end``; skip an empty range."""
         if self._written_end < end:
             await self._disk.discard(self._written_end, end - self._written_end)
             self._written_end = end
