@@ -218,7 +218,9 @@ class Server:
         async with background_tasks() as nursery:
             nursery.start_soon(operations.errors.log_summaries)
             if self._disks.uses_servers:
-                nursery.start_soon(_call_at_end, connection, self._disks.stop_fetching)
+                nursery.start_soon(
+                    _call_at_end, connection, self._mountpoint, self._disks.stop_fetching
+                )
             if writeback_cache or options.truncate == "zero":
                 nursery.start_soon(self._size_fixup.run, entry.device)
             await self._start_statistics(nursery, statistics_socket)
@@ -339,14 +341,20 @@ def _after_flush(invalidator: BlocksInvalidator, trim_heap: HeapTrimmer) -> None
     invalidator.flushed()
 
 
-async def _call_at_end(connection: int, action: Callable[[], object]) -> None:
-    """Call ``action`` when the kernel ends the connection.
+async def _call_at_end(connection: int, mountpoint: str, action: Callable[[], object]) -> None:
+    """Call ``action`` when the kernel ends the connection of the mount at ``mountpoint``.
 
     The action must end the requests that wait, because `pyfuse3.main` waits for them.  The kernel
     wakes this task's epoll for every request, which costs time, so only a mount with files on
     servers starts this task.
+
+    Raises:
+        HostError: The host cannot watch the connection.  The action was not called.
     """
-    with select.epoll() as epoll:
-        epoll.register(connection, 0)  # errors only, which are always reported
-        await trio.lowlevel.wait_readable(epoll.fileno())
+    try:
+        with select.epoll() as epoll:
+            epoll.register(connection, 0)  # errors only, which are always reported
+            await trio.lowlevel.wait_readable(epoll.fileno())
+    except OSError as error:
+        raise HostError.from_os(error, printable(mountpoint), "cannot mount") from error
     action()

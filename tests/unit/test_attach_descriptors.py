@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -14,6 +15,7 @@ import trio
 from qedfuse.errors import FuseError, HostError
 from qedfuse.mount.fuse.attach import attach
 from qedfuse.mount.fuse.fuseinit import negotiate_init
+from qedfuse.mount.serving import _call_at_end
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,3 +70,18 @@ def test_a_negotiation_without_free_descriptors_fails(
     os.close(writing)
     reason = "cannot negotiate FUSE_INIT with the kernel: Too many open files"
     assert [str(error) for error in caught] == [f"/dev/fuse: {reason}"]
+
+
+def test_a_connection_that_cannot_be_watched_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the mountpoint and has the errno; the action is not called."""
+    called: list[bool] = []
+
+    async def watch() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(select, "epoll", refuse)
+            await _call_at_end(-1, "/mnt", lambda: called.append(True))
+
+    with pytest.raises(HostError) as caught:
+        trio.run(watch)
+    assert str(caught.value) == "/mnt: cannot mount: Too many open files"
+    assert (caught.value.errno, caught.value.exit_code, called) == (errno.EMFILE, 2, [])
