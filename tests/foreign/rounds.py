@@ -196,6 +196,7 @@ class Round:
                 found_there = _content(theirs / base.name)
                 has_base = "backing-filename" in qemu.info(base)
                 assert_like_qemus(found_there, expected, under, has_base=has_base)
+                self.happened["commit: compared"] += 1
             self.happened["commit: allowed"] += 1
             shutil.rmtree(theirs)
         shutil.rmtree(ours)
