@@ -18,7 +18,7 @@ from qedfuse.remote.remotefile import RemoteFile
 from qedfuse.remote.unitfile import UNIT_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from qedfuse.hostio.hostfile import Buffer
@@ -147,10 +147,10 @@ class HeldObject:
                 for offset, length in self.requests
             ]
 
-    def release(self) -> None:
-        """Let all requests go on."""
+    def release(self, *, kept: Iterable[int] = ()) -> None:
+        """Let all requests go on, except those for the units of ``kept``."""
         with self._condition:
-            self.held.clear()
+            self.held = set(kept)
             self._condition.notify_all()
 
     def close(self) -> None:
