@@ -41,8 +41,11 @@ _MAX_GRANT_BYTES: Final = 64 << 20
 """Maximum number of bytes that may be stored before the limits of the cache are checked again."""
 _MAX_NEW_ENTRY_SECONDS: Final = 60.0
 """Maximum age of an entry that is being made or removed.  An older one was left by a crash."""
-_MAX_ATTEMPTS: Final = 5
-"""Maximum number of attempts to open or make an entry that other processes make or remove."""
+_MAX_ATTEMPTS: Final = 50
+"""Maximum number of attempts to open or make an entry that others open, make or remove.
+
+Together with the pauses they take a second: on a busy machine another process can have the lock of
+an entry for longer than the few microseconds that it needs."""
 _RETRY_PAUSE_SECONDS: Final = 0.02
 _UNUSABLE: Final = (
     *(errno.ENOENT, errno.EBADMSG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO),
