@@ -6,7 +6,7 @@ Each function raises UsageError for a value that it does not accept.  The messag
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from qedfuse.errors import UsageError
 from qedfuse.remote.address import is_url, parse_prefix
@@ -17,9 +17,13 @@ from qedfuse.util.durations import parse_duration
 from qedfuse.util.sizes import parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qedfuse.mount.system.listenaddress import ListenAddress
     from qedfuse.mount.system.readahead import Readahead
     from qedfuse.remote.address import Address
+
+_Value = TypeVar("_Value")
 
 _MAX_ID: Final = (1 << 32) - 2
 """Largest id of a user or a group.  For chown(2), the next number means "unchanged"."""
@@ -74,20 +78,12 @@ def parse_umask(name: str, value: str) -> int:
 
 def parse_seconds(name: str, value: str) -> float:
     """Parse a time in seconds, more than 0 and at most `_MAX_SECONDS`."""
-    try:
-        return parse_duration(value, _MAX_SECONDS)
-    except UsageError as error:
-        msg = f"option {name}: {error}"
-        raise UsageError(msg) from error
+    return _named(name, lambda: parse_duration(value, _MAX_SECONDS))
 
 
 def parse_deadline(name: str, value: str) -> float:
     """Parse a time limit for servers in seconds; see `qedfuse.remote.options.parse_deadline`."""
-    try:
-        return deadline_in(value)
-    except UsageError as error:
-        msg = f"option {name}: {error}"
-        raise UsageError(msg) from error
+    return _named(name, lambda: deadline_in(value))
 
 
 def parse_poll(name: str, value: str) -> float:
@@ -111,11 +107,7 @@ def parse_readahead(name: str, value: str) -> Readahead:
 
 def parse_bytes(name: str, value: str) -> int:
     """Parse a number of bytes with an optional unit."""
-    try:
-        return parse_size(value)
-    except UsageError as error:
-        msg = f"option {name}: {error}"
-        raise UsageError(msg) from error
+    return _named(name, lambda: parse_size(value))
 
 
 def parse_table_cache(name: str, value: str) -> int:
@@ -155,8 +147,13 @@ def parse_metrics(name: str, value: str) -> ListenAddress:
 
 def parse_prefix_url(name: str, value: str) -> Address:
     """Parse a URL that is the prefix of allowed URLs of backing files."""
+    return _named(name, lambda: parse_prefix(value))
+
+
+def _named(name: str, parse: Callable[[], _Value]) -> _Value:
+    """Return the result of ``parse``; put the name of the option in front of its UsageError."""
     try:
-        return parse_prefix(value)
+        return parse()
     except UsageError as error:
         msg = f"option {name}: {error}"
         raise UsageError(msg) from error
