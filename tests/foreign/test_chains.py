@@ -125,6 +125,34 @@ def test_rebase(tmp_path: Path) -> None:
     assert qemu.compare(path, expected)
 
 
+@pytest.fixture
+def full_image(tmp_path: Path) -> Path:
+    """A qcow2 image that has data in all clusters, so that its file has data everywhere too."""
+    raw, path = tmp_path / "full.raw", tmp_path / "full.qcow2"
+    raw.write_bytes(random.Random(1).randbytes(DISK_BYTES))
+    qemu.run("qemu-img", "convert", "-O", "qcow2", raw, path)
+    return path
+
+
+@pytest.mark.parametrize(("old", "new"), [("raw", "qcow2"), ("qcow2", "raw")])
+def test_rebase_to_another_reading(tmp_path: Path, full_image: Path, old: str, new: str) -> None:
+    """A rebase to the same file in another format keeps the disk."""
+    path = tmp_path / "image.qed"
+    run("create", "-f", "qed", "-b", full_image, "-F", old, path)
+    expected = contents(path, tmp_path)
+    run("rebase", *ALLOWED, "-b", full_image, "-F", new, path)
+    # The expected bytes begin with those of a qcow2 image if the old base was raw.
+    run("compare", *ALLOWED, "-F", "raw", path, expected)
+    assert qemu.compare(path, expected)
+
+
+def test_compare_two_readings(full_image: Path) -> None:
+    """An image and its own file as a raw disk differ."""
+    code, output, _ = qedimg("compare", "-f", "raw", full_image, full_image)
+    assert code == 1
+    assert "offset 0" in output
+
+
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_create_over(tmp_path: Path, image_format: str) -> None:
     """A new image over a base in each format has the size and the bytes that QEMU gives it."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.options import BackingPolicy, OpenOptions
     from qedfuse.foreign.foreignfile import ForeignFile
     from qedfuse.foreign.graph import Graph
-    from qedfuse.hostio.hostfile import HostFile, ReadableFile
+    from qedfuse.hostio.hostfile import FileIdentity, HostFile, ReadableFile
 
 
 def foreign_driver(start: bytes | bytearray) -> str | None:
@@ -97,6 +97,14 @@ def driver_of(file: ReadableFile) -> str | None:
     """Return the format, as QEMU calls it, of an image that QEMU serves; None for other files."""
     driver: str | None = getattr(file, "driver", None)
     return driver
+
+
+def content_identity(file: ReadableFile) -> FileIdentity:
+    """Return a value that is equal for two open files only if they have the same bytes.
+
+    An image that QEMU serves has the identity of its file, but not the bytes of that file.
+    """
+    return (driver_of(file), *file.identity)
 
 
 def graph_of(file: ReadableFile) -> Graph | None:

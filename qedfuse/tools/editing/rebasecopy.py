@@ -8,6 +8,7 @@ import trio
 
 from qedfuse.disk.lookup.chain import Chain
 from qedfuse.disk.lookup.extents import Kind
+from qedfuse.disk.lookup.foreignopening import content_identity
 from qedfuse.disk.lookup.seek import next_data
 from qedfuse.ondisk.constants import SECTOR
 from qedfuse.tools.editing.ownextents import batch_starts, own_extents
@@ -106,8 +107,8 @@ class RebaseCopy:
             one.kind is other.kind is Kind.DATA
             and (one.start, one.length, one.file_offset)
             == (other.start, other.length, other.file_offset)
-            and self._old.layers[one.depth].file.identity
-            == self._new.layers[other.depth].file.identity
+            and content_identity(self._old.layers[one.depth].file)
+            == content_identity(self._new.layers[other.depth].file)
             for one, other in zip(old, new, strict=True)
         )
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.disk.lookup.extents import Extent, Kind
+from qedfuse.disk.lookup.foreignopening import content_identity
 from qedfuse.tools.source.sourcebytes import read_whole
 
 if TYPE_CHECKING:
@@ -92,8 +93,8 @@ class Chunker:
         # Each list has one item for each layer, from the top image down.
         self._files = source.layer_files()
         self._base_files = base.layer_files() if base else []
-        self._identities = [file.identity for file in self._files]
-        self._base_identities = [file.identity for file in self._base_files]
+        self._identities = [content_identity(file) for file in self._files]
+        self._base_identities = [content_identity(file) for file in self._base_files]
 
     def chunks(self, batch: ExtentBatch) -> Iterator[Chunk]:
         """Yield the chunks of a batch in order."""
