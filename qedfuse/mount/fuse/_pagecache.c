@@ -16,9 +16,8 @@
 #define SYS_cachestat 451
 #endif
 
-/* The smallest page size, and the maximum number of such pages in a read. */
-#define PAGE_BYTES 4096
-#define MAX_PAGES ((1 << 20) / PAGE_BYTES + 1)
+/* The maximum number of pages in a read, with the smallest page size. */
+#define MAX_PAGES ((1 << 20) / 4096 + 1)
 
 struct page_range {
     uint64_t offset, length;
@@ -69,14 +68,11 @@ int are_clean(int fd, uint64_t offset, size_t size)
 int has_valid_pages(char *address, uint64_t offset, size_t size)
 {
     static unsigned char found[MAX_PAGES];
-    uint64_t start = offset & ~(uint64_t)(PAGE_BYTES - 1);
-    size_t bytes = (size_t)(offset - start) + size, pages = (bytes + PAGE_BYTES - 1) / PAGE_BYTES, at;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    uint64_t start = offset & ~(uint64_t)(page - 1);
+    size_t bytes = (size_t)(offset - start) + size, pages = (bytes + page - 1) / page, at;
 
-    if (address == NULL || pages > MAX_PAGES)
-        return 0;
-    /* A kernel with larger pages sets fewer elements; the others must not count as missing. */
-    memset(found, 1, pages);
-    if (mincore(address + start, bytes, found))
+    if (address == NULL || pages > MAX_PAGES || mincore(address + start, bytes, found))
         return 0;
     for (at = 0; at < pages; at++)
         if ((found[at] & 1) == 0)
