@@ -1,6 +1,6 @@
 """The dispositions of signals while a command starts and ends (signal(7)).
 
-Only ``_signal`` and ``posix`` are imported, which are built into the interpreter.  The module
+This module imports ``_signal`` and ``posix``, which are built into the interpreter.  The module
 ``signal`` would be read from a file, and Ctrl-C while it is read would print a traceback.
 """
 

@@ -79,8 +79,8 @@ class Upload:
             size: Length of the content in bytes.
             options: How to connect.
             overwrite: Whether to replace an object that exists.
-            progress: Called with a number of bytes and ``size``.  A comparison after the upload
-                counts its bytes from 0 again.
+            progress: Called with the number of bytes that were uploaded, and ``size``.  A
+                comparison after the upload counts its bytes from 0 again.
             retry_seconds: For how long a request with content is repeated if it fails.
         """
         self._address = address
@@ -114,7 +114,7 @@ class Upload:
 
     @property
     def steps(self) -> int:
-        """Number of parts that were passed to obstore or compared so far."""
+        """Number of reports of progress so far; the upload of a single part makes none."""
         return self._steps
 
     @property

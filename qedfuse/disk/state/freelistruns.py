@@ -29,8 +29,8 @@ async def add_runs(free_map: FreeMap, runs: Runs) -> None:
     """Add the clusters of ``runs`` to a map; the runs must ascend and not touch each other."""
     first = runs[:, 0].astype(np.int64) + free_map.alignment
     end = first + runs[:, 1].astype(np.int64)
-    # Adding runs singly takes three microseconds for each of perhaps millions.  So the runs that
-    # lie within the same block of the map are added in one step.
+    # Adding one run takes three microseconds, and a list can have a million runs.  So the runs
+    # that lie within the same block of the map are added in one step.
     within = first // BLOCK_CLUSTERS == (end - 1) // BLOCK_CLUSTERS
     for cluster, count in runs[~within].tolist():
         free_map.add(cluster, count)

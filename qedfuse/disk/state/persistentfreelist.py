@@ -125,8 +125,8 @@ class PersistentFreeList:
     async def save(self) -> None:
         """Write the list and set the bit in the header, if possible.
 
-        Everything else must be durable, and no other task may use the image.  If the list cannot be
-        written, a warning is logged; the image is sound without a list.
+        Everything else must be durable, and no other task may use the image.  The image is sound
+        without a list.  A warning is logged only if writing the list fails.
 
         Raises:
             HostError: A datasync failed, or the header could not be written.

@@ -7,8 +7,9 @@
  * table, sets the two operations, replaces others (_dataops.c), and calls libfuse's own function
  * with the copy.
  *
- * Each operation passes a `Request` object (_request.c) to the handler that Python has set.  The
- * request may be answered before or after the handler returns.
+ * An operation passes a `Request` object (_request.c) to the handler that Python has set, unless the
+ * extension answers an lseek itself (_seek.c).  The request may be answered before or after the
+ * handler returns.
  */
 
 #include "_extraops.h"
@@ -245,7 +246,7 @@ static PyMethodDef module_methods[] = {
     {"read_view", read_view, METH_VARARGS,
      "Return a ReadView, by which the extension itself answers requests to a disk."},
     {"set_read_views", set_read_views, METH_VARARGS,
-     "Set the ReadViews by inode number, and the mask that is applied to each handle."},
+     "Set the ReadViews by inode number, and the mask that takes this number from a file handle."},
     {"set_counters", set_counters, METH_VARARGS,
      "Set the first inode number, and the arrays that count the requests to it and to the next ones."},
     {"stop_blocking", stop_blocking, METH_NOARGS,
@@ -253,16 +254,17 @@ static PyMethodDef module_methods[] = {
     {"take_burst_count", take_burst_count, METH_NOARGS,
      "Return how many requests were taken in bursts since the last call."},
     {"permit_polling", permit_polling, METH_VARARGS,
-     "Let bursts poll for requests: the maximum seconds for one request, the maximum seconds in all, "
-     "and a function that returns whether a call on a host file has finished, which ends polling."},
+     "Let bursts poll for requests.  The arguments are the maximum seconds for one request, the\n"
+     "seconds after which the permission ends, and a function that returns whether a call on a\n"
+     "host file has finished, which ends polling."},
     {"forbid_polling", forbid_polling, METH_NOARGS, "Let bursts poll no more."},
     {"take_polled_seconds", take_polled_seconds, METH_NOARGS,
      "Return how many seconds the last burst has polled in vain; 0.0 if that was returned before."},
     {"open_read_queue", open_read_queue, METH_VARARGS,
      "Make the queue of reads; return the eventfd that becomes readable when reads have ended.\n"
      "The first argument is called with each read that has failed: request, handle, offset, size.\n"
-     "The second argument is a time in seconds.  After a submission that took longer because the\n"
-     "kernel has waited, no read is queued for a second.  With 0 every submission has this effect."},
+     "The second argument is a time in seconds.  If a submission takes longer, and the thread has\n"
+     "slept in it, no read is queued for a second.  With 0 every submission has this effect."},
     {"close_read_queue", close_read_queue, METH_NOARGS, "Remove the queue, which must be empty."},
     {"end_queued_reads", py_end_queued_reads, METH_NOARGS,
      "Answer the queued reads that have ended."},

@@ -82,8 +82,8 @@ class RebaseCopy:
     async def _next_data_cluster(self, start: int) -> int:
         """Return where the first cluster with data in the old or the new bases begins.
 
-        The search begins at the guest offset ``start``, which must be the beginning of a cluster,
-        and must not decrease from one call to the next.
+        The search begins at the guest offset ``start``: the beginning of a cluster, or the end of
+        the disk.  It must not decrease from one call to the next.
         Bad table entries and a partial last cluster count as data.  The result may lie past the end
         of the disk.
         """
