@@ -56,6 +56,11 @@ def is_luks(start: bytes | bytearray) -> bool:
     return start.startswith(_LUKS)
 
 
+def image_format(start: bytes | bytearray) -> str | None:
+    """Return the name of the format of an image with these first bytes; None for raw and LUKS."""
+    return "QED" if is_qed(start) else foreign_format(start)
+
+
 def foreign_format(start: bytes | bytearray) -> str | None:
     """Return the name of a file's format in `_FOREIGN`; None for QED, LUKS and what counts as raw.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+import qedfuse
 from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import HostError
 from qedfuse.hostio.posixfile import PosixFile
@@ -204,6 +205,37 @@ def test_image_that_only_the_option_calls_raw(
     assert main(rebase) == 0
     assert main(["commit", "-q", str(top)]) == 0
     assert base.read_bytes()[:65536] == b"\5" * 65536
+
+
+@pytest.mark.parametrize("target", [(), ("-b", "base")], ids=["", "-b"])
+@pytest.mark.parametrize("guest_format", ["qed", "qcow2", "vdi"])
+def test_data_that_begins_like_an_image(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    guest_format: str,
+    target: tuple[str, ...],
+) -> None:
+    """A guest cannot turn an undeclared raw base into an image by the data of a commit."""
+    base, top, inner = tmp_path / "base", tmp_path / "top.qed", tmp_path / "inner"
+    qemu.create(base, 1 << 20)
+    qemu.create(top, 1 << 20, backing="base")
+    base.write_bytes(bytes(1 << 20))
+    qemu.create(inner, 64 << 10, image_format=guest_format)
+    with qedfuse.open(top, "r+b") as disk:
+        disk.write(inner.read_bytes()[:512])
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    name = {"qed": "QED", "vdi": "VDI"}.get(guest_format, guest_format)
+    rebase = ["rebase", "-u", "-b", "base", "-F", "raw", str(top)]
+    assert main(["commit", *target, str(top)]) == 17
+    assert capsys.readouterr().err == (
+        f"qedimg: {base}: not changed: the data to commit begins like a {name} image, so the base "
+        f"would no longer be recognised as raw (to declare it raw: {' '.join(['qedimg', *rebase])})"
+        "\n"
+    )
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert main(rebase) == 0
+    assert main(["commit", "-q", *target, str(top)]) == 0
+    assert base.read_bytes()[:512] == inner.read_bytes()[:512]
 
 
 def test_fixed_vhd_declared_raw(tmp_path: Path) -> None:

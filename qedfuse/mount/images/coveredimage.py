@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qedfuse.errors import MountpointError
 from qedfuse.mount.system.mounttable import find_mount
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, image_format
 from qedfuse.remote.address import is_url
 from qedfuse.text import printable
 
@@ -60,7 +60,7 @@ def _image_format(path: str) -> str | None:
         return None
     finally:
         os.close(fd)
-    return "QED" if is_qed(start) else foreign_format(start)
+    return image_format(start)
 
 
 def _is_mountpoint_like(path: str) -> bool:

@@ -30,8 +30,10 @@ from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.lookup.rememberedbase import accept_commit
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import BackingError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.regular import status_of
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, image_format
 from qedfuse.remote.address import require_local
 from qedfuse.text import printable
 from qedfuse.tools.editing.commitbase import COPY_CHUNK_BYTES, find_base, open_base
@@ -152,6 +154,8 @@ async def _commit(
 
     The lengths of the overlay's file are 0 in the result.
     """
+    if base_file.declare_raw:
+        await _refuse_magic(source, base_file)
     async with open_base(base_file, options) as base:
         old_size = base.size
         if source.size > base.size:
@@ -166,6 +170,28 @@ async def _commit(
             free_clusters=base.free_clusters,
             between=base_file.depth - 1,
         )
+
+
+async def _refuse_magic(source: CommitSource, base_file: BaseFile) -> None:
+    """Refuse data with the magic of an image at the start of the disk, for an undeclared raw base.
+
+    Programs recognise the format of such a base by its first bytes, which the guest has written.
+    After the commit they would read the base as an image, with a backing file that the guest chose.
+
+    Raises:
+        BackingError: The data is refused.
+    """
+    first = next(iter(await source.extents(0)), None)
+    if first is None or first.start or first.kind is not Kind.DATA:
+        return
+    found = image_format(await source.read(0, min(SIGNATURE_BYTES, first.length)))
+    if found is not None:
+        msg = (
+            f"{printable(base_file.path)}: not changed: the data to commit begins like a {found} "
+            f"image, so the base would no longer be recognised as raw (to declare it raw: "
+            f"{base_file.declare_raw})"
+        )
+        raise BackingError(msg)
 
 
 async def _accept_commit(path: str, base_file: BaseFile) -> None:

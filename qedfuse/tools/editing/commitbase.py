@@ -16,7 +16,7 @@ from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.regular import identity_of
 from qedfuse.ondisk.constants import SECTOR
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, image_format
 from qedfuse.remote.address import require_local
 from qedfuse.text import printable
 from qedfuse.tools.common.writabledisk import open_writable
@@ -48,12 +48,15 @@ class BaseFile:
         status: File attributes (stat(2)), to recognize the file when it is opened again.
         is_raw: Whether the base is raw.
         depth: Number of images over the base.
+        declare_raw: The command that makes the image above the base declare it raw; empty if the
+            image does so, or if the base is not raw.
     """
 
     path: str
     status: os.stat_result
     is_raw: bool
     depth: int
+    declare_raw: str
 
 
 class Base(Protocol):
@@ -160,7 +163,7 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
     Raises:
         UsageError: The base is a URL, or an image that QEMU serves.
         BackingError: The overlay has no base, a base cannot be used, or the overlay's base is
-            refused by `refuse_image_as_raw`.
+            refused by `describe_base`.
         ImageInUseError: Another file has taken the overlay's name.
         QedError: A file of the chain cannot be opened or read.
     """
@@ -176,18 +179,16 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
             overlay.path, file, header, replace(options, lock=False), make_store(1 << 20)
         )
         with closing_layers(bases):
-            refuse_foreign(bases[0])
-            await refuse_image_as_raw(bases[0], file, header, options.backing, 1)
-            base = cast("PosixFile", bases[0].file)
-            return BaseFile(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
+            return await describe_base(bases[0], file, header, options.backing, 1)
 
 
-async def refuse_image_as_raw(
+async def describe_base(
     base: Layer, above: HostFile, header: Header, policy: BackingPolicy, depth: int
-) -> None:
-    """Refuse a raw base that has the magic of an image, unless the image above declares it raw.
+) -> BaseFile:
+    """Return the file of a base; refuse a base that a commit cannot write to, or would destroy.
 
-    A commit writes the bytes of the guest's disk over the header or the footer of such an image,
+    A raw base that has the magic of an image is refused, unless the image above declares it raw.  A
+    commit writes the bytes of the guest's disk over the header or the footer of such an image,
     after which no program can open it.
 
     The first bytes of a fixed VHD do not show its format, so it counts as raw, and only its footer
@@ -202,28 +203,39 @@ async def refuse_image_as_raw(
         depth: Number of images over the base.
 
     Raises:
+        UsageError: QEMU serves the base.
         BackingError: The base is refused.
         QedError: A file cannot be read.
     """
-    if not isinstance(base, RawLayer) or header.backing_is_raw:
-        return
+    refuse_foreign(base)
+    is_raw, declare_raw = isinstance(base, RawLayer), ""
+    if is_raw and not header.backing_is_raw:
+        name = printable(await read_backing_name(above, header))
+        declare_raw = f"qedimg rebase -u -b {name} -F raw {above.name}"
+        await _refuse_image_as_raw(base.file, policy, depth, declare_raw)
+    file = cast("PosixFile", base.file)
+    return BaseFile(file.path, file.stat(), is_raw, depth, declare_raw)
+
+
+async def _refuse_image_as_raw(
+    base: HostFile, policy: BackingPolicy, depth: int, declare_raw: str
+) -> None:
+    """Refuse a file that has the magic of an image; for the arguments see `describe_base`."""
+    hint = declare_raw
     if policy.format == "raw":
-        start = await base.file.pread(0, SIGNATURE_BYTES)
-        found = "QED" if is_qed(start) else foreign_format(start)
-        if found is None:
+        image = image_format(await base.pread(0, SIGNATURE_BYTES))
+        if image is None:
             return
-        found, expected, hint = f"a {found} image", "raw", None
+        found, expected = f"a {image} image", "raw"
     else:
-        at = max(0, -(-base.file.size() // SECTOR) * SECTOR - SECTOR)
-        if not (await base.file.pread(at, SECTOR)).startswith(_VHD_MAGIC):
+        at = max(0, -(-base.size() // SECTOR) * SECTOR - SECTOR)
+        if not (await base.pread(at, SECTOR)).startswith(_VHD_MAGIC):
             return
         found, expected = f"the footer of a fixed VHD image at {at}", "QED or raw"
-        hint = "backing_format=raw" if depth == 1 else None
-    if hint is None:
-        name = printable(await read_backing_name(above, header))
-        hint = f"qedimg rebase -u -b {name} -F raw {above.name}"
+        if depth == 1:
+            hint = "backing_format=raw"
     msg = (
-        f"{base.file.name}: found {found}, expected {expected} (to write to the file all the same: "
+        f"{base.name}: found {found}, expected {expected} (to write to the file all the same: "
         f"{hint})"
     )
     raise BackingError(msg)

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Protocol, cast
 from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.chain import Chain
-from qedfuse.disk.lookup.foreignopening import refuse_foreign
-from qedfuse.disk.lookup.layer import QedLayer, RawLayer
+from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.errors import BackingError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
 from qedfuse.remote.address import require_local
 from qedfuse.text import printable
-from qedfuse.tools.editing.commitbase import BaseFile, refuse_image_as_raw
+from qedfuse.tools.editing.commitbase import BaseFile, describe_base
 from qedfuse.tools.editing.ownextents import batch_starts, own_extents, refuse_bad
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ async def open_upper_images(
     Raises:
         UsageError: The base is a URL, or an image that QEMU serves.
         BackingError: The chain has no such file, or cannot be used, or the file is refused by
-            `refuse_image_as_raw`.
+            `describe_base`.
         QedError: An image cannot be opened or locked.
     """
     lock = LockMode.READ if options.lock else None
@@ -152,14 +151,10 @@ async def open_upper_images(
         with closing_layers(await open_bases(path, file, header, options, store)) as layers:
             depth = _depth_of(path, base, layers, options.backing.working_directory)
             require_local(layers[depth - 1].file.path)
-            refuse_foreign(layers[depth - 1])
             above = top if depth == 1 else cast("QedLayer", layers[depth - 2])
-            await refuse_image_as_raw(
+            base_file = await describe_base(
                 layers[depth - 1], above.file, above.header, options.backing, depth
             )
-            found = cast("PosixFile", layers[depth - 1].file)
-            is_raw = isinstance(layers[depth - 1], RawLayer)
-            base_file = BaseFile(found.path, found.stat(), is_raw, depth)
             # The read lock of the base would conflict with opening it for writing, and only the
             # base needs the layers below it.
             for layer in layers[depth - 1 :]:
