@@ -300,8 +300,28 @@ def test_a_host_that_refuses(
     for call in ("getxattr", "setxattr"):
         monkeypatch.setattr(os, call, refuse)
     assert first_bytes(image, options(server, writable=True)) == b"\7" * 4
-    assert [line.rpartition(": ")[2] for line in caplog.messages] == ["Permission denied"] * 2
-    assert all(line.startswith(f"{image}: cannot ") for line in caplog.messages)
+    assert first_bytes(image, options(server, writable=True, accept=True)) == b"\7" * 4
+    lines = [line.rpartition(": ") for line in caplog.messages]
+    what = [line[0].removeprefix(f"{image}: ").split()[1] for line in lines]
+    assert what == ["read", "read", "remember"]
+    assert [line[2] for line in lines] == ["Permission denied"] * 3
+
+
+@pytest.mark.expect_log("cannot read the version of the backing file that was remembered")
+def test_a_record_that_cannot_be_read_stays(
+    server: WebServer, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure to read the record does not make the image remember another version."""
+    run("create", "-b", server.url, image)
+    server.etag = '"two"'
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getxattr", refuse)
+        assert first_bytes(image, options(server, writable=True)) == b"\7" * 4
+    assert is_refused(image, server)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,11 @@ def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> File
     checksum = url_checksum(url)
     for image, name in images:
         if name and image.fileno() >= 0:
-            versions = _read(image, name, is_vital=False)
+            try:
+                versions = _read(image, name)
+            except OSError as error:
+                _log_unreadable(image, error, is_vital=False)
+                continue
             if versions is not None and checksum in versions.remote:
                 return versions.remote[checksum]
     return None
@@ -105,7 +109,13 @@ def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept
     if image.fileno() < 0:
         return
     new = versions_of(bases)
-    old = _read(image, name, is_vital=bool(new.remote))
+    try:
+        old = _read(image, name)
+    except OSError as error:
+        _log_unreadable(image, error, is_vital=bool(new.remote))
+        if not accept:
+            return  # the record may be intact, so it is not replaced
+        old = None
     if old is not None and not accept:
         _compare(image, bases, old, new)
     if image.writable and old != new:
@@ -167,7 +177,11 @@ def accept_commit(image: HostFile, name: str, status: os.stat_result) -> None:
         name: The name that the image stores for the base.
         status: The attributes of the base after the commit.
     """
-    old = _read(image, name, is_vital=False)
+    try:
+        old = _read(image, name)
+    except OSError as error:
+        _log_unreadable(image, error, is_vital=False)
+        return
     if old is not None and old.local is not None:
         versions = old._replace(local=version_of_status(status))
         _store(image.fileno(), image.path, image.name, name, versions)
@@ -236,22 +250,23 @@ def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) ->
         _log_refusal(shown, versions, error)
 
 
-def _read(image: HostFile, name: str, *, is_vital: bool) -> BaseVersions | None:
+def _read(image: HostFile, name: str) -> BaseVersions | None:
     """Return the versions that are remembered for the bases of an image; None if there are none.
 
-    A failure to read the record is logged: as a warning if ``is_vital`` is set, otherwise for
-    debugging.
+    Raises:
+        OSError: The record cannot be read.
     """
-    try:
-        record = read_record(image.fileno(), image.path)
-    except OSError as error:
-        _log.log(
-            logging.WARNING if is_vital else logging.DEBUG,
-            "%s: cannot read the version of the backing file that was remembered: %s",
-            *(image.name, os.strerror(error.errno or errno.EIO)),
-        )
-        return None
+    record = read_record(image.fileno(), image.path)
     return None if record is None else BaseVersions.decode(record, name)
+
+
+def _log_unreadable(image: HostFile, error: OSError, *, is_vital: bool) -> None:
+    """Log that a record cannot be read: as a warning if ``is_vital``, otherwise for debugging."""
+    _log.log(
+        logging.WARNING if is_vital else logging.DEBUG,
+        "%s: cannot read the version of the backing file that was remembered: %s",
+        *(image.name, os.strerror(error.errno or errno.EIO)),
+    )
 
 
 def _log_refusal(shown: str, versions: BaseVersions, error: OSError | QedError) -> None:
