@@ -163,7 +163,7 @@ class ConnectionPool:
             try:
                 return await self._connect_in_thread(slot, end)
             except BrokenError:
-                if not self._try_back_off(slot):
+                if not self._try_back_off(slot) or time.monotonic() >= end:
                     raise
 
     async def _connect_in_thread(self, slot: Slot, end: float) -> Connection:
@@ -190,7 +190,8 @@ class ConnectionPool:
             try:
                 return slot.connect(time.monotonic(), end)
             except BrokenError:
-                if not self._try_back_off(slot):
+                # After ``end`` the request would fail on a working connection too, and break it.
+                if not self._try_back_off(slot) or time.monotonic() >= end:
                     raise
 
     def close(self) -> None:

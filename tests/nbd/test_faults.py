@@ -205,6 +205,27 @@ def test_a_second_connection_that_is_refused_is_not_needed(server: FaultyServer)
         assert server.struck["no greeting"] <= MAX_CONNECTIONS - 1
 
 
+@BEGINS
+@ENDS
+def test_a_read_without_time_leaves_a_connection_that_works(server: FaultyServer) -> None:
+    """A read whose time a further connection has used up does not break the first connection."""
+    server.choose_connection = lambda number: None if number == 1 else "no greeting"
+    server.choose_reply = lambda number: "held" if number == 1 else None
+    with opened(server, Deadlines(1, 1, 1)) as file, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(read, file)
+        while not server.struck["held"]:
+            pass
+        second = pool.submit(read, file)  # makes another connection, because the first one is busy
+        while not server.struck["no greeting"]:
+            pass
+        server.released.set()
+        assert first.result() == server.content[:LENGTH]
+        assert isinstance(second.exception(), RemoteError)
+        connections = server.struck["no greeting"]
+        assert read(file) == server.content[:LENGTH]
+        assert server.struck["no greeting"] == connections
+
+
 async def test_a_cancelled_read_leaves_the_others_alone(server: FaultyServer) -> None:
     """A task that is cancelled while it receives for all hands that over to one that waits."""
     server.choose_reply = lambda number: "held" if number == 1 else None
