@@ -316,15 +316,17 @@ class DiskFile(io.RawIOBase):
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         """If the program has not closed the file, warn, and begin to close it."""
         if not self.closed:
-            _warn(
-                f"unclosed disk {without_secrets(self.name)!r}",
-                ResourceWarning,
-                stacklevel=2,
-                source=self,
-            )
-            # Do not wait: the garbage collector may run in the portal's thread, which would wait
-            # for itself.
-            self._portal.ask_to_close()
+            try:
+                _warn(
+                    f"unclosed disk {without_secrets(self.name)!r}",
+                    ResourceWarning,
+                    stacklevel=2,
+                    source=self,
+                )
+            finally:  # a warning can be turned into an exception
+                # Do not wait: the garbage collector may run in the portal's thread, which would
+                # wait for itself.
+                self._portal.ask_to_close()
 
     def __reduce__(self) -> NoReturn:
         """Refuse to copy or pickle the file."""

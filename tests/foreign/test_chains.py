@@ -127,7 +127,7 @@ def test_rebase(tmp_path: Path) -> None:
 
 @pytest.fixture
 def full_image(tmp_path: Path) -> Path:
-    """A qcow2 image that has data in all clusters, so that its file has data everywhere too."""
+    """Make a qcow2 image that has data in all clusters, so its file has data everywhere too."""
     raw, path = tmp_path / "full.raw", tmp_path / "full.qcow2"
     raw.write_bytes(random.Random(1).randbytes(DISK_BYTES))
     qemu.run("qemu-img", "convert", "-O", "qcow2", raw, path)

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -341,6 +342,21 @@ def test_forgotten_file_is_closed_with_a_warning(image: Path) -> None:
     assert not header_of(image).need_check
     with qedfuse.open(image, "r+b") as again:
         assert again.read(4) == b"kept"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_forgotten_file_is_closed_if_warnings_are_errors(image: Path) -> None:
+    """A garbage-collected file is closed even if its ResourceWarning becomes an exception."""
+    disk = qedfuse.open(image, "r+b")
+    running = [thread for thread in threading.enumerate() if "image.qed" in thread.name]
+    assert running
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        del disk  # the last reference
+    for thread in running:
+        thread.join()
+    with qedfuse.open(image, "r+b") as again:
+        assert again.read(4) == bytes(4)
 
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("raise SystemExit(3)", 3), ("1 / 0", 1)])
