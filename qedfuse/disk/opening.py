@@ -106,8 +106,8 @@ async def open_disk_in(
     async with disk.serving():
         if disk.scan_is_short:
             # Until the scan has ended, the free clusters of the file are not known, so writes make
-            # the file longer.  If these writes did not wait for the scan, the file would grow after
-            # each crash.  A short scan takes only milliseconds.
+            # the file longer.  A mount that ends in a crash soon after each start would therefore
+            # grow the file each time.  A short scan takes only milliseconds.
             await disk.ensure_scanned()
         yield disk
 

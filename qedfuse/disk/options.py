@@ -37,8 +37,8 @@ class BackingPolicy:
             the mode is ``none``.
         base_changed: Whether to accept a base of another version than the image remembers.  An
             image that is opened for writing then remembers the version of the base that it has.
-        working_directory: The directory for the path in a name of the form ``file:PATH``; empty for
-            the working directory of the process.
+        working_directory: The directory to which a relative PATH belongs in a backing file name of
+            the form ``file:PATH``; empty for the working directory of the process.
     """
 
     mode: Literal["confined", "any", "none"] = "confined"

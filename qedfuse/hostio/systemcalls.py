@@ -79,8 +79,8 @@ def size_and_blocks(fd: int) -> tuple[int, int]:
     Reading the times would make later writes slower.  Normally a write sets the time of the last
     tick of the kernel's clock, so most writes leave the times of the file unchanged.  But since
     Linux 6.13, the first write after the times were read sets the exact time.  So if each flush
-    read the times of an image, the write after each flush would change them, and the next
-    fdatasync(2) would have to write the inode.
+    read the times of an image, the write after each flush would change them.  For the guest's files
+    on a loop device each such change is one more block to write and to flush.
 
     Raises:
         OSError: A system call failed.

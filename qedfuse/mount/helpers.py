@@ -43,7 +43,8 @@ def forked_unmounter(
 
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.
-        log: Where messages of the unmounter go once the disks can be used; None for stderr.
+        log: The handler of the server's log, which an unmounter in a process of its own connects to
+            the log daemon; None if the log goes to stderr.
         for_sandbox: Whether a sandbox is wanted.
     """
     if not for_sandbox:

@@ -210,7 +210,8 @@ class FetchThreads:
     ) -> None:
         """Run one step; if it raises any exception, let its flights that have not ended fail.
 
-        ``fetching`` and ``prefetching`` are 1 if the step counts as such, otherwise 0.
+        ``fetching`` is 1 if the step fetches for a reader, and ``prefetching`` is 1 if it fetches
+        in advance; otherwise they are 0.
         """
         try:
             step()

@@ -41,12 +41,13 @@ def nbd_query(text: str, scheme: str, query: str) -> str:
         name, _, value = part.partition("=")
         if name not in allowed or name in values:
             expected = " and ".join(f"{known}=" for known in allowed)
-            expected = f"{expected}, each once" if allowed else "none"
+            expected = f"{expected}, each at most once" if allowed else "none"
             raise invalid_url(text, "query", printable(name), expected)
         raw = unquote_to_bytes(value)
         if not raw or re.search(_CONTROL, raw):
             found = f"{name}={printable(raw)}"
-            raise invalid_url(text, "query", found, "a value without control characters")
+            expected = "a value that is not empty and has no control characters"
+            raise invalid_url(text, "query", found, expected)
         values[name] = quote(raw, safe="/-._~")
     if "socket" in allowed and not values.get("socket", "").startswith("/"):
         found = values.get("socket") or "no socket"

@@ -1,4 +1,4 @@
-"""The storage of fetched units: in the cache, or for a limited time in memory."""
+"""The storage of fetched units: in the cache, or the latest of them in memory."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class UnitStore:
 
     Attributes:
         ready: A byte for each unit, which is not 0 if the unit may be read from the page cache
-            (`CheckedUnits.ready`).  A unit becomes ready when it is stored, or compared with its
-            checksum.  It becomes not ready when a read misses a byte in the page cache, when it is
-            written, and when the cache is discarded.  The fetcher also clears the byte of a unit
-            whose read must start the next fetch.  Always the same bytearray.
+            (`CheckedUnits.ready`).  A unit becomes ready when it has been stored, or compared with
+            its checksum.  It becomes not ready when a read misses a byte in the page cache, when a
+            write of the unit begins, and when the cache is discarded.  The fetcher also clears the
+            byte of a unit whose read must start the next fetch.  Always the same bytearray.
         zeros: The blocks that are known to be zeros.
     """
 

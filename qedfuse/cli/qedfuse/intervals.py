@@ -62,7 +62,10 @@ def intervals(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> lis
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of ``new`` (about a disk) whose counters are the differences to ``old``."""
+    """Return a copy of ``new`` (about a disk) whose counters are the differences to ``old``.
+
+    Counters that no report of an interval shows, such as the evictions of the table cache, remain.
+    """
     loads = new["table_cache"]["loads"] - old["table_cache"]["loads"]
     allocated = new["space"]["allocated_clusters"] - old["space"]["allocated_clusters"]
     changed = {

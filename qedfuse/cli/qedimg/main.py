@@ -157,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         Exception: There is a bug, and QEDIMG_TRACEBACK is set.
     """
-    # By default OpenBLAS, which numpy loads, starts a thread per core; qedimg needs no threads.
+    # By default OpenBLAS, which numpy loads, starts a thread per core, and qedimg needs none of
+    # them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     own_process = argv is None
     if own_process:
@@ -278,7 +279,10 @@ def _report_os_error(error: OSError, code: int) -> int:
 
 
 def _exit_code(name: str, error: BaseException) -> int:
-    """Return the error's own code if the subcommand lists it, and otherwise `_failure_code`."""
+    """Return the error's own code if the subcommand lists it, and otherwise `_failure_code`.
+
+    Codes below `_MIN_OWN_CODE` have another meaning in each subcommand, so they do not count.
+    """
     # Do not import the module here, because its import may be what has failed.
     module = sys.modules.get(f"{_PACKAGE}.{name}")
     codes: Mapping[int, str] = getattr(module, "EXIT_CODES", EXIT_CODES)

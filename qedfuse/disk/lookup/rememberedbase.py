@@ -58,7 +58,7 @@ def verify_bases(
     Args:
         images: Each image that has a base, with the name that the image stores for the base.  The
             name is empty if the base was opened by another name; such an image is skipped.
-        bases: The bases of the first image, from its first base downwards.
+        bases: The bases of the uppermost image, from its first base downwards.
         accept: Whether to accept other versions.
     """
     # The lowest image comes first.  So if a base of an image is refused, nothing has been stored

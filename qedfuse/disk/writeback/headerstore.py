@@ -39,8 +39,8 @@ class HeaderStore:
 
     Attributes:
         value: The header after the last change that succeeded.
-        persisted: Whether the file is known to hold ``value``.  False during a change, and after a
-            failed change until another change has succeeded.
+        persisted: Whether the file is known to hold ``value``.  False during a write of the header,
+            and after a failed write until another change has succeeded.
     """
 
     def __init__(self, file: HostFile, header: Header) -> None:

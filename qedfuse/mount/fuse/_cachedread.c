@@ -1,14 +1,14 @@
 /*
  * Answers reads without the Python code of the fast path (disk/datapath/fastpath.py), if the range
- * is one run of data in one file of a chain, and the slices (parts) of the tables are in memory.  A
- * read of data in the host's page cache is answered immediately; a read of other data is made
- * through io_uring (_queuedread.c).
+ * is one run of data in one file of a chain, and the slices (parts) of the tables are in memory.  If
+ * the file's policy permits it, data in the host's page cache is read immediately.  Other reads are
+ * made through io_uring, if its queue accepts them (_queuedread.c).
  *
  * The range is found (_readview.c) and the read is answered in one step, with the GIL held.  A read
  * that waits enters an epoch in the same step, as Disk.try_start_read does.
  *
- * From a file in the cache for remote files, only units that were compared with their checksums are
- * read, and only from the page cache, because bytes from the disk must be compared again.
+ * From a file in the cache for remote files, only units that are ready (UnitStore.ready) are read,
+ * and only from the page cache, because bytes from the disk must be compared with their checksums.
  *
  * Every other read, and every read that fails here, goes to the Python function for reads
  * (_dataops.c), which begins the read anew.

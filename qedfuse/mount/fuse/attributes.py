@@ -81,8 +81,9 @@ class Attributes:
         return attributes
 
     def of_disk(self, exported: ExportedDisk) -> pyfuse3.EntryAttributes:
-        """Return the attributes of a disk; ``st_blocks`` and times are those of the image file.
+        """Return the attributes of a disk; the times are those of the image file.
 
+        ``st_blocks`` is that of the image file too, or a partition's share of it.
         A caller that sends the attributes to the kernel must use `for_reply`, or must set
         ``exported.cached_blocks`` itself.
         """

@@ -55,9 +55,9 @@ class RequestErrors:
     def to_errno(self, inode: int, operation: str, error: Exception) -> int:
         """Log why a request failed, and return the errno for the kernel.
 
-        Nothing is logged for a FUSEError, for a PastEndError, or if the cause has been logged
-        already.  An exception other than a QedError is a bug: its traceback is logged, and the
-        errno is EIO.
+        Nothing is logged for a FUSEError, for a PastEndError, or for an error of a server that has
+        been logged already.  An exception other than a QedError is a bug: its traceback is logged,
+        and the errno is EIO.
 
         Args:
             inode: The inode number of the disk or directory to which the request was made.
@@ -73,7 +73,7 @@ class RequestErrors:
         return errno.EIO
 
     def _log_error(self, inode: int, error: QedError) -> None:
-        """Log the message of an error, unless it is a PastEndError or its cause has been logged."""
+        """Log the message of an error, except of a PastEndError or an error that was logged."""
         if isinstance(error, PastEndError) or (
             isinstance(error, RemoteError | ForeignError) and error.is_logged
         ):

@@ -61,7 +61,7 @@ def disk_file_name(path: str) -> bytes:
     """
     if is_url(path):
         path = os.fsdecode(unquote_to_bytes(parse_address(path).path)).rstrip("/") or _EXPORT
-    name = os.path.basename(path)  # noqa: PTH119  also for names that are not text
+    name = os.path.basename(path)  # noqa: PTH119  str paths
     if name.endswith(_SUFFIX) and name != _SUFFIX:
         name = name.removesuffix(_SUFFIX)
     return os.fsencode(name + ".raw")

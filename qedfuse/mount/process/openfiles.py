@@ -29,9 +29,7 @@ def raise_open_file_limit() -> None:
 
 @contextmanager
 def explained_limit(images: int) -> Iterator[None]:
-    """Check the limit on open files before the block; turn an EMFILE in it into a HostError.
-
-    Any other exception of the block passes unchanged.
+    """Check the limit on open files before the block, and explain an error that it causes there.
 
     Args:
         images: The number of images that the block opens, not counting their backing files.

@@ -166,7 +166,7 @@ async def examine_foreign(image: str, backing: str, driver: str, options: OpenOp
     Raises:
         BackingError: The backing file cannot be opened, locked or used, or `refuse_backing_loop`
             refuses it.
-        ForeignError: QEMU is not installed or fails, or the backing file is refused.
+        ForeignError: QEMU is not installed, fails, or refuses the backing file.
     """
     # Imported late, because this module must not load trio.
     from qedfuse.disk.lookup.foreignopening import foreign_disk  # noqa: PLC0415  late, see above

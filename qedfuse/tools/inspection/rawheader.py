@@ -9,7 +9,6 @@ from qedfuse.errors import HeaderError, NotQedError, QedError, UnsupportedError
 from qedfuse.ondisk.constants import (
     HEADER_BYTES,
     KNOWN_FEATURES,
-    MAX_OFFSET,
     Feature,
 )
 from qedfuse.ondisk.geometry import SIZE_LIMITS, expected_size
@@ -152,9 +151,7 @@ def _make_valid(fields: Any, name: str) -> None:  # noqa: ANN401  construct's ow
     """Replace a refused value by one with which other fields can be validated."""
     cluster_size = fields.cluster_size
     if name == "l1_table_offset":
-        # If header_size is too large, which is an error of its own, the offset must still be valid.
-        highest = MAX_OFFSET // cluster_size * cluster_size
-        fields.l1_table_offset = min(max(1, fields.header_size) * cluster_size, highest)
+        fields.l1_table_offset = max(1, fields.header_size) * cluster_size
     elif name == "header_size":
         fields.header_size = fields.l1_table_offset // cluster_size
     elif name == "image_size":
