@@ -12,11 +12,14 @@ import pytest
 from qedfuse.mount.options import MountOptions
 from qedfuse.mount.sandbox import sandbox as module
 from qedfuse.mount.sandbox.needs import ServerNeeds, server_needs
+from qedfuse.mount.sandbox.privileges import removing_needs_override
 from qedfuse.mount.sandbox.sandbox import Sandbox
 from qedfuse.util.landlock import landlock_version
 from tests.support.extensions import needs_extensions
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qedfuse.util.landlock import Ruleset
 
 REFUSED = "the kernel or a filter of system calls refuses it"
@@ -111,3 +114,17 @@ def test_a_user_without_a_home_directory_has_no_cache(
 def test_the_port_of_a_service_is_permitted(name: str) -> None:
     """A server may connect to the port of each address that obstore reads from a variable."""
     assert 41111 in module._ports((), [(name, "http://127.0.0.1:41111/msi")])
+
+
+@pytest.mark.parametrize(
+    ("mode", "needed"), [(0o700, False), (0o300, False), (0o500, True), (0o600, True)]
+)
+def test_removing_a_file_from_an_own_directory(tmp_path: Path, mode: int, *, needed: bool) -> None:
+    """The owner of a directory needs no capability if the mode lets it write and search."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        os.fchmod(fd, mode)
+        assert removing_needs_override(fd) is needed
+    finally:
+        os.fchmod(fd, 0o700)
+        os.close(fd)

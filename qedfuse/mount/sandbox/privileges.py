@@ -78,14 +78,16 @@ def may_have_capabilities() -> bool:
 def removing_needs_override(directory: int) -> bool:
     """Return whether removing a file from an open directory can need CAP_DAC_OVERRIDE.
 
-    It can if the directory belongs to another user, because an access control list can forbid what
-    the permission bits allow.  It can also if the permission bits forbid the owner to write.
+    It can if the permission bits forbid the owner to write to the directory or to search it.  It
+    can in every directory of another user, because the permission bits do not show what an access
+    control list forbids to users other than the owner.
     """
+    needed = stat.S_IWUSR | stat.S_IXUSR
     try:
         status = os.fstat(directory)
     except OSError:  # nothing can be removed
         return False
-    return status.st_uid != os.geteuid() or not status.st_mode & stat.S_IWUSR
+    return status.st_uid != os.geteuid() or status.st_mode & needed != needed
 
 
 def capability_names(capabilities: int) -> list[str]:
