@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import trio
 
-from qedfuse.errors import RemoteError
+from qedfuse.errors import HostError, RemoteError
 from qedfuse.remote.client import (
     AttemptError,
     ChangedError,
@@ -59,7 +59,10 @@ async def watch_store(
         await trio.sleep(deadlines.attempt_seconds)
         reason = None
         if position() == before:
-            reason = await run_in_thread(_ask, client, abandon_on_cancel=True)
+            try:
+                reason = await run_in_thread(_ask, client, abandon_on_cancel=True)
+            except HostError:
+                continue  # no thread can be started now, so the state of the store is unknown
         if reason is None:
             if begin is not None:
                 _log.warning("%s: the store answers again", address.shown)

@@ -282,7 +282,7 @@ async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: st
 
 
 @pytest.mark.expect_log("stopping the upload")
-@pytest.mark.expect_log("found no answer to the removal; the store may still have the object")
+@pytest.mark.expect_log("the removal was not confirmed; the store may still have the object")
 async def test_a_deletion_without_answer_is_logged(
     store: Swift, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -307,7 +307,7 @@ async def test_a_deletion_without_answer_is_logged(
     assert scope.cancelled_caught
     assert "stays.qed" in store.keys("golden")
     _, line = caplog.messages
-    assert line.startswith("s3://golden/stays.qed: found no answer to the removal; the store may ")
+    assert line.startswith("s3://golden/stays.qed: the removal was not confirmed; the store may ")
 
 
 STAYS = "the upload was complete, so the object stays in the store"
@@ -482,9 +482,19 @@ async def test_an_outage_during_an_upload(store: Swift, image: Path, *, returns:
 async def test_the_end_of_an_outage_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One line says that the store does not answer, and one that it answers again."""
-    asked: list[str | None] = ["found HTTP status 503", "found HTTP status 503", None]
-    monkeypatch.setattr("qedfuse.remote.uploadwatch._ask", lambda _: asked.pop(0))
+    """One line says that the store does not answer, and one that it answers again.
+
+    If no thread can be started, the store is not asked, and its state stays as it was.
+    """
+    asked: list[str | None] = ["found HTTP status 503", "found HTTP status 503", "no thread", None]
+
+    def ask(_client: object) -> str | None:
+        answer = asked.pop(0)
+        if answer == "no thread":
+            raise HostError(answer)
+        return answer
+
+    monkeypatch.setattr("qedfuse.remote.uploadwatch._ask", ask)
     address = parse_address("https://localhost:1/x")
     steps = iter(range(10))
 

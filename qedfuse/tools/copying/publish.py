@@ -70,13 +70,14 @@ async def publish(
 ) -> Published:
     """Copy an image or a raw file to an object store as one object.
 
-    The file is locked for reading during the call, unless ``options.lock`` is False.  The object
+    The file is locked for reading while it is read, unless ``options.lock`` is False.  The object
     appears when it is complete, and is then compared with the file.  Even without ``overwrite`` it
     replaces an object of this name that another program stores while the last parts are sent.
 
-    A failed or cancelled call leaves no object, except in three cases:
+    A failed or cancelled call leaves no object, except in these cases:
 
-    - The store stops answering.  The error says that the object or parts of it may remain.
+    - The store stops answering, refuses the comparison or the removal, or has given the object no
+      entity tag by which it could be removed.  The error says what may remain.
     - The removal after a cancellation takes more than `_STOP_SECONDS` or is not confirmed.  A
       warning is logged.
     - The call is cancelled after the comparison; with ``overwrite`` also during it, because the
@@ -289,7 +290,7 @@ def _log_remains(upload: Upload, shown: str, *, has_ended: bool) -> None:
     elif upload.remains is Remains.OBJECT:
         _log.warning("%s: the upload was complete, so the object stays in the store", shown)
     elif upload.remains is Remains.UNKNOWN:
-        _log.warning("%s: found no answer to the removal%s", shown, MAY_REMAIN)
+        _log.warning("%s: the removal was not confirmed%s", shown, MAY_REMAIN)
 
 
 def _keep_open(stack: ExitStack) -> None:
