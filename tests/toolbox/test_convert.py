@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import select
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Final
 
 import pytest
 import trio
+import trio.testing
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import HostError, NoSpaceError
@@ -248,6 +250,23 @@ async def test_the_name_of_a_fifo_is_printable(tmp_path: Path) -> None:
         stream.close()
         os.close(descriptor)
     assert str(caught.value) == f"{tmp_path}/a\\nb: read: Bad file descriptor"
+
+
+async def test_a_cancelled_wait_for_a_fifo_leaves_no_reader(tmp_path: Path) -> None:
+    """After a cancellation a program that opens the other end finds no reader that never reads."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(open_stream, str(fifo), os.O_RDONLY)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    writer = os.open(fifo, os.O_WRONLY)  # succeeds when the abandoned thread has opened the FIFO
+    try:
+        poll = select.poll()
+        poll.register(writer, 0)
+        assert poll.poll(60_000) == [(writer, select.POLLERR)]
+    finally:
+        os.close(writer)
 
 
 @pytest.mark.parametrize("words", ["fifo new", "-O raw a.raw fifo"])
