@@ -157,7 +157,8 @@ def umount(mountpoint: str, timeout_seconds: float | None, report: Callable[[str
 
     Args:
         mountpoint: The mount to end.
-        timeout_seconds: The time limit; None for no limit, 0 not to wait for the process.
+        timeout_seconds: The time limit; None for no limit.  With 0 the function unmounts, and fails
+            if the process has not ended then.
         report: Called at most once, with a line for the user, if the function waits long.
 
     Raises:

@@ -130,7 +130,8 @@ class OwnerBitmap:
         Clusters past the end of the file are ignored.
 
         Raises:
-            NeedsCheckError: As for `claim`, but clusters that have an owner already count twice.
+            NeedsCheckError: As for `claim`, but the limit is compared with the number of claims: a
+                cluster of the range that already has an owner counts twice.
         """
         last = min(last, self.clusters)
         if first >= last:

@@ -141,7 +141,8 @@ PyObject *stop_blocking(PyObject *module, PyObject *unused)
     return PyBool_FromLong(is_nonblocking);
 }
 
-/* Returns whether polling must stop: has_finished() has failed, or another task needs the loop. */
+/* Returns whether polling must stop, because a call on a host file has finished and its task needs
+ * the event loop, or because has_finished() has failed. */
 static int must_stop_polling(void)
 {
     PyObject *result = PyObject_CallNoArgs(has_finished);

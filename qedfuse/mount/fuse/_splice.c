@@ -16,7 +16,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Capacity of the pipe in bytes: enough for the longest reply, which can begin within a page. */
+/* Capacity of the pipe in bytes, a power of two.  The longest reply needs one page more than its
+ * length if it begins within a page. */
 #define PIPE_BYTES (2 * MAX_SPLICE_BYTES)
 
 static int can_splice; /* whether libfuse may splice in this session */
@@ -27,8 +28,8 @@ int may_splice(size_t size)
     return can_splice && can_count_pages() && size >= MIN_SPLICE_BYTES && size <= MAX_SPLICE_BYTES;
 }
 
-/* Returns whether the page cache holds all of a range, so that a reply does not wait for the disk;
- * 0 also if the file is too short or a system call fails. */
+/* Returns whether the page cache has all pages of a range; see cached_pages().  0 also if the file is
+ * too short or a system call fails. */
 static int is_cached(int fd, off_t offset, size_t size)
 {
     struct statx status;
