@@ -172,7 +172,8 @@ async def read_layout(
         HostError: The host cannot read the file.
     """
     size = header.cluster_size
-    file_clusters = max(-(-file.size() // size), 1)
+    file_bytes = file.size()  # another program may be extending the file
+    file_clusters = max(-(-file_bytes // size), 1)
     disk_clusters = -(-header.image_size // size)
     counter = _Counter(
         header, file_clusters, min(file_cells, file_clusters), min(disk_cells, disk_clusters)
@@ -185,7 +186,7 @@ async def read_layout(
         # L1 entries past the end of the disk do not count.
         counter.bad += int(mask[: max(0, used_tables - first)].sum())
 
-    classifier = EntryClassifier(header, file.size())
+    classifier = EntryClassifier(header, file_bytes)
     indices, tables = await read_l1_table(file, classifier, count_bad)
     classifier = classifier.with_tables(np.sort(tables))
     length = header.geometry.table_size
@@ -206,7 +207,7 @@ async def read_layout(
     return Layout(
         file_clusters,
         disk_clusters,
-        file.size(),
+        file_bytes,
         header.image_size,
         size,
         header.has_backing,
