@@ -71,7 +71,7 @@ class GuestReads:
 
     @property
     def should_try_read(self) -> bool:
-        """Whether `try_read` looks for the data in the host's page cache (`ReadPolicy`)."""
+        """Whether `try_read` may succeed for the data of the top image, by its `ReadPolicy`."""
         policy = self._file.read_policy
         return policy is None or policy.is_inline
 

@@ -145,7 +145,8 @@ class _Session:
             ready: Called when the disks can be used.
             protection_failure: Why the process is not protected from memory pressure, or None.
             launderer: The helper process that makes the kernel write back pages, or None.
-            unmounter: The helper process that unmounts; None if there is none.
+            unmounter: Unmounts, in a process of its own if there is a sandbox; None if that process
+                could not be started.
         """
         self._request = request
         self._ready = ready

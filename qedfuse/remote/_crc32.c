@@ -142,7 +142,7 @@ PyMODINIT_FUNC PyInit__crc32(void)
     PyObject *module;
 
     if (!is_supported()) {
-        PyErr_SetString(PyExc_ImportError, "the processor has no carry-less multiplication");
+        PyErr_SetString(PyExc_ImportError, "not built for this processor: it needs PCLMULQDQ and SSE4.1");
         return NULL;
     }
     module = PyModule_Create(&definition);

@@ -93,7 +93,8 @@ class DirectReclaim:
     async def wait_for_free_clusters(self) -> bool:
         """Wait until the scan, the punching or the quarantine may have made clusters free.
 
-        The caller must have left its epoch (`Epochs`), for whose requests this method may wait.
+        The method may wait for all requests of an epoch (`Epochs`).  So the caller must have left
+        its own epoch, or it would wait for itself.
 
         Returns:
             True if clusters may have become free, so that the caller should try again.  False if

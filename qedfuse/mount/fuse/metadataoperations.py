@@ -185,9 +185,9 @@ class MetadataOperations(pyfuse3.Operations):
 
         Raises:
             FUSEError: EPERM, the inode is that of the directory, or the request would change the
-                owner or the permissions of a disk; EBUSY, the size would change, and another file
-                with the same bytes is open; ENOENT, no file has the inode; ESTALE, as in
-                `disk_of`; EACCES, as in `admit`; or the errno of an error of
+                owner or the permissions of a disk; EBUSY, the size would change, and a file of the
+                mount that shows a part of the same disk is open; ENOENT, no file has the inode;
+                ESTALE, as in `disk_of`; EACCES, as in `admit`; or the errno of an error of
                 `Truncation.set_size`.
         """
         self.admit(ctx.uid)
