@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import BackingError, ForeignError
@@ -179,7 +179,7 @@ def _add_image(graph: _OpenedFiles, file: PosixFile, driver: str, limits: Limits
         raise ForeignError(msg)
     # QEMU takes the names of extents as relative to the path by which it has opened the image.  So
     # QEMU must open such an image by its own path, and not as an inherited descriptor.
-    path = os.path.abspath(file.path) if links.extents else _inherited_path(graph)  # noqa: PTH100
+    path = str(Path(file.path).absolute()) if links.extents else _inherited_path(graph)
     options = _image_options(driver, _file_options(path, limits), limits)
     for name in links.extents:
         if len(graph.extents) >= _MAX_EXTENTS:

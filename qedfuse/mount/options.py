@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qedfuse.disk.options import (
@@ -160,7 +161,7 @@ class MountOptions:
         Raises:
             FileNotFoundError: A path is relative, and the working directory has been removed.
         """
-        directories = tuple(map(os.path.abspath, self.backing.directories))
+        directories = tuple(str(Path(path).absolute()) for path in self.backing.directories)
         try:
             working_directory = os.getcwd()  # noqa: PTH109
         except OSError:
@@ -185,7 +186,7 @@ class MountOptions:
 
 def _absolute(path: str | None) -> str | None:
     """Return an absolute path for ``path``; None for None."""
-    return None if path is None else os.path.abspath(path)  # noqa: PTH100  must not resolve links
+    return None if path is None else str(Path(path).absolute())
 
 
 def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:

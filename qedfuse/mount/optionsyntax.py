@@ -5,7 +5,7 @@ As in libfuse, a comma in a value is written ``\,`` and a backslash ``\\``.
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def absolute_options(lists: Iterable[str]) -> tuple[str, ...]:
         name, _, value = option.partition("=")
         path = option.removeprefix(_UNIX_OPTION)
         if name in PATH_OPTIONS and value:
-            option = f"{name}={os.path.abspath(value)}"  # noqa: PLW2901, PTH100
+            option = f"{name}={Path(value).absolute()}"  # noqa: PLW2901
         elif path != option and path:
-            option = f"{_UNIX_OPTION}{os.path.abspath(path)}"  # noqa: PLW2901, PTH100
+            option = f"{_UNIX_OPTION}{Path(path).absolute()}"  # noqa: PLW2901
         absolute.append(escape_value(option))
     return tuple(absolute)
 

@@ -13,6 +13,7 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import CacheError
@@ -81,7 +82,7 @@ class CacheDirectory:
         Raises:
             CacheError: The directory cannot be used; see `prepare_directory`.
         """
-        self._given = os.path.abspath(options.directory)  # noqa: PTH100  str paths
+        self._given = str(Path(options.directory).absolute())
         self._path = prepare_directory(self._given)
         self._max_bytes = options.max_bytes
 

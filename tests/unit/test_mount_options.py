@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 
 from qedfuse.disk.options import BackingPolicy
 from qedfuse.errors import UsageError
+from qedfuse.mount.images.naming import absolute_source
 from qedfuse.mount.optionparser import known_options, parse_options
 from qedfuse.mount.options import MountOptions
-from qedfuse.mount.optionsyntax import PATH_OPTIONS, escape_value, split_options
+from qedfuse.mount.optionsyntax import (
+    PATH_OPTIONS,
+    absolute_options,
+    escape_value,
+    split_options,
+)
 from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.options import Deadlines, RemoteOptions
 
@@ -303,6 +309,30 @@ def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
         ["overlay=o.qed,backing_dir=../etc,backing_dir=/x,cache_dir=c,credentials=s"]
     ).absolute()
     assert options.overlay == "/usr/o.qed"
-    assert options.backing.directories == ("/etc", "/x")
+    assert options.backing.directories == ("/usr/../etc", "/x")
     assert options.remote.cache_directory == "/usr/c"
     assert options.credentials_file == "/usr/s"
+
+
+def test_an_absolute_path_leads_to_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``..`` after a symbolic link leads to the parent of the link's target, as in the kernel."""
+    (tmp_path / "far" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/inner")
+    for directory in (tmp_path, tmp_path / "far"):
+        (directory / "x").touch()
+    monkeypatch.chdir(tmp_path)
+    named = "link/../x"
+    text = f"overlay={named},backing_dir={named},cache_dir={named},credentials={named}"
+    text += f",metrics=unix:{named}"
+    options = parse_options([text]).absolute()
+    assert options.metrics is not None
+    found = [absolute_source(named), options.overlay, *options.backing.directories]
+    found += [options.remote.cache_directory, options.credentials_file, options.metrics.path]
+    found += [option.partition("=")[2].removeprefix("unix:") for option in absolute_options([text])]
+    assert len(found) == 11
+    for path in found:
+        assert path is not None
+        assert path.startswith("/")
+        assert Path(path).samefile(tmp_path / "far" / "x")

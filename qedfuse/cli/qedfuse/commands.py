@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.descriptorlimit import explain_descriptor_limit
@@ -65,7 +66,7 @@ def mount(arguments: Arguments) -> int:
     sources = tuple(absolute_source(path) for path in arguments.paths[:-1])
     mountpoint = os.path.realpath(arguments.paths[-1])
     option_strings = absolute_options(arguments.options)
-    pidfile = arguments.pidfile and os.path.abspath(arguments.pidfile)  # noqa: PTH100
+    pidfile = arguments.pidfile and str(Path(arguments.pidfile).absolute())
 
     def serve(ready: Callable[[], None], log: logging.Handler | None = None) -> int:
         """Serve until the mount ends; call ``ready`` when the disks can be used.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote_to_bytes
 
@@ -44,8 +45,11 @@ class Source:
 
 
 def absolute_source(path: str) -> str:
-    """Return the absolute form of a path that the user gave; return a URL unchanged."""
-    return path if is_url(path) else os.path.abspath(path)  # noqa: PTH100  must not resolve links
+    """Return the absolute form of a path that the user gave; return a URL unchanged.
+
+    The path stays as it was given: after a symbolic link, ``..`` leads elsewhere than the text.
+    """
+    return path if is_url(path) else str(Path(path).absolute())
 
 
 def shown_source(path: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.util.landlock import (
@@ -93,5 +94,5 @@ def key_directories(files: Iterable[str]) -> Iterator[tuple[str, int]]:
     """
     for path in files:
         # Kubernetes replaces the target of a symbolic link.
-        for found in (os.path.abspath(path), os.path.realpath(path)):  # noqa: PTH100  str paths
+        for found in (str(Path(path).absolute()), os.path.realpath(path)):
             yield os.path.dirname(found), READ_FILE  # noqa: PTH120  str paths

@@ -9,6 +9,7 @@ import socket
 import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, Self
 
 from qedfuse.errors import HostError, UsageError
@@ -74,7 +75,7 @@ class ListenAddress:
 
     def absolute(self) -> ListenAddress:
         """Return the address with its path made absolute; a TCP address is unchanged."""
-        return replace(self, path=os.path.abspath(self.path)) if self.path else self  # noqa: PTH100
+        return replace(self, path=str(Path(self.path).absolute())) if self.path else self
 
     def __str__(self) -> str:
         """Return the address for messages."""
