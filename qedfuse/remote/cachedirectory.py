@@ -41,7 +41,8 @@ _FREE_FRACTION: Final = 0.05
 _MAX_GRANT_BYTES: Final = 64 << 20
 """Maximum number of bytes that may be stored before the limits of the cache are checked again."""
 _MAX_NEW_ENTRY_SECONDS: Final = 60.0
-"""Maximum age of an entry that is being made or removed.  An older one was left by a crash."""
+"""For how long after its last use an entry that is being made or removed is left alone.  Older ones
+are removed, unless a process has locked them: most were left by a crash."""
 _MAX_ATTEMPTS: Final = 50
 """Maximum number of attempts to open or make an entry that others open, make or remove.
 
@@ -155,10 +156,11 @@ class CacheDirectory:
     def stored_part(
         self, address: Address, store_id: str = "", wanted: tuple[int, str] | None = None
     ) -> tuple[int, int] | None:
-        """Return how many bytes of an object the cache has, and the size of the object.
+        """Return an estimate of how many bytes the cache has of an object, and the object's size.
 
-        Both are for the version with the size and validator in ``wanted``; without ``wanted``, for
-        the version that was used last.  None if the cache has no byte of this version.
+        The estimate is the disk space of the entry.  Both are for the version with the size and
+        validator in ``wanted``; without ``wanted``, for the version that was used last.  None if
+        the cache has no byte of this version.
         """
         for found in reversed(list_entries([self._directory_of(address, store_id)])):
             try:

@@ -35,7 +35,7 @@ PyObject *set_data_handlers(PyObject *module, PyObject *args);
 /* Returns a Request for the read that is being handled (_dataops.c). */
 PyObject *defer_read(PyObject *module, PyObject *unused);
 
-/* Tries to answer the read that is being handled with the pages of a file (_dataops.c). */
+/* Tries to splice the pages of a file into the answer to the current read (_dataops.c). */
 PyObject *reply_from_file(PyObject *module, PyObject *args);
 
 /* Takes requests of a session in bursts from now on: several in a row, without going back to
@@ -63,7 +63,7 @@ PyObject *permit_polling(PyObject *module, PyObject *args);
 PyObject *forbid_polling(PyObject *module, PyObject *unused);
 
 /* Returns how many seconds the last poll took.  Returns 0 if a request has come since the poll
- * began, or if an earlier call has returned this time (_burst.c). */
+ * began, or if an earlier call has returned the seconds of this poll (_burst.c). */
 PyObject *take_polled_seconds(PyObject *module, PyObject *unused);
 
 /* Minimum and maximum length of a read that is answered with the pages of a file, by splice(2).  To
@@ -154,7 +154,7 @@ void free_writes(struct in_place_writes *writes);
 
 /* Where the bytes of a write belong. */
 struct write_place {
-    PyObject *view; /* ReadView, which keeps `writes`; a reference of the caller */
+    PyObject *view; /* ReadView, which keeps `writes`; the caller must release this reference */
     const struct in_place_writes *writes;
     uint64_t offset; /* offset in the file of the top image */
 };
@@ -196,7 +196,7 @@ struct checked_units {
     Py_buffer zero_blocks;  /* for each unit the blocks known to be all zeros; may lack the last units */
     unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
     uint64_t content_bytes; /* offset at which the readable part of the file ends */
-    off_t file_bytes;       /* length while one process uses the file; it is 1 larger for several */
+    off_t file_bytes;       /* length while one process uses the file; with several it has 1 byte more */
     char *address;          /* address of a mapping of the file, for mincore(2) */
     off_t seen_bytes;       /* length of the file when it was looked at last */
     PyObject *forget;       /* called with the first and the last unit of a read that failed */
@@ -227,8 +227,8 @@ int may_try_units(const struct checked_units *units, int fd, uint64_t offset, si
 enum attempt splice_units(fuse_req_t request, struct checked_units *units, int fd, off_t offset,
                           size_t size);
 
-/* Returns whether the extension may read a range: its units are ready, and none must be fetched
- * ahead for a sequential reader (_checkedunits.c). */
+/* Returns whether the extension may read a range: its units are ready, and the read need not start
+ * the fetch of later units for a sequential reader (_checkedunits.c). */
 int may_read_units(const struct checked_units *units, uint64_t offset, size_t size);
 
 /* Returns whether a range whose content is `data` may have a hole (_checkedunits.c). */
@@ -325,8 +325,8 @@ void ring_add(void *read, int fd, uint64_t offset, void *data, size_t size);
 /* Returns the number of reads that were added and not submitted (_ring.c). */
 unsigned int ring_unsubmitted(void);
 
-/* Passes all reads that were added to the kernel, which begins to make them; returns 0, or an errno
- * if the kernel has not taken all of them (_ring.c). */
+/* Passes to the kernel all reads that were added.  The kernel begins to make them.  Returns 0, or an
+ * errno if the kernel has not taken all of them (_ring.c). */
 int ring_submit(void);
 
 /* Removes and returns the read that was added last and not submitted; NULL if there is none

@@ -66,10 +66,10 @@ class DiskCopy:
             target: The target to copy to.
             base: The target's backing disk; only clusters that differ from it are written.  None if
                 the target has no backing disk.
-            sparse_size: Only a run of zeros of at least this number of bytes, or at an end of a
-                chunk, is left out; parts of blocks do not count.  With 0, zeros are written like
-                other data.  With a base all values except 0 mean the same: each cluster of zeros
-                that differs from the base becomes a zero cluster.
+            sparse_size: A run of blocks of zeros is left out if it has at least this number of
+                bytes, or lies at an end of a chunk.  With 0, zeros are written like other data.
+                With a base all values except 0 mean the same: each cluster of zeros that differs
+                from the base becomes a zero cluster.
             write_behind: When the data of a parallel target is written back to the host's disk.
 
                 - ``wait``: during the copy, which waits if the disk is slow.  The wait costs no

@@ -134,5 +134,8 @@ def _link_target(path: str) -> str | None:
 
 
 def _inside(path: str, directory: str) -> bool:
-    """Return whether an absolute path lies inside a directory; False for the directory itself."""
+    """Return whether an absolute path lies inside a directory.
+
+    False for the directory itself, unless it is the root directory.
+    """
     return path.startswith(directory.rstrip("/") + "/")
