@@ -71,8 +71,8 @@ class LockMode(enum.Enum):
     SHARE = "share"
     """Read the file; another opener can change the file meanwhile (100)."""
     BASE = "base"
-    """Read the file as a raw base.  The locks are those of READ.  QEMU locks only byte 100 of a
-    raw base, and so excludes no writer."""
+    """Read the file as a raw base.  The locks are those of READ, which exclude writers.  QEMU
+    itself locks only byte 100 of a raw base, which excludes none."""
 
     @classmethod
     def to_read(cls, *, share: bool) -> LockMode:
@@ -191,17 +191,19 @@ def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn
 
 
 def _lock_table_name(fd: int) -> str:
-    """Return ``MAJOR:MINOR:INODE`` of a file from this process's locks; empty if unknown.
+    """Return ``MAJOR:MINOR:INODE`` of a file, by which the kernel lists its locks.
 
-    The kernel lists locks by these numbers.  On btrfs and overlayfs, fstat(2) returns another
-    device.
+    It is read from the locks of this process.  If another lock has prevented the first of them, the
+    numbers are those of fstat(2), by which no lock is found on btrfs and overlayfs.
     """
     own = _locks(_read(Path(f"/proc/self/fdinfo/{fd}")))
-    return next((file for file, _first, _last in own), "")
+    status = os.fstat(fd)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    return next((file for file, _first, _last in own), f"{device}:{status.st_ino}")
 
 
 def holders(file: str, byte: int) -> Iterator[Holder]:
-    """Yield the processes that have locked a byte of a file; none if ``file`` is empty.
+    """Yield the processes that have locked a byte of a file.
 
     Slow: reads the descriptors of every process, because ``/proc/locks`` has no pids for OFD locks.
 
@@ -209,8 +211,6 @@ def holders(file: str, byte: int) -> Iterator[Holder]:
         file: The file as ``MAJOR:MINOR:INODE``, from `_lock_table_name`.
         byte: File offset of the byte.
     """
-    if not file:
-        return
     for process in Path("/proc").glob("[0-9]*"):
         if _holds(process / "fdinfo", file, byte):
             yield _holder(int(process.name))

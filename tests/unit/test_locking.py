@@ -126,11 +126,11 @@ def test_posix_lock_is_found_too(opened: Callable[[], int]) -> None:
 
 
 def test_exclusive_lock_of_a_stranger_is_a_conflict(opened: Callable[[], int]) -> None:
-    """A foreign write lock over the locked bytes is reported without waiting."""
+    """A foreign write lock over the whole file is reported without waiting, with its process."""
     flock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     fcntl.fcntl(opened(), fcntl.F_OFD_SETLK, flock)
     fd = opened()
-    with pytest.raises(ImageInUseError, match="in use"):
+    with pytest.raises(ImageInUseError, match=rf"held by .* \(pid {os.getpid()}\)"):
         lock_image(fd, LockMode.SHARE, "image")
     assert locked_bytes(fd) == set()
 
