@@ -20,8 +20,8 @@ class _Stream:
     """The state of a reader.
 
     Attributes:
-        last: The last unit that the reader has read.
-        first: The first unit that the reader has read.
+        last: The highest unit that the reader has read.
+        first: The unit at which its first read began.
         window: Number of units that are fetched ahead of the reader.
         marker: The unit whose read starts the next fetch ahead; -1 for none.
         end: The last unit that was fetched ahead; -1 for none.
@@ -57,9 +57,10 @@ class ReadAhead:
     def record_read(self, first: int, last: int, max_units: int) -> int:
         """Record a read of the units ``first`` to ``last``; return the window of its reader.
 
-        The window is the number of units to fetch after ``last``: 0 for the first read of a reader,
-        and 1 for the second.  It doubles with each read that ends in a later unit, up to
-        ``max_units``.  Until the reader has read more than 32 units, the maximum is 32.
+        The window is the number of units to fetch after ``last``: 0 for the first read of a reader.
+        With the next read that ends in a later unit it becomes 1, and with each further one it
+        doubles, up to ``max_units``.  Until the reader has read more than 32 units, the maximum is
+        32.
         """
         found = [stream for stream in self._streams if stream.is_continued_by(first, last)]
         if found:

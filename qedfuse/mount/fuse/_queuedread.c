@@ -35,8 +35,8 @@
 /* Maximum number of queued reads of one file. */
 #define MAX_READS_OF_FILE 64
 
-/* Number of calls of ring_run() that complete all reads of a full ring whose data has arrived.  One
- * call completes at least 20 (before Linux 6.13 all). */
+/* Number of calls of ring_run() that complete all reads of a ring that is full and has the data of
+ * every read.  One call completes at least 20 (before Linux 6.13 all). */
 #define IDLE_RUNS (RING_ENTRIES / 20 + 1)
 
 /* How long no read is queued after a slow submission. */
@@ -222,8 +222,9 @@ static void submit(void)
         paused_until = until + PAUSE_NANOSECONDS;
     /* Only ring_run() completes reads for which the kernel had to wait (_ring.c).  So reads that
      * have ended by now found their data in the page cache.  Their ends have made the eventfd
-     * readable, so it is emptied.  Another read that is ready may have made it readable too.  But
-     * that read has set the flag of ring_has_work() first, and the caller tests this flag next. */
+     * readable, so it is emptied.  A read whose data has arrived from the disk may have made it
+     * readable too.  But that read has set the flag of ring_has_work() first, and the caller tests
+     * this flag next. */
     if (end_reported(1))
         ring_unnotify();
     while (failed && (read = ring_take_back()) != NULL)
@@ -241,8 +242,8 @@ void end_queued_reads(void)
         submit();
     /* One ring_run() need not do all work (_ring.c), and the flag of ring_has_work() may be set
      * without any work.  So the loop ends when the flag is clear, or after IDLE_RUNS calls in a row
-     * without effect.  IDLE_RUNS calls do all work that came before the first of them.  Later
-     * work sets the flag, and then makes the eventfd readable, which wakes the event loop.  If
+     * without effect, which would have done all work that was there before the first of them.
+     * Later work sets the flag, and then makes the eventfd readable, which wakes the event loop.  If
      * ring_run() has emptied the eventfd, this wake-up may be lost.  So the loop counts from 0
      * again, and finds the flag of the later work. */
     for (idle = 0; idle < IDLE_RUNS && ring_has_work(); idle++) {

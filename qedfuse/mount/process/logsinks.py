@@ -175,7 +175,7 @@ class SystemLogHandler(DroppingHandler):
     def _try_send_once(self, data: bytes) -> bool:
         """Send a message, on a new connection if there is none; return whether all of it was sent.
 
-        After a failure the connection is closed, unless the daemon only had no space.
+        After a failure the connection is closed, unless the daemon had no space for any byte.
         """
         try:
             if self._socket is None:
