@@ -107,7 +107,12 @@ def parse_version(text: str, query: str) -> str:
 
 
 def invalid_url(text: str, field: str, found: str, expected: str) -> UsageError:
-    """Return the error for an invalid part of the URL ``text``; the message hides its secrets."""
+    """Return the error for an invalid part of the URL ``text``; the message hides its secrets.
+
+    If the URL may have a user, ``found`` is not shown either where it is a part of the URL.
+    """
+    if "@" in text and found in text:
+        found = "..."
     return UsageError(f"{hide_secrets(text)}: URL {field}: found {found}, expected {expected}")
 
 
@@ -116,5 +121,7 @@ def hide_secrets(text: str) -> str:
     # A password that is not escaped may contain any character, so its end is unknown.  Therefore
     # only the scheme of a URL with a user is shown.  A fragment is not sent to the server, so some
     # applications pass a secret in it.
-    shown = text.partition("://")[0] + "://..." if "@" in text else re.split("[?#]", text)[0]
-    return printable(shown)
+    if "@" in text:
+        scheme, mark, _ = text.partition("://")
+        return f"{printable(scheme) if mark and '@' not in scheme else ''}{mark}..."
+    return printable(re.split("[?#]", text)[0])

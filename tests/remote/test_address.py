@@ -183,6 +183,7 @@ def test_refused(url: str) -> None:
         "https://user:SECRET@h/a",
         "https://SECRET@h/a",
         "https://user:SEC/SECRET@h/a",
+        "https://SECRET-/x@h/a",
         "https://user:80?SECRET@h/a",
         "ftp://user:SECRET@h/a",
         "https://user:SECRET @h/a",
@@ -204,6 +205,14 @@ def test_no_secret_in_an_error(url: str) -> None:
         parse_address(url)
     assert "SECRET" not in str(caught.value)
     assert "SECRET" not in shown_name(url)
+
+
+@pytest.mark.parametrize("text", ["user:SECRET@h/", "SECRET@h", "user:SECRET@h://x", "a@SECRET?b"])
+def test_no_secret_in_an_error_for_a_prefix_without_scheme(text: str) -> None:
+    """The error for a URL that lacks its scheme shows no user."""
+    with pytest.raises(UsageError, match=r"URL scheme: found no scheme") as caught:
+        parse_prefix(text)
+    assert "SECRET" not in str(caught.value)
 
 
 @given(HOST, PATH, st.text(string.ascii_letters, min_size=3))
