@@ -74,8 +74,9 @@ async def open_bases(
 ) -> list[Layer]:
     """Open the bases of an image, read-only; return their layers, from the first base downwards.
 
-    The bases are compared with the versions that the images above them remember (`verify_bases`).
-    If ``name`` is given, the versions that ``file`` remembers are ignored.
+    An image can have a record of the versions of its bases.  The bases are compared with the
+    records of the images above them (`verify_bases`).  If ``name`` is given, the record of ``file``
+    is ignored.
 
     Args:
         path: The path or URL of the image.
@@ -124,7 +125,9 @@ async def open_bases(
                     lock_image(base.fileno(), mode, base.name)
                 if found != "qed":
                     if found != "raw":
-                        base = await _open_foreign_base(base, file.name, found, options)
+                        # The call owns the base.  After a cancellation a thread may still use it.
+                        image, base = base, None
+                        base = await _open_foreign_base(image, file.name, found, options)
                     layers.append(RawLayer(base))
                     break
                 header = await read_header(base)
@@ -191,8 +194,9 @@ async def open_base(
         path: The path or URL of the backing file.
         image: The image that names it.
         options: The policy, and how to read a URL.
-        trusted: A path or URL that is allowed in any directory and on any server, unless the
-            policy forbids all bases; None if there is no such path.
+        trusted: A path or URL that is allowed in any directory and on any server; None if there is
+            no such path.  It is refused if the policy forbids all bases, or if it is a path and
+            ``image`` is on a server.
         images: The images above the backing file; see `verify_bases`.  If the backing file is a
             URL and they remember its version, `open_url` tries to open that version, unless the
             policy accepts other versions.
@@ -201,8 +205,8 @@ async def open_base(
         BackingError: The file is missing, is not a regular file, or cannot be opened, or the URL
             is not valid.
         RemoteError: The server cannot be reached, or does not serve the file.
-        HostError: The backing file is a URL, and the cache for URLs cannot be used, or the host has
-            no free descriptor.
+        HostError: The backing file is a URL, and the cache for URLs cannot be used, or no
+            descriptor is free.
         BackingRefusedError: The policy forbids the file.
     """
     if options.backing.mode == "none":
@@ -278,7 +282,10 @@ async def _format_of(
 async def _open_foreign_base(
     base: HostFile, image: str, driver: str, options: OpenOptions
 ) -> HostFile:
-    """Open a base in a foreign format with QEMU; return its disk.  Closes a refused base."""
+    """Open a base in a foreign format with QEMU; return its disk.
+
+    After an error or a cancellation the base is closed.
+    """
     try:
         return await open_foreign(base, driver, options)
     except ForeignError as error:

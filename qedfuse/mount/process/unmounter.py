@@ -4,9 +4,10 @@ A process under Landlock can neither mount nor unmount, and no_new_privs takes t
 fusermount3 away.  So a server in a sandbox asks the unmounter, which was forked earlier.  The
 unmounter unmounts only the mountpoint that it got when it was forked.
 
-After a restart of the log daemon, the unmounter also connects to it.  If the sandbox permitted
-this to the server, the server could connect to every Unix socket of the host, because neither
-Landlock nor seccomp can permit single paths of sockets.
+The unmounter also makes the server's connections to the log daemon, for example after a restart of
+the daemon, and passes them to the server.  If the sandbox permitted the server to connect, it could
+connect to every Unix socket of the host, because neither Landlock nor seccomp can permit single
+paths of sockets.
 
 Each request has a process of its own: an ordinary unmount may wait until the server has answered
 the kernel's requests, and a request to detach the mount must not wait for that unmount.
@@ -58,7 +59,7 @@ class Unmounter(Protocol):
 
         Raises:
             QedError: The mount cannot be unmounted, as in `qedfuse.mount.system.unmount.unmount`.
-            HostError: The helper process has ended.
+            HostError: The helper process cannot be asked, or does not reply.
         """
 
     def describe_visible_mounts(self, device: str) -> str | None:
@@ -68,7 +69,8 @@ class Unmounter(Protocol):
             device: The device number of the file system, ``MAJOR:MINOR``.
 
         Raises:
-            HostError: The mounts cannot be found, or the helper process has ended.
+            HostError: The mounts cannot be found, or the helper process cannot be asked, or does
+                not reply.
         """
 
 
@@ -137,9 +139,9 @@ class HelperUnmounter(HelperProcess):
         return None if text is None else str(text), descriptors
 
     def _ended(self, reason: str | None) -> HostError:
-        """Return the error for an unmounter that gives no reply."""
+        """Return the error for an unmounter that cannot be asked, or gives no reply."""
         shown = printable(self._mountpoint)
-        msg = f"{shown}: the unmounter (a helper process) has failed: {reason}"
+        msg = f"{shown}: no reply from the unmounter (a helper process): {reason}"
         return HostError(msg)
 
 
