@@ -129,9 +129,9 @@ class Lifecycle:
     async def _give_space_back(self) -> None:
         """Cut off and punch out all free clusters that are known.
 
-        Clusters that have lost their reference are in quarantine first.  They leave it only after
-        the scan for free clusters (`Reclaim.run`).  So this method waits for the scan if clusters
-        are in quarantine, or if the free list needs the scan.
+        Clusters that have lost their reference are in quarantine first.  `Reclaim.run` frees them
+        only after the scan for free clusters has ended.  So this method waits for the scan if
+        clusters are in quarantine, or if the free list needs the scan.
         """
         components = self._components
         await components.flusher.flush()

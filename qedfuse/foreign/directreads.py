@@ -68,11 +68,12 @@ class DirectReads:
     ) -> bool:
         """Start a read in a native thread; see `ReadableFile.try_start_read`.
 
-        Returns False if there are no native threads, if no connection is free, or if the range is
-        empty, too long or not within the disk.
+        Returns False without the C extension, if no connection is free, or if the range is empty,
+        too long or not within the disk.
 
         Raises:
-            OSError: There is no native thread, and none could be created.  ``ended`` is not called.
+            OSError: The extension has no thread yet, and could not create one.  ``ended`` is not
+                called.
         """
         calls = host_calls()
         if not calls.can_start_reads or not 0 < len(view) <= _MAX_READ_BYTES:

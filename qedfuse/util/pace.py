@@ -8,7 +8,7 @@ from typing import Final
 import trio
 
 MAX_STEPS: Final = 32
-"""Maximum number of steps between two checkpoints.  A step is about the work of one small write to
+"""Maximum number of steps between two checkpoints.  A step takes about as long as a small write to
 the page cache: 20 to 100 microseconds."""
 
 _MAX_SECONDS: Final = 0.003

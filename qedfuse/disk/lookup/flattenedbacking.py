@@ -65,7 +65,10 @@ class FlattenedBacking:
     """
 
     def __init__(self, layers: Sequence[Layer], top: QedLayer, store: SliceStore) -> None:
-        """Prepare to merge the layers below ``top``; ``store`` keeps the codes."""
+        """Prepare to merge the layers below ``top``; ``store`` keeps the codes.
+
+        ``layers`` has all layers of the chain, and begins with ``top``.
+        """
         self._layers = layers
         self._store = store
         self.store_key = id(self)

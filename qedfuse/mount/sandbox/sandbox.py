@@ -5,7 +5,8 @@ system calls and hardly any capability.  The sandbox forbids everything else.
 
 The rules of paths are prepared before the mount exists, because making such a rule looks up the
 path.  Later, a path could lead through the mount.  Then the server would wait for its own reply.
-Only the rule of the mountpoint is added later: opening it with O_PATH sends the server no request.
+Later only two kinds of rules are added: those of open descriptors, which need no path, and that of
+the mountpoint, because opening it with O_PATH sends the server no request.
 """
 
 from __future__ import annotations
@@ -122,10 +123,19 @@ class Sandbox:
 
     def _make_rules(self, version: int) -> Ruleset:
         """Return the ruleset, to which `enter` later adds the mount and some open files."""
-        needs = self._needs
         # Signals to qemu-nbd must stay possible, so `SCOPE_SIGNALS` is left out.  The filter of
         # system calls restricts signals instead.
         rules = Ruleset(version, SCOPE_ABSTRACT_SOCKETS)
+        try:
+            self._add_paths_and_ports(rules)
+        except BaseException:
+            rules.close()
+            raise
+        return rules
+
+    def _add_paths_and_ports(self, rules: Ruleset) -> None:
+        """Add the rules that are known before the mount exists."""
+        needs = self._needs
         for path, rights in allowedfiles.system_files():
             rules.try_allow_path(path, rights)
         if needs.socket_directory is not None:
@@ -142,7 +152,6 @@ class Sandbox:
                 rules.try_allow_path(directory, READ_FILE)
             if needs.cache_directory is not None:
                 rules.try_allow_path(needs.cache_directory, allowedfiles.CHANGE_TREE)
-        return rules
 
     def _add_missing(self, what: str, reason: str) -> None:
         """Add the part ``what`` to ``missing``, or raise a HostError if the mode is ``strict``."""

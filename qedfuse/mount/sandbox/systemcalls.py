@@ -65,7 +65,8 @@ IOCTLS: Final = {
 CONNECT: Final = ("connect", "bind", "sendto", "sendmmsg")
 """Calls with the address of a socket, permitted only if the mount reads a file from a server or
 from qemu-nbd.  With these calls an attacker could make other services of the host do what the
-sandbox forbids.  sendto(2) without an address is always permitted."""
+sandbox forbids.  sendto(2) without an address is always permitted.  The address of sendmsg(2) lies
+in memory, where a filter cannot read it, and the call is needed, so it is in `ALWAYS`."""
 
 NOT_IMPLEMENTED: Final = ("clone3",)
 """Calls that fail with ENOSYS, so that the C library uses clone(2).  A filter cannot read the flags
@@ -75,6 +76,6 @@ KILL: Final = ("kill", "pidfd_send_signal")
 """Calls that end qemu-nbd."""
 
 CHMOD: Final = ("chmod", "fchmodat", "fchmodat2")
-"""Calls that set the permissions of a file by its name.  The server of a writable mount sets the
-permissions that the file already has, because the reply also gives the kernel the file's size
-(`SizeFixup`)."""
+"""Calls that set the permissions of a file by its name.  The server of a writable mount calls
+chmod(2) on a disk of its own mount, with the permissions that the disk already has: the reply to
+this request also gives the kernel the size of the disk (`SizeFixup`)."""

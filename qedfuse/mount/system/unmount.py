@@ -36,7 +36,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         BusyError: The mount is in use, and ``lazy`` is False.
         PrivilegeError: fusermount3 is missing, or the caller lacks the privilege to unmount.
         FuseError: The unmount failed for another reason, for example because nothing is mounted on
-            the path.
+            the path.  Of another user's mount fusermount3 says that too.
     """
     if os.geteuid() == 0:
         _unmount_by_syscall(mountpoint, lazy=lazy)

@@ -42,8 +42,8 @@ class ParallelTarget(ABC):
 
     Attributes:
         block_size: Bytes in a block, which is stored as data, as zeros, or not at all.
-        max_chunk_bytes: Maximum length of a chunk.  No chunk crosses a multiple of this length.  If
-            blocks are longer than this, each block is one chunk.
+        max_chunk_bytes: Maximum length of a chunk of several blocks, which crosses no multiple of
+            this length.  If blocks are longer than this, each block is one chunk.
         descriptor: The open file; negative if nothing is written, as in a measurement.
         name: Name of the file in messages.
     """
@@ -87,8 +87,8 @@ class SequentialTarget(ABC):
 
     Attributes:
         block_size: Bytes in a block, which is stored as data or as zeros.
-        max_chunk_bytes: Maximum length of a chunk.  No chunk crosses a multiple of this length.  If
-            blocks are longer than this, each block is one chunk.
+        max_chunk_bytes: Maximum length of a chunk of several blocks, which crosses no multiple of
+            this length.  If blocks are longer than this, each block is one chunk.
     """
 
     block_size: int
