@@ -184,7 +184,7 @@ async def _refuse_magic(source: CommitSource, base_file: BaseFile) -> None:
     first = next(iter(await source.extents(0)), None)
     if first is None or first.start or first.kind is not Kind.DATA:
         return
-    found = image_format(await source.read(0, min(SIGNATURE_BYTES, first.length)))
+    found = image_format(bytes(await source.read(0, min(SIGNATURE_BYTES, first.length))))
     if found is not None:
         msg = (
             f"{printable(base_file.path)}: not changed: the data to commit begins like a {found} "
