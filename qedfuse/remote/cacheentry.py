@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.hostio.regular import allocated_bytes
-from qedfuse.remote.cachemetadata import METADATA_NAMES, write_metadata
+from qedfuse.remote.cachemetadata import is_metadata_name, write_metadata
 from qedfuse.remote.cacheroot import OBJECT_NAME
 from qedfuse.remote.unitfile import DATA_NAME, MAP_NAME, make_files, open_directory
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _NEW_PREFIX: Final = "new-"
 _ENTRY_NAME: Final = re.compile(r"version-[0-9a-f]{32}|new-[0-9a-f]{32}")
-_FILE_NAMES: Final = METADATA_NAMES | {DATA_NAME, MAP_NAME}
 
 
 class Entry(NamedTuple):
@@ -125,7 +124,7 @@ def remove_entry(path: str) -> bool:
     """
     fd = -1
     try:
-        if not _FILE_NAMES.issuperset(os.listdir(path)):  # noqa: PTH208  str paths
+        if not all(map(_is_own_name, os.listdir(path))):  # noqa: PTH208  str paths
             return False
         fd = _open_data(path)
         if fd >= 0:
@@ -149,6 +148,11 @@ def _directories(path: str, name: re.Pattern[str]) -> Iterator[os.DirEntry[str]]
         for entry in found:
             if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 yield entry
+
+
+def _is_own_name(name: str) -> bool:
+    """Return whether ``name`` is the name of a file of an entry."""
+    return name in {DATA_NAME, MAP_NAME} or is_metadata_name(name)
 
 
 def _data_bytes(path: str) -> int:
@@ -189,7 +193,7 @@ def _remove_files(path: str) -> None:
     with suppress(OSError):
         fd = open_directory(path)
         try:
-            for name in _FILE_NAMES:
+            for name in filter(_is_own_name, os.listdir(fd)):  # noqa: PTH208  a descriptor
                 try:
                     os.unlink(name, dir_fd=fd)
                 except IsADirectoryError:

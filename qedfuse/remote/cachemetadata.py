@@ -7,6 +7,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import zlib
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,9 +25,11 @@ if TYPE_CHECKING:
     from qedfuse.remote.unitfile import UnitFile
 
 _NAME: Final = "about.json"
-_NEW_NAME: Final = "about.new"
-METADATA_NAMES: Final = frozenset({_NAME, _NEW_NAME})
-"""The names of the files with metadata; a complete ``about.new`` is renamed to ``about.json``."""
+_NEW_NAME: Final = re.compile(r"about-[0-9a-f]{32}\.new")
+"""A file about-RANDOM.new becomes ``about.json`` when it is complete.  Processes that record the
+same entry concurrently use different names."""
+_MAX_NEW_FILE_SECONDS: Final = 3600.0
+"""Age at which a file about-RANDOM.new was left by a process that was killed."""
 _MAX_BYTES: Final = 32 << 20
 """Maximum length of ``about.json`` in bytes; the largest object needs about half of it."""
 
@@ -109,10 +113,7 @@ def mark_usable_offline(entry: UnitFile, needed: bytes) -> None:
             if len(text) > _MAX_BYTES:
                 msg = f"{shown}: {_NAME}: found {len(text)} bytes, expected at most {_MAX_BYTES}"
                 raise CacheError(msg, errno.EFBIG)
-            with suppress(FileNotFoundError):
-                os.unlink(_NEW_NAME, dir_fd=directory)
-            _write_file(directory, _NEW_NAME, text)
-            os.rename(_NEW_NAME, _NAME, src_dir_fd=directory, dst_dir_fd=directory)
+            _replace_json(directory, text)
         finally:
             os.close(directory)
     except OSError as error:
@@ -123,6 +124,11 @@ def mark_usable_offline(entry: UnitFile, needed: bytes) -> None:
             "directory, and the next opening makes a new entry)"
         )
         raise CacheError(msg) from error
+
+
+def is_metadata_name(name: str) -> bool:
+    """Return whether ``name`` is the name of a file with metadata, complete or not."""
+    return name == _NAME or _NEW_NAME.fullmatch(name) is not None
 
 
 def entry_name(version: Version) -> str:
@@ -202,6 +208,34 @@ def _read_json(directory: int) -> dict[str, Any]:
 def _json_text(about: dict[str, Any]) -> bytes:
     """Return the content of a file ``about.json``."""
     return json.dumps(about).encode()
+
+
+def _replace_json(directory: int, text: bytes) -> None:
+    """Replace ``about.json`` in an open directory atomically."""
+    new = f"about-{secrets.token_hex(16)}.new"
+    try:
+        _write_file(directory, new, text)
+        _remove_stale(directory, os.stat(new, dir_fd=directory).st_mtime)
+        os.rename(new, _NAME, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(new, dir_fd=directory)
+        raise
+
+
+def _remove_stale(directory: int, now: float) -> None:
+    """Remove the files that killed processes have left before they became ``about.json``.
+
+    Args:
+        directory: A descriptor of the directory of an entry.
+        now: The present time of the file system, in seconds since 1970.
+    """
+    for name in os.listdir(directory):
+        if _NEW_NAME.fullmatch(name):
+            with suppress(OSError):  # another process has removed or renamed it
+                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                if now - status.st_mtime > _MAX_NEW_FILE_SECONDS:
+                    os.unlink(name, dir_fd=directory)
 
 
 def _write_file(directory: int, name: str, content: bytes) -> None:

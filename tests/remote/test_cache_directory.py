@@ -335,6 +335,58 @@ def test_another_entry_of_the_same_name(tmp_path: Path) -> None:
         found.close()
 
 
+def test_two_processes_record_concurrently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a process writes its record, another one replaces ``about.json`` by a complete file."""
+    directory = CacheDirectory(CacheOptions(str(tmp_path)))
+    real_rename, real_write = os.rename, cachemetadata._write_file
+    renames: list[Callable[[], None]] = []
+    found: list[bytes | None] = []
+
+    def write(fd: int, name: str, content: bytes) -> None:
+        if renames:  # the second process has made its file, but has written nothing yet
+            real_write(fd, name, b"")
+            renames.pop()()
+            found.append(read_metadata(entry.path).needed)
+            os.unlink(name, dir_fd=fd)
+        real_write(fd, name, content)
+
+    def rename(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        def call() -> None:
+            real_rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+        if found:
+            call()
+        else:
+            renames.append(call)
+            mark_usable_offline(entry, b"\0")
+            assert not renames
+
+    with directory.open_entry(ADDRESS, VERSION) as entry:
+        entry.store(0, some_bytes(1))
+        monkeypatch.setattr(cachemetadata, "_write_file", write)
+        monkeypatch.setattr(os, "rename", rename)
+        mark_usable_offline(entry, b"\1")
+        assert found == [b"\1"], "the first record was complete beside the second one"
+        assert read_metadata(entry.path).needed == b"\0"
+        assert {each.name for each in Path(entry.path).iterdir()} == {"about.json", "data", "map"}
+
+
+@pytest.mark.parametrize(("age", "is_kept"), [(0, True), (7200, False)])
+def test_record_that_a_killed_process_has_begun(
+    evict: Callable[[Path], None], age: float, *, is_kept: bool, tmp_path: Path
+) -> None:
+    """The next record removes the unfinished one if it is old; the eviction removes it anyhow."""
+    entry = store_one(tmp_path)
+    new = entry / f"about-{HASH}.new"
+    new.write_bytes(b"{")
+    os.utime(new, times=(time.time() - age,) * 2)
+    with CacheDirectory(CacheOptions(str(tmp_path))).open_entry(ADDRESS, VERSION) as file:
+        mark_usable_offline(file, b"\1")
+    assert new.exists() == is_kept
+    evict(tmp_path)
+    assert not entry.exists()
+
+
 def test_needed_units_without_a_pattern(tmp_path: Path) -> None:
     """The record of needed units all over an object of 1.25 TiB is read back."""
     directory = CacheDirectory(CacheOptions(str(tmp_path)))
