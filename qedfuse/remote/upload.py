@@ -22,7 +22,7 @@ from qedfuse.remote.storeerrors import (
     translating,
 )
 from qedfuse.remote.storesettings import Store, make_store
-from qedfuse.remote.uploadcheck import StoppedError, UploadCheck
+from qedfuse.remote.uploadcheck import MAX_PART_SECONDS, StoppedError, UploadCheck
 from qedfuse.remote.uploadcontent import ContentParts
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_PARALLEL_PARTS: Final = 4
-_MAX_PART_SECONDS: Final = 600.0
-"""Maximum time for one part.  So four concurrent parts of 64 MiB need at least 437 KiB/s."""
 _RETRY_SECONDS: Final = 60.0
 """The default of ``retry_seconds`` of `Upload`."""
 _NOT_IMPLEMENTED: Final = "NotImplemented"
@@ -176,7 +174,7 @@ class Upload:
 
     def _make_store(self, options: ClientOptions) -> Store:
         """Return the store for an upload with the credentials of ``options``."""
-        part_options = replace(options, attempt_seconds=_MAX_PART_SECONDS)
+        part_options = replace(options, attempt_seconds=MAX_PART_SECONDS)
         # obstore repeats the requests for parts.  A single request is repeated by `_call_store`,
         # because obstore would also repeat a conditional put that the store does not support.
         seconds = 0.0 if self._parts.is_single else self._retry_seconds

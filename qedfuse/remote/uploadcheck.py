@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import RemoteError
-from qedfuse.remote.object import make_client, open_object
+from qedfuse.remote.object import RemoteObject, make_client, open_object
 from qedfuse.remote.options import Deadlines
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
 
+    from qedfuse.hostio.hostfile import Buffer
     from qedfuse.remote.address import Address
-    from qedfuse.remote.client import ClientOptions
-    from qedfuse.remote.object import RemoteObject
+    from qedfuse.remote.client import ClientOptions, Version
+
+MAX_PART_SECONDS: Final = 600.0
+"""Maximum time to send or to read one part.  So four parts of 64 MiB that are sent concurrently
+need at least 437 KiB/s."""
+_COMPARE_BYTES: Final = 1 << 20
+"""After each such number of bytes, a comparison looks whether it must end."""
+_DEADLINES: Final = Deadlines(total_seconds=30)
 
 
 class StoppedError(Exception):
@@ -68,7 +76,7 @@ class UploadCheck:
             UsageError: See `make_client`.
         """
         client = make_client(self._address, self._options)
-        return open_object(self._address, client, Deadlines(total_seconds=30), allow_unpinned=True)
+        return open_object(self._address, client, _DEADLINES, allow_unpinned=True)
 
     def compare(self, etag: str, *, is_stoppable: bool = True) -> str:
         """Compare the object with the content; return the entity tag of the object.
@@ -96,7 +104,7 @@ class UploadCheck:
             msg = f"{self._address.shown}: found another object than the one that was stored"
             raise DifferentError(msg)
         if found.etag.strip('"') not in self._expected_etags():
-            self._compare_content(source, is_stoppable=is_stoppable)
+            self._compare_content(found, is_stoppable=is_stoppable)
         if is_stoppable and self._stopped.is_set():
             raise StoppedError
         return found.etag
@@ -111,14 +119,24 @@ class UploadCheck:
         of_parts = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(self._digests)}"
         return of_parts, self._digests[0].hex() if len(self._digests) == 1 else of_parts
 
-    def _compare_content(self, source: RemoteObject, *, is_stoppable: bool) -> None:
-        """Read the object and compare it with the content."""
+    def _compare_content(self, version: Version, *, is_stoppable: bool) -> None:
+        """Read a version of the object, and compare it with the content."""
+        # The time of an attempt limits the whole response of a store, which is a part here.
+        options = replace(self._options, attempt_seconds=MAX_PART_SECONDS)
+        client = make_client(self._address, options)
+        source = RemoteObject(self._address, client, version, _DEADLINES)
         for number, start in enumerate(range(0, self._size, self._part_bytes)):
-            if is_stoppable and self._stopped.is_set():
-                raise StoppedError
             length = min(self._part_bytes, self._size - start)
-            block = source.get(start, length)
-            if hashlib.md5(block, usedforsecurity=False).digest() != self._digests[number]:
+            found = hashlib.md5(usedforsecurity=False)
+
+            def add(block: Buffer, found: hashlib._Hash = found) -> None:
+                if is_stoppable and self._stopped.is_set():
+                    raise StoppedError
+                found.update(block)
+
+            steps = range(0, length, _COMPARE_BYTES)
+            source.get_parts(start, [min(_COMPARE_BYTES, length - step) for step in steps], add)
+            if found.digest() != self._digests[number]:
                 msg = f"{self._address.shown}: found other bytes stored at {start}, expected the "
                 msg += "content of the file"
                 raise DifferentError(msg)

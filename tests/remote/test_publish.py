@@ -24,6 +24,7 @@ from qedfuse.errors import HostError, ImageInUseError, RemoteError
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.client import ClientOptions
 from qedfuse.remote.options import Deadlines, RemoteOptions
+from qedfuse.remote.storeclient import StoreClient
 from qedfuse.remote.upload import Upload, Uploaded
 from qedfuse.remote.uploadcheck import StoppedError, UploadCheck
 from qedfuse.remote.uploadcontent import ContentParts, _in_thread, part_bytes
@@ -38,6 +39,7 @@ from tests.support.webserver import wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from qedfuse.hostio.hostfile import Buffer
     from qedfuse.remote.object import RemoteObject
     from tests.support.swift import Swift
 
@@ -765,6 +767,63 @@ def test_store_without_known_checksums_is_read(
     )
     assert main(["publish", "-q", str(image), "s3://golden/read.qed"]) == 0
     assert content(store, "golden/read.qed") == image.read_bytes()
+
+
+@pytest.fixture
+def read_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int]]:
+    """Let stored objects be read; the list has the time limit and length of each part read."""
+    get = StoreClient.get
+    found: list[tuple[float, int]] = []
+
+    def recorded(client: StoreClient, *arguments: Any) -> Iterator[Buffer]:  # noqa: ANN401
+        for part in get(client, *arguments):
+            found.append((client._options.attempt_seconds, len(part)))
+            yield part
+
+    monkeypatch.setattr(StoreClient, "get", recorded)
+    monkeypatch.setattr(UploadCheck, "_expected_etags", lambda _: ("", ""))
+    return found
+
+
+@pytest.mark.usefixtures("store")
+def test_comparison_has_the_time_of_an_upload(
+    image: Path, read_parts: list[tuple[float, int]]
+) -> None:
+    """A part that is read has the time of a part that is sent, not that of a short request."""
+    url = "s3://golden/limit.qed"
+    assert main(["publish", "-q", "--remote-attempt-timeout=7", str(image), url]) == 0
+    assert {seconds for seconds, _ in read_parts} == {600}
+    assert sum(length for _, length in read_parts) == image.stat().st_size
+
+
+def test_stopped_comparison_ends_within_a_part(
+    store: Swift, read_parts: list[tuple[float, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison that is stopped reads at most a MiB more, and the object is deleted."""
+    get = StoreClient.get
+
+    class Content:
+        def read_blocking(self, _offset: int, view: memoryview) -> int:
+            return len(view)
+
+    def stopping(client: StoreClient, *arguments: Any) -> Iterator[Buffer]:  # noqa: ANN401
+        for part in get(client, *arguments):
+            upload.stop()
+            yield part
+
+    monkeypatch.setattr(StoreClient, "get", stopping)
+    upload = Upload(
+        parse_address("s3://golden/stopped.qed"),
+        Content(),
+        20 * MIB,
+        ClientOptions(),
+        overwrite=False,
+        progress=None,
+    )
+    with pytest.raises(StoppedError):
+        upload.run()
+    assert read_parts == [(600, MIB)]
+    assert "stopped.qed" not in store.keys("golden")
 
 
 def test_part_lengths() -> None:
