@@ -102,6 +102,7 @@ class Listener:
                 is not a socket.
         """
         self._directory = -1
+        self._status: os.stat_result | None = None  # of the socket's file
         self._name = os.path.basename(address.path)  # noqa: PTH119
         try:
             self.socket = self._listen_at_path(address.path) if address.path else _listen(address)
@@ -114,17 +115,39 @@ class Listener:
         """Listen at a path; only this user and root can connect."""
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._directory = os.open(os.path.dirname(path), flags)  # noqa: PTH120
-        with socket.socket(socket.AF_UNIX) as client:
-            try:
-                status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
-                if stat.S_ISDIR(status.st_mode):
-                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-                if not stat.S_ISSOCK(status.st_mode):
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-                client.connect(f"/proc/self/fd/{self._directory}/{self._name}")
-            except (FileNotFoundError, ConnectionRefusedError):  # no file, or no process listens
-                return listen(self._directory, self._name)
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        self._remove_stale()
+        made = listen(self._directory, self._name)
+        with suppress(OSError):  # another program has removed the socket
+            self._status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+        return made
+
+    def _remove_stale(self) -> None:
+        """Remove a socket on which no process listens, if there is one; refuse any other file."""
+        try:
+            # While the file is open, no new socket gets its inode number.
+            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(self._name, flags, dir_fd=self._directory)
+        except FileNotFoundError:
+            return
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISSOCK(status.st_mode):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            if _is_in_use(fd):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            # Another process may have replaced the socket meanwhile.  Then bind(2) fails.
+            self._remove(status)
+        finally:
+            os.close(fd)
+
+    def _remove(self, status: os.stat_result) -> None:
+        """Remove the socket at the path if it still is the file with ``status``."""
+        with suppress(FileNotFoundError):
+            found = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+            if os.path.samestat(found, status):
+                os.unlink(self._name, dir_fd=self._directory)
 
     @property
     def directory(self) -> int | None:
@@ -132,11 +155,12 @@ class Listener:
         return self._directory if self._directory >= 0 else None
 
     def close(self) -> None:
-        """Close the socket, and remove its file if it has one."""
+        """Close the socket, and remove its file, unless another file has replaced it."""
+        if self._status is not None:
+            with suppress(OSError):  # the directory was made read-only, for example
+                # While the socket is open, no other file gets its inode number.
+                self._remove(self._status)
         self.socket.close()
-        if self._directory >= 0:
-            with suppress(OSError):  # the directory is gone, or the socket was removed
-                os.unlink(self._name, dir_fd=self._directory)
         self._close_directory()
 
     def _close_directory(self) -> None:
@@ -144,6 +168,20 @@ class Listener:
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
+
+
+def _is_in_use(fd: int) -> bool:
+    """Return whether a process listens on the socket file that the descriptor ``fd`` refers to."""
+    with socket.socket(socket.AF_UNIX) as client:
+        # A blocking connect(2) would wait for a stopped process whose backlog is full.
+        client.setblocking(False)  # noqa: FBT003  its only parameter
+        try:
+            client.connect(f"/proc/self/fd/{fd}")
+        except ConnectionRefusedError:
+            return False
+        except BlockingIOError:
+            return True
+    return True
 
 
 def _listen(address: ListenAddress) -> socket.socket:

@@ -117,6 +117,8 @@ class MountRecordFile:
         """
         name = "" if self._written is None else self._written[0]
         try:
+            with contextlib.suppress(FileNotFoundError):  # left by a killed process with this pid
+                os.unlink(name + STATISTICS_SUFFIX, dir_fd=self.directory)
             return listen(self.directory, name + STATISTICS_SUFFIX)
         except OSError as error:
             raise HostError.from_os(error, name, "cannot make the socket for statistics") from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -36,18 +35,16 @@ def listen(directory: int, name: str) -> socket.socket:
 
     Args:
         directory: A descriptor of the socket's directory.
-        name: The name of the socket in the directory.  An existing file of this name is removed.
+        name: The name of the socket in the directory.
 
     Raises:
-        OSError: A system call failed.
+        OSError: A system call failed, or a file of this name exists (EADDRINUSE).
     """
 
     def prepare(made: socket.socket) -> None:
         # bind(2) makes the file with the mode of the descriptor (unix_bind in net/unix/af_unix.c),
         # so there is no moment at which another user can connect.
         os.fchmod(made.fileno(), 0o600)
-        with suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=directory)
 
     return listen_at(socket.AF_UNIX, _path(directory, name), prepare)
 
