@@ -190,9 +190,12 @@ def _unpacked(packed: object, size: int) -> bytes:
 
 def _read_json(directory: int) -> dict[str, Any]:
     """Return the content of ``about.json`` in an open directory; ValueError if it is damaged."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(_NAME, flags, dir_fd=directory)
-    with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
+
+    def open_safely(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+
+    # With an opener, a failing open() closes the descriptor, also that of a directory.
+    with open(_NAME, "rb", opener=open_safely) as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
         raise ValueError(_NAME)

@@ -264,11 +264,15 @@ def read_key_file(path: str) -> str:
         UnusableError: The file is not a regular file, too long, or not in UTF-8; the message is
             only the reason.
     """
-    # Without O_NONBLOCK, open(2) of a FIFO would wait for a writer.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
-        kind = stat.S_IFMT(os.fstat(fd).st_mode)
-        if kind not in {stat.S_IFREG, stat.S_IFDIR}:  # read(2) refuses a directory
+
+    def open_safely(name: str, flags: int) -> int:
+        # Without O_NONBLOCK, open(2) of a FIFO would wait for a writer.
+        return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+    # With an opener, a failing open() closes the descriptor, also that of a directory.
+    with open(path, "rb", opener=open_safely) as file:
+        kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
+        if kind != stat.S_IFREG:
             msg = f"found {KIND_NAMES.get(kind, 'a special file')}, expected a regular file"
             raise UnusableError(msg)
         content = file.read(_MAX_KEY_FILE_BYTES + 1)

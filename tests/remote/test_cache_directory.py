@@ -27,8 +27,10 @@ from qedfuse.remote.client import ClientOptions, Version
 from qedfuse.remote.object import make_client
 from qedfuse.remote.opening import open_remote
 from qedfuse.remote.options import Deadlines, RemoteOptions
+from qedfuse.remote.storevariables import read_key_file
 from qedfuse.remote.unitfile import UNIT_BYTES, make_files
 from qedfuse.remote.webclient import WebClient
+from tests.support.openfiles import open_files
 from tests.support.remotes import DEADLINES, PATIENT, opened, read, some_bytes
 from tests.support.webserver import serving
 
@@ -385,6 +387,20 @@ def test_record_that_a_killed_process_has_begun(
     assert new.exists() == is_kept
     evict(tmp_path)
     assert not entry.exists()
+
+
+def test_metadata_that_are_a_directory(tmp_path: Path) -> None:
+    """A directory in the place of ``about.json``, or of a key, is an error without a leak."""
+    entry = store_one(tmp_path)
+    about = entry / "about.json"
+    about.unlink()
+    about.mkdir()
+    before = open_files(os.getpid())
+    with pytest.raises(IsADirectoryError):
+        read_metadata(str(entry))
+    with pytest.raises(IsADirectoryError):
+        read_key_file(str(about))
+    assert open_files(os.getpid()) == before
 
 
 def test_needed_units_without_a_pattern(tmp_path: Path) -> None:
