@@ -160,6 +160,23 @@ def test_operands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "structure" in dump("l3", path, capsys=capsys, code=1)[1]
 
 
+@pytest.mark.parametrize("stored", [0, 1, 7])
+def test_entry_past_the_end_of_the_file(
+    stored: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An L1 entry that the file does not have whole is refused, whatever its first bytes are."""
+    image = build_image(MIB, {0: b"x"})
+    put_entry(image, CLUSTER_BYTES + 8, 1)
+    path = tmp_path / "disk.qed"
+    path.write_bytes(image[: CLUSTER_BYTES + 8 + stored])
+    assert dump("l1", path, capsys=capsys)[0]["entries"][-1]["index"] == 0
+    end = CLUSTER_BYTES + 8 + stored
+    assert dump("l2", "1", path, capsys=capsys, code=1)[1] == (
+        f"qedimg: {path}: L1 entry 1: found the end of the file at {end}, expected the entry up to "
+        f"{CLUSTER_BYTES + 16}\n"
+    )
+
+
 def test_broken_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tables of a broken header are listed if their place can still be determined."""
     path = tmp_path / "disk.qed"

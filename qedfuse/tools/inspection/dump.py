@@ -141,8 +141,8 @@ class Dump:
         If the file ends within the table, the entries past that end are left out.
 
         Raises:
-            UsageError: The L1 table has no entry ``l1_index``, or the value of the entry is 0, or
-                at or past the end of the file.
+            UsageError: The L1 table has no entry ``l1_index``, the file ends before or within the
+                entry, or the value of the entry is 0, or at or past the end of the file.
             ImageError: The header is too damaged to find the L1 table.
             HostError: The host cannot read the file.
         """
@@ -165,8 +165,8 @@ class Dump:
         The offset lies inside the file, but may break other rules, such as the alignment.
 
         Raises:
-            UsageError: The L1 table has no entry ``l1_index``, or the value of the entry is 0, or
-                at or past the end of the file.
+            UsageError: The L1 table has no entry ``l1_index``, the file ends before or within the
+                entry, or the value of the entry is 0, or at or past the end of the file.
             ImageError: The header is too damaged to find the L1 table.
             HostError: The host cannot read the file.
         """
@@ -176,6 +176,11 @@ class Dump:
             msg += f"{header.geometry.entries - 1}"
             raise UsageError(msg)
         position = header.l1_table_offset + l1_index * ENTRY_BYTES
+        end = position + ENTRY_BYTES
+        if end > self._file.size():
+            msg = f"{self.name}: L1 entry {l1_index}: found the end of the file at "
+            msg += f"{self._file.size()}, expected the entry up to {end}"
+            raise UsageError(msg)
         table_offset = int.from_bytes(await self._file.pread(position, ENTRY_BYTES), "little")
         if table_offset == UNALLOCATED or table_offset >= self._file.size():
             found = "0 (no table)" if table_offset == UNALLOCATED else str(table_offset)
