@@ -23,7 +23,8 @@ MAX_PART_SECONDS: Final = 600.0
 need at least 437 KiB/s."""
 _COMPARE_BYTES: Final = 1 << 20
 """After each such number of bytes, a comparison looks whether it must end."""
-_DEADLINES: Final = Deadlines(total_seconds=30)
+_RETRY_SECONDS: Final = 30.0
+"""For how long a failed request is repeated."""
 
 
 class StoppedError(Exception):
@@ -76,7 +77,9 @@ class UploadCheck:
             UsageError: See `make_client`.
         """
         client = make_client(self._address, self._options)
-        return open_object(self._address, client, _DEADLINES, allow_unpinned=True)
+        return open_object(
+            self._address, client, Deadlines(total_seconds=_RETRY_SECONDS), allow_unpinned=True
+        )
 
     def compare(self, etag: str, *, is_stoppable: bool = True) -> str:
         """Compare the object with the content; return the entity tag of the object.
@@ -124,7 +127,9 @@ class UploadCheck:
         # The time of an attempt limits the whole response of a store, which is a part here.
         options = replace(self._options, attempt_seconds=MAX_PART_SECONDS)
         client = make_client(self._address, options)
-        source = RemoteObject(self._address, client, version, _DEADLINES)
+        source = RemoteObject(
+            self._address, client, version, Deadlines(total_seconds=_RETRY_SECONDS)
+        )
         for number, start in enumerate(range(0, self._size, self._part_bytes)):
             length = min(self._part_bytes, self._size - start)
             found = hashlib.md5(usedforsecurity=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.errors import HostError
-from qedfuse.mount.system import listenaddress
+from qedfuse.mount.system import listenaddress, statisticssocket
 from qedfuse.mount.system.listenaddress import ListenAddress, Listener
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def test_two_processes_that_start(
         start_first()
         return listen(directory, name)
 
-    is_in_use, listen = listenaddress._is_in_use, listenaddress.listen
+    is_in_use, listen = listenaddress._is_in_use, statisticssocket.listen
     if is_stale:
         monkeypatch.setattr(listenaddress, "_is_in_use", unlink_later)
     else:
