@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ import pytest
 
 from qedfuse.remote.unitfile import UNIT_BYTES
 from tests.support import programs, qemu
+from tests.support.extensions import needs_extensions
 from tests.support.keyservice import giving_keys
 from tests.support.mounted import TIMEOUT, FrontMount, clean_up, front, mounted, qedfuse, refused
 from tests.support.openfiles import open_files
@@ -274,6 +276,47 @@ def test_a_write_that_needs_the_server_is_lost_with_a_message(
         expected[FAR + BLOCK : FAR + 2 * BLOCK] = new
         expected[1 << 20 : (1 << 20) + (1 << 16)] = b"w" * (1 << 16)
         assert (directory / "vm1.raw").read_bytes() == expected
+
+
+@needs_extensions
+@pytest.mark.parametrize("how", ["beside O_DIRECT", "memory map"])
+def test_a_write_from_the_cache_is_recognised(
+    how: str, server: WebServer, content: bytes, tmp_path: Path
+) -> None:
+    """A cached write is reported as lost, also if the kernel sends it with a handle of O_DIRECT.
+
+    So is a change through a memory map without the write-back cache.
+    """
+    overlay = tmp_path / "vm1.qed"
+    # A cluster is longer than what one read puts into the cache.
+    words = ("create", "-q", "--cluster-size=1M", "-b", server.url)
+    assert programs.qedimg(*words, overlay) == (0, "", "")
+    options = f"{prefix(server)},remote_timeout=0.5,remote_attempt_timeout=0.5"
+    if how == "memory map":
+        options += ",truncate=zero"
+    with front("-o", options, overlay, tmp_path / "mnt") as mount:
+        disk = mount.mountpoint / "vm1.raw"
+        fd = os.open(disk, os.O_RDWR)
+        if how == "memory map":
+            # With a page fault the kernel would wait for the server, which is in this process.
+            assert read(disk, FAR) == content[FAR : FAR + BLOCK]
+            server.always = "status 503"
+            with mmap.mmap(fd, BLOCK, offset=FAR) as pages:
+                pages[:] = b"n" * BLOCK
+        else:
+            server.always = "status 503"
+            os.pwrite(fd, b"n" * BLOCK, FAR)
+            direct = os.open(disk, os.O_WRONLY | os.O_DIRECT)
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                os.fsync(fd)
+            os.close(direct)
+        with suppress(OSError):  # EIO, if the kernel has not reported the loss yet
+            os.close(fd)
+        server.always = None
+        mount.signal(signal.SIGTERM)
+        code, log = mount.finish()
+    assert code == 2
+    assert f"data that programs have written to {overlay} was lost" in log.splitlines()[-1]
 
 
 SPREAD: Final = 1 << 16

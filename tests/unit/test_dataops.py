@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import select
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import pytest
 
 from qedfuse.mount.fuse import extraops
+from qedfuse.mount.fuse.handles import HANDLE_DIRECT, HANDLE_WRITER
 from tests.support.fusewire import (
     FSYNC,
     FSYNC_SLOT,
@@ -37,8 +39,18 @@ pytestmark = pytest.mark.skipif(
 
 iothreads = pytest.importorskip("qedfuse.hostio._iothreads", reason="the extension was not built")
 
-HANDLE = (1 << 62) + 5
+HANDLE = HANDLE_DIRECT | HANDLE_WRITER | 5
 OFFSET = 1 << 45
+WRITE_CACHE = 1
+"""FUSE_WRITE_CACHE of linux/fuse.h."""
+FH_OFFSET = 16
+"""Offset of ``fh`` in struct fuse_file_info."""
+WriteOperation = ctypes.CFUNCTYPE(
+    None,
+    *(ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t),
+    ctypes.c_int64,
+    ctypes.c_void_p,
+)
 
 
 class Pyfuse3:
@@ -47,13 +59,15 @@ class Pyfuse3:
     Attributes:
         wire: The session.
         calls: The names of the operations that were called, in their order.
+        write_handles: The handles of the writes.
     """
 
     def __init__(self) -> None:
         """Make a session with the three operations."""
         self.calls: list[str] = []
+        self.write_handles: list[int] = []
         self._read = Operation(lambda _request, _inode: self.calls.append("read"))
-        self._write = Operation(lambda _request, _inode: self.calls.append("write"))
+        self._write = WriteOperation(self._record_write)
         self._fsync = Operation(lambda _request, _inode: self.calls.append("fsync"))
         self.wire = Wire(
             filled={READ_SLOT: self._read, WRITE_SLOT: self._write, FSYNC_SLOT: self._fsync}
@@ -63,9 +77,13 @@ class Pyfuse3:
         """Send a read of ``size`` bytes at `OFFSET`; return the number of the request."""
         return self.wire.send(READ, struct.pack("=QQIIQII", HANDLE, OFFSET, size, 0, 0, 0, 0))
 
-    def write(self, data: bytes) -> int:
+    def _record_write(self, *arguments: int) -> None:
+        self.calls.append("write")
+        self.write_handles.append(ctypes.c_uint64.from_address(arguments[-1] + FH_OFFSET).value)
+
+    def write(self, data: bytes, write_flags: int = 0) -> int:
         """Send a write of ``data`` at `OFFSET`; return the number of the request."""
-        head = struct.pack("=QQIIQII", HANDLE, OFFSET, len(data), 0, 0, 0, 0)
+        head = struct.pack("=QQIIQII", HANDLE, OFFSET, len(data), write_flags, 0, 0, 0)
         return self.wire.send(WRITE, head + data)
 
     def fsync(self) -> int:
@@ -118,6 +136,17 @@ def test_a_write_that_the_function_carries_out_is_answered_in_full(pyfuse3: Pyfu
     assert written == [(HANDLE, OFFSET, b"guest data")]
     assert pyfuse3.wire.answers == [(number, 0, struct.pack("=II", 10, 0))]
     assert pyfuse3.calls == []
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_write_from_the_cache_has_the_flags_of_no_handle(
+    pyfuse3: Pyfuse3, *, is_cached: bool
+) -> None:
+    """pyfuse3 gets a write from the kernel's cache without the flags for O_DIRECT and writers."""
+    pyfuse3.write(b"guest data", WRITE_CACHE if is_cached else 0)
+    cleared = HANDLE_DIRECT | HANDLE_WRITER
+    assert HANDLE & cleared == cleared
+    assert pyfuse3.write_handles == [HANDLE & ~cleared if is_cached else HANDLE]
 
 
 def test_an_fsync_that_the_function_carries_out_is_answered(pyfuse3: Pyfuse3) -> None:

@@ -34,7 +34,7 @@ from qedfuse.mount.fuse.blocksinvalidator import MIN_INTERVAL_SECONDS, BlocksInv
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.fuse.fallocate import FallocateLseek
 from qedfuse.mount.fuse.fuseinit import mask_request, patch_reply
-from qedfuse.mount.fuse.handles import HANDLE_DIRECT
+from qedfuse.mount.fuse.handles import HANDLE_DIRECT, HANDLE_WRITER
 from qedfuse.mount.fuse.operations import Operations
 from qedfuse.mount.fuse.partitionfiles import PartitionFiles
 from qedfuse.mount.fuse.sizefixup import SizeFixup
@@ -555,7 +555,11 @@ async def test_what_a_server_makes_a_write_lose_is_logged(
 
 @pytest.mark.parametrize(
     ("handle", "options"),
-    [(2 | HANDLE_DIRECT, MountOptions()), (2, MountOptions(direct_io=True))],
+    [
+        (2 | HANDLE_WRITER | HANDLE_DIRECT, MountOptions()),
+        (2 | HANDLE_WRITER, MountOptions(direct_io=True)),
+        (2 | HANDLE_WRITER, MountOptions(truncate="zero")),
+    ],
 )
 async def test_a_write_that_the_program_sees_fail_is_not_lost(
     handle: int, options: MountOptions

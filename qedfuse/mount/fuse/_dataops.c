@@ -30,6 +30,9 @@ typedef void (*fsync_operation)(fuse_req_t, fuse_ino_t, int, struct fuse_file_in
 
 typedef void (*init_operation)(void *, struct fuse_conn_info *);
 
+/* HANDLE_DIRECT and HANDLE_WRITER (handles.py). */
+#define CLEARED_IN_CACHED_WRITES (UINT64_C(1) << 62 | UINT64_C(1) << 61)
+
 /* pyfuse3's own operations, which the table had before. */
 static init_operation pyfuse3_init;
 static read_operation pyfuse3_read;
@@ -183,6 +186,9 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
         count_fast(inode, COUNT_WRITE, size, start);
         take_more();
     } else {
+        /* Set for a write from the kernel's cache (FUSE_WRITE_CACHE); see handles.py. */
+        if (info->writepage)
+            info->fh &= ~CLEARED_IN_CACHED_WRITES;
         pyfuse3_write(request, inode, data, size, offset, info);
     }
     PyGILState_Release(state);

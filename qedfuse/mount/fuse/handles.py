@@ -1,6 +1,10 @@
 """The bits of file handles.
 
 A file handle is the inode number of the disk together with the `HANDLE_FLAGS` that apply.
+
+The kernel sends a write from its cache with any handle of the file that may write.  So the flags of
+this handle have no meaning for the write, and the extension (`_dataops.c`) clears `HANDLE_DIRECT`
+and `HANDLE_WRITER` before pyfuse3 gets the write.
 """
 
 from __future__ import annotations

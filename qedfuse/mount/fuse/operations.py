@@ -191,9 +191,9 @@ class Operations(MetadataOperations):
                 await exported.disk.flush()
         except (RemoteError, ForeignError) as error:
             self._exported_disks.write_failed(exported)
-            if not self.enable_writeback_cache or fh & HANDLE_DIRECT:
-                raise  # the program gets the error
-            raise _lost_data(exported, error) from error
+            if self._is_from_cache(fh):
+                raise _lost_data(exported, error) from error
+            raise
         except Exception:
             self._exported_disks.write_failed(exported)
             raise
@@ -204,6 +204,16 @@ class Operations(MetadataOperations):
             # uses O_DIRECT.  ENOSPC names the reason.
             raise FUSEError(errno.ENOSPC)
         return written
+
+    def _is_from_cache(self, fh: int) -> bool:
+        """Return whether a write with the handle ``fh`` comes from the kernel's cache.
+
+        Then write(2) has reported success, or a memory map has changed the pages.  `HANDLE_WRITER`
+        is missing if the extension has cleared it.  Without the extension, two such writes are
+        not recognised: with the write-back cache those that the kernel sends with a handle of
+        O_DIRECT, and without it those of memory maps.
+        """
+        return not fh & HANDLE_WRITER or (self.enable_writeback_cache and not fh & HANDLE_DIRECT)
 
     async def _prepare_past_end(
         self, exported: ExportedDisk, start: int, end: int, *, direct: bool
