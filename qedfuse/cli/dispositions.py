@@ -49,6 +49,15 @@ def report_sigterm(program: str) -> None:
         _signal.signal(_signal.SIGTERM, end)
 
 
+def report_children() -> None:
+    """Let the kernel keep the exit codes of child processes for waitpid(2).
+
+    A caller that ignores SIGCHLD would otherwise leave that to this program, which then could not
+    learn how a child has ended.
+    """
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+
+
 def ignore_diagnostic_signals() -> None:
     """Ignore SIGUSR1 and SIGUSR2, whose default action is to end the process.
 

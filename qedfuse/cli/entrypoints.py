@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from qedfuse.cli.dispositions import (
     ignore_diagnostic_signals,
+    report_children,
     report_sigterm,
     sigint_default,
 )
@@ -37,6 +38,7 @@ def qedimg_program() -> int:
 def _prepare_to_load(program: str) -> None:
     """Let signals end the process while modules load; let the cycle collector run rarely."""
     sigint_default()
+    report_children()
     report_sigterm(program)
     from qedfuse.util.garbagecollector import collect_rarely  # noqa: PLC0415  after sigint_default()
 

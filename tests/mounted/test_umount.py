@@ -20,6 +20,8 @@ from tests.support import qemu
 from tests.support.disks import has_need_check
 from tests.support.mounted import (
     KEEPS_NEED_CHECK,
+    clean_up,
+    command_line,
     front,
     is_locked,
     is_mounted,
@@ -346,6 +348,28 @@ def test_umount_refuses_other_file_systems(tmp_path: Path) -> None:
     """The command refuses to unmount a plain directory and another file system."""
     assert "found no mount" in refused("umount", tmp_path, code=18)
     assert "expected fuse.qedfuse" in refused("umount", "/proc", code=18)
+
+
+def test_a_caller_that_ignores_sigchld(image: Path, tmp_path: Path) -> None:
+    """The exit codes are the same if the caller ignores SIGCHLD, which a program inherits."""
+
+    def run(*words: str | Path) -> int:
+        script = ("env", "--ignore-signal=CHLD")
+        return subprocess.run(
+            [*script, *command_line(""), *words], stderr=subprocess.DEVNULL, check=False
+        ).returncode
+
+    directory, bad = tmp_path / "mnt", tmp_path / "bad"
+    directory.mkdir()
+    bad.write_bytes(b"no image")
+    codes = [run(bad, directory), qedfuse(bad, directory).returncode]
+    assert codes[0] == codes[1] > 0
+    try:
+        assert run(image, directory) == 0
+        assert run("stats", directory) == 0
+        assert run("umount", directory) == 0
+    finally:
+        clean_up(directory)
 
 
 def test_umount_returns_when_the_process_is_gone(image: Path, tmp_path: Path) -> None:

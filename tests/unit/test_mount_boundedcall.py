@@ -44,6 +44,15 @@ def test_a_child_that_cannot_be_made_is_an_error_of_the_host(
     assert open_descriptors() == before
 
 
+def test_a_program_that_ignores_sigchld_gets_the_result() -> None:
+    """The result arrives although the kernel keeps no exit code of the child."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert call_in_child(lambda: 7, 30) == 7
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_a_child_without_a_result_is_an_error_of_the_host() -> None:
     """If the child is killed, or its result cannot be pickled, the error is one line."""
     for function in (lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: lambda: None):
