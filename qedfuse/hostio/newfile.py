@@ -169,7 +169,12 @@ class NewFile:
                 raise
             # FAT has no hard links.  An empty file reserves the name until the rename.
             os.close(os.open(self._final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
-            os.replace(self.path, self._final)  # noqa: PTH105
+            try:
+                os.replace(self.path, self._final)  # noqa: PTH105
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(self._final)  # noqa: PTH108
+                raise
         else:
             with suppress(FileNotFoundError):  # harmless: the file has its final name already
                 os.unlink(self.path)  # noqa: PTH108

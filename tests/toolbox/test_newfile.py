@@ -60,6 +60,23 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(
     assert names(tmp_path) == {"a", "b"}
 
 
+def test_a_failed_rename_leaves_no_empty_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host without hard links, the file that reserves the name goes if the rename fails."""
+    monkeypatch.setattr(os, "link", without_links)
+
+    def fail(*_: object) -> None:
+        assert names(tmp_path) == {"a", os.path.basename(new.path)}  # noqa: PTH119
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with NewFile(str(tmp_path / "a")) as new:
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(HostError, match="Input/output error"):
+            new.commit()
+    assert names(tmp_path) == set()
+
+
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("command", ["create", "convert"])
 @pytest.mark.parametrize("at_start", ["nothing", "a file", "a link"])
