@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from qedfuse.remote.unitfile import UnitFile
 
 _NAME: Final = "about.json"
-_NEW_NAME: Final = re.compile(r"about-[0-9a-f]{32}\.new")
+_NEW_NAME: Final = re.compile(r"about(?:-[0-9a-f]{32})?\.new")
 """A file about-RANDOM.new becomes ``about.json`` when it is complete.  Processes that record the
-same entry concurrently use different names."""
+same entry concurrently use different names.  A cache can still have an ``about.new`` of an earlier
+version of qedfuse."""
 _MAX_NEW_FILE_SECONDS: Final = 3600.0
 """Age at which a file about-RANDOM.new was left by a process that was killed."""
 _MAX_BYTES: Final = 32 << 20
