@@ -112,8 +112,8 @@ def write_record_file(fd: int, path: str, record: bytes) -> None:
 def remove_record(fd: int, path: str) -> None:
     """Remove the record of an image, and the record file of an earlier image of the same name.
 
-    Errors are ignored: the next opening of the image notices that a record left here does not
-    match.
+    Errors are ignored: a record that is left here is not used for a base of another name, and
+    leads to a message if it has another version of the base.
     """
     with suppress(OSError):
         os.removexattr(fd, _ATTRIBUTE)

@@ -5,9 +5,9 @@ server does not answer, each fill fails after the time limit of the server.  The
 limited number of writes at a time, so without a further limit, closing a file with many dirty pages
 would take the time limit again and again.  So a fill has little time if a fill has just failed.
 
-A server that answers slowly must not lose writes by that: as soon as it has answered anything,
-fills have their whole time again.  A fill that waits for another server, for the cache or for a
-local file has its whole time as well.
+A server that only answers slowly must not make the guest lose writes by this limit.  So as soon as
+it has answered anything, fills have their whole time again.  A fill that waits for another server,
+for the cache or for a local file has its whole time as well.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ServerSilence:
         """
         self._attempt_seconds = attempt_seconds
         self._lock = threading.Lock()
-        # The last failure since which the server has answered nothing, without its traceback.
+        # The last failure (without a traceback), if the server has answered nothing since then.
         self._failure: RemoteError | None = None
         self._begun = 0.0  # when it happened
         self._last = 0.0  # when a fill has last failed or given up

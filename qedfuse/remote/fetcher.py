@@ -87,7 +87,7 @@ class Fetcher:
         self._readers = ReadAhead()
         # A marker is a unit whose read starts the next fetch ahead (`ReadAhead.set_marker`).
         self._markers: set[int] = set()  # markers that are being fetched
-        self._held_back: set[int] = set()  # markers that were fetched, and made not ready
+        self._held_back: set[int] = set()  # markers whose fetch has ended, and that are not ready
 
     def demand(self, first: int, last: int) -> list[Flight]:
         """Start fetching the units ``first`` to ``last`` that are not ready; return their flights.
@@ -107,9 +107,10 @@ class Fetcher:
     def release(self, flights: Iterable[Flight]) -> None:
         """Record that a reader waits no longer for flights that `demand` has returned.
 
-        A flight that no thread has taken, and for which no other reader waits, is dropped, or is
-        again one of the prefetches if it was.  Otherwise the fetches of readers that have given up
-        would delay those of other readers, and be made when the server answers again.
+        A flight that no thread has taken, and for which no other reader waits, is dropped.  If it
+        was a prefetch before a reader demanded it, it becomes one again.  Otherwise the fetches of
+        readers that have given up would delay those of other readers, and be made when the server
+        answers again.
         """
         with self._lock:
             for flight in flights:
@@ -149,7 +150,10 @@ class Fetcher:
         return self._threads.is_closed
 
     def quiet_seconds(self) -> float:
-        """Return the seconds since a reader last waited: 0 if one waits now, infinite if never."""
+        """Return the seconds since a unit was last fetched for a reader; infinite if never.
+
+        The result is 0 while a flight that a reader has demanded is not released or still fetched.
+        """
         with self._lock:
             return 0.0 if self._wanted else time.monotonic() - self._last_wanted
 
@@ -299,7 +303,7 @@ class Fetcher:
         window = self._readers.record_read(first, last, max_units)
         end = min(last + window, self._units - 1)
         ahead = last + 1
-        # A marker in `_held_back` was fetched as well, although it is not ready.
+        # The fetch of a marker in `_held_back` has ended as well, although it is not ready.
         while ahead <= end and (
             self.ready[ahead] or ahead in self._flights or ahead in self._held_back
         ):

@@ -2,8 +2,8 @@
 
 A slice is *dirty* while it has changes that are not in the file and not in a running write-back.
 It is *pinned* while a `Pins` block or a `WriteBack` uses it.  If it is neither, `TableCache` may
-evict it whenever a task awaits something.  So a task must pin a slice before it changes the slice,
-unless it has awaited nothing since it got the slice from the cache.
+evict it whenever a task awaits something.  So a task that wants to change a slice must pin it
+before it awaits anything, unless it awaits nothing before the change.
 """
 
 from __future__ import annotations

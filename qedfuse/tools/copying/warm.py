@@ -42,8 +42,8 @@ class WarmedFile:
         url: The normalised URL, without a secret query.
         cached_bytes: Number of bytes that a mount can need; the cache has all of them.
         fetched_bytes: Number of bytes that were fetched from the server.
-        is_complete: Whether the file can be read without its server: the cache has recorded that
-            all needed bytes are there.
+        is_complete: Whether the cache could record that all needed bytes are there, so that the
+            file can be read without its server.
     """
 
     url: str
@@ -120,7 +120,7 @@ class _NeededFile:
     """One remote file of the chain, and its units that a mount can need."""
 
     def __init__(self, file: RemoteFile, layer: Layer) -> None:
-        """Take ``file``, the open file of ``layer``; the caller must then mark the needed units."""
+        """Take ``file``, the open file of ``layer``; the caller must then add the needed units."""
         self.units = NeededUnits(layer)
         self._file = file
 

@@ -171,8 +171,8 @@ def describe(
 
     Raises:
         UsageError: The file is a URL, which `qedfuse.tools.inspection.chaininfo` can describe.
-        NotQedError: The file has no QED magic although ``image_format`` is ``qed``, or it is of a
-            foreign format.
+        NotQedError: The file has no QED magic although ``image_format`` is ``qed``, or
+            ``image_format`` is ``auto`` and the file is of a foreign format.
         QedError: The file cannot be opened, or its beginning cannot be read.
     """
     require_local(path)
