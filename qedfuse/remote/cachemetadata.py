@@ -32,7 +32,8 @@ version of qedfuse."""
 _MAX_NEW_FILE_SECONDS: Final = 3600.0
 """Age at which a file about-RANDOM.new was left by a process that was killed."""
 _MAX_BYTES: Final = 32 << 20
-"""Maximum length of ``about.json`` in bytes; the largest object needs about half of it."""
+"""Maximum length of ``about.json`` in bytes.  The units that readers need take up most of it: about
+half of this length for an object of the largest size, if they have no pattern."""
 
 _FIRST_SECOND: Final = datetime(1, 1, 1, tzinfo=UTC).timestamp()
 _END_SECOND: Final = datetime(9999, 12, 31, tzinfo=UTC).timestamp() + 86_400
@@ -94,8 +95,8 @@ def mark_usable_offline(entry: UnitFile, needed: bytes) -> None:
 
     Raises:
         HostError: The host is full (`NoSpaceError`).
-        CacheError: The host refused, the record would be too long, or the entry lacks one of the
-            units, has damaged metadata, or was removed from the cache.
+        CacheError: A system call failed, the record would be too long, or the entry lacks one of
+            the units, has damaged metadata, or was removed from the cache.
     """
     shown = printable(entry.path)
     try:
@@ -160,9 +161,9 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
 def _parsed_time(modified: object) -> float | None:
     """Return the time of the object's last change, from ``about.json``; see `Version.modified`.
 
-    With an entity tag the name of the entry does not depend on the time, so a damaged time must be
-    found here.  Only null and times of the years 1 to 9999 are accepted; others raise ValueError
-    or OverflowError.
+    Only null and times of the years 1 to 9999 are accepted; others raise ValueError or
+    OverflowError.  The comparison of the version with the name of the entry finds a damaged time
+    only if the object has no entity tag: otherwise the name is made from the tag and not the time.
     """
     if modified is None:
         return None

@@ -84,8 +84,9 @@ class UploadCheck:
     def compare(self, etag: str, *, is_stoppable: bool = True) -> str:
         """Compare the object with the content; return the entity tag of the object.
 
-        In most stores the entity tag is a checksum of the object.  If it is not the checksum of the
-        content, the object is read and compared.
+        An object of another length or with another entity tag than ``etag`` differs.  In most
+        stores the tag is a checksum of the object.  If it is not the checksum of the content, the
+        object is read and compared.
 
         Args:
             etag: The entity tag that the store has returned for the upload; empty if unknown.

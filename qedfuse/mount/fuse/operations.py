@@ -261,10 +261,11 @@ class Operations(MetadataOperations):
             self._report_lost_writes(fh)
 
     def _report_lost_writes(self, fh: int) -> None:
-        """Raise an error if writes were lost after write(2) had reported success.
+        """Raise an error if the disk has failed, or if a delayed write went past its end.
 
-        The loss of writes past the end is reported only once, to a handle that may write.  The
-        failure of a disk is reported every time, to all handles.
+        The kernel itself reports a delayed write for which it got an error reply.  The loss of
+        writes past the end is reported only once, to a handle that may write.  The failure of a
+        disk is reported every time, to all handles.
 
         Raises:
             FUSEError: EIO, the disk has failed; ENOSPC, a write went past the end of the disk.

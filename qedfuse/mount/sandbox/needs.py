@@ -26,12 +26,13 @@ class ServerNeeds:
         modes: The modes that the process may pass to chmod(2): those that the files of the disks
             can have, with and without write permission (`SizeFixup`).
         writable: Whether the mount can be written to.
-        uses_servers: Whether an image or backing file is on a web server, object store or NBD
-            server.
+        uses_servers: Whether a server, or a qemu-nbd process of the mount, serves an image or
+            backing file.
         addresses: The addresses of the sources that are URLs, and the prefixes of the URLs that
             images may name as backing files.
         variables: The variables of the environment and of a file with credentials.
-        key_files: The files with keys or tokens that stores may read, which may be replaced.
+        key_files: The files with keys or tokens that the clients of object stores may read, and
+            that may be replaced during the mount.
         cache_directory: The directory of the cache for remote files; None for no cache.
         credentials_file: A file with credentials, which may be replaced during the mount; None for
             no such file.
@@ -70,8 +71,8 @@ def server_needs(
         options: The options of the mount.
         is_directory: Whether the mountpoint is a directory.
         mode: The permissions of the files of the disks.
-        uses_servers: Whether an image or backing file is on a web server, object store or NBD
-            server.
+        uses_servers: Whether a server, or a qemu-nbd process of the mount, serves an image or
+            backing file.
         socket_directory: The descriptor of the directory of the socket for metrics; None for no
             such socket.
     """

@@ -73,13 +73,15 @@ def create(
     Args:
         path: Path of the image.
         size: Bytes of the disk, rounded up to whole sectors.  None for the size of the backing
-            file's disk, if it is opened.
+            file's disk; refused if there is no backing file, or if ``unsafe`` leaves its size
+            unknown.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
-        backing: Name of the backing file, see `backing_path`; None for no backing file.  A URL or a
-            foreign image is allowed only with ``unsafe`` or ``examined``.
-        backing_format: Format of the backing file; None accepts any but raw, and is refused with
-            ``unsafe``.
+        backing: Name of the backing file, see `backing_path`; None for no backing file.  Without
+            ``unsafe``, a URL needs ``examined``, and so does an image that only QEMU reads, unless
+            ``backing_format`` is ``raw``.
+        backing_format: Format of the backing file.  None for QED, or for the format in
+            ``examined``.  With ``unsafe`` a backing file needs a format here.
         unsafe: Do not open the backing file, which need not exist.
         overwrite: Replace an existing file, unless that file is in use as an image.
         fill: Called with the temporary path of the image, before the image gets its name.  If it

@@ -102,7 +102,7 @@ class Dump:
         self.header = header
 
     def _parsed_header(self) -> Header:
-        """Return the header, of which only the geometry and the L1 table's offset must be valid.
+        """Return the header if its geometry is valid and the L1 table ends before `MAX_OFFSET`.
 
         Raises:
             ImageError: The header is too damaged to find the L1 table.

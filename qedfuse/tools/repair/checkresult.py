@@ -1,6 +1,7 @@
 """The result of checking or repairing an image.
 
-A separate module, so that a command can use the result without loading the check.
+A separate module, so that `qedimg check` can use the result of a fast check without loading
+numpy and trio, which the full check needs (`qedfuse.tools.repair.imagecheck`).
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ class CheckResult:
         report: CheckReport,
         **more: Any,  # noqa: ANN401  fields
     ) -> Self:
-        """Return a result with one report: of a check, of a plan, or of the check after an undo.
+        """Return a result with one report: no repair has been made, or it was undone.
 
         Args:
             header: The header of the image.
             size: Length of the file in bytes.
-            report: The report of the check.
+            report: The report of the only check, or of the check after the undo.
             more: Further attributes of the result.
         """
         total = header.geometry.clusters(header.image_size)
@@ -74,8 +75,9 @@ class CheckResult:
     def leaks_fixed(self) -> int:
         """The leaked clusters in the first check minus those in the last check; at least 0.
 
-        This includes clusters that only seemed leaked, because their table was not valid before
-        the repair.
+        This includes clusters that are in use, but counted as leaked because the check before the
+        repair did not read their L2 table, which was not valid: it overlapped another table, for
+        example, or the end of the file cut it short.
         """
         return max(0, self.before.leaks - self.after.leaks)
 
