@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 _LONG_READ_BYTES: Final = 1 << 16
 """Minimum length of a read that fills its buffer with one system call (without TLS)."""
+_BUFFER_BYTES: Final = 1 << 13
+"""Length of the buffer of a response.  It must be less than `_LONG_READ_BYTES`: filling the buffer
+must not wait for more bytes than a short response has.  The default depends on the version of
+Python, and is 128 KiB in recent ones."""
 
 
 class _TimedSocket(io.RawIOBase):
@@ -85,7 +89,7 @@ class TimedResponse(http.client.HTTPResponse):
         """Prepare to read a response from ``sock``; see the base class."""
         super().__init__(sock, *args, **options)  # type: ignore[arg-type]
         self._timed = _TimedSocket(sock, self.fp.detach())
-        self.fp = io.BufferedReader(self._timed)
+        self.fp = io.BufferedReader(self._timed, _BUFFER_BYTES)
 
     def restart_timeout(self, seconds: float) -> None:
         """Limit the time for reading the rest of the response to ``seconds``."""
