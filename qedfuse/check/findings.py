@@ -126,8 +126,9 @@ class CheckReport:
             leaked.  None without a valid list.
         past_end_clusters: How many of ``allocated_clusters`` lie past the end of the disk.
         hidden_findings: Number of findings that no kept finding describes.
-        fragmented_clusters: Number of L2 entries whose cluster does not directly follow the cluster
-            of the entry before it in the file.  Entries without an offset are skipped.
+        fragmented_clusters: Number of L2 entries whose cluster does not lie in the file directly
+            after the cluster of the previous entry of their table.  Entries without an offset are
+            skipped.
     """
 
     findings: tuple[Finding, ...]

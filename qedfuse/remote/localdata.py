@@ -17,8 +17,8 @@ remedy:
   can leave a hole.  So a block of zeros counts as a miss, unless the block is known to be zeros in
   the remote file (`ZeroBlocks`).
 - Another program may have truncated the file.  A later write makes it longer again, with a hole,
-  but not as long as it was (`qedfuse.remote.sharing`).  So the length is checked before and after
-  the read.
+  but not as long as it was, because its last byte is never written by a store of a unit
+  (`qedfuse.remote.sharing`).  So the length is checked before and after the read.
 
 By these rules a miss in one process brings no unchecked bytes into the page cache, where another
 process that uses the same entry could read them.  docs/remote.md lists the cases in which bytes
@@ -27,8 +27,9 @@ that were not compared can still be returned.
 The mount's extension in C reads the file by the same rules (``_checkedunits.c``), with fewer calls.
 A page in the page cache can be *invalid*: the kernel is reading it from the disk, or has failed to
 write it.  cachestat(2) counts such a page, but mincore(2) does not.  A read with ``RWF_NOWAIT``
-does not return the page, but splice(2) would read it from the disk.  So the extension calls
-mincore(2) before splice(2), and cachestat(2) before other reads.
+does not return the page, but splice(2) would read it from the disk.  So before splice(2) the
+extension calls mincore(2), unless the kernel has written the units to the disk.  Before other reads
+it calls cachestat(2), if the kernel has it.
 """
 
 from __future__ import annotations

@@ -141,7 +141,9 @@ class _Reader:
             ("free_clusters", descriptor.free_clusters, descriptor.runs, max_free),
         ):
             if not low <= found <= high:
-                expected = f"{low} to {high}" if low < high else f"{low}"
+                expected = f"{low}" if low == high else f"{low} to {high}"
+                if low > high:  # no value is valid
+                    expected = f"at least {low} and at most {high}"
                 refuse(f"descriptor {field}", found, expected)
 
     async def _read_chain(self, descriptor: Descriptor) -> tuple[list[int], list[Runs]]:
@@ -190,7 +192,7 @@ class _Reader:
         inside &= (first >= header_clusters) & (count > 0)
         if not inside.all():
             expected = (
-                f"at least one cluster, from cluster {header_clusters} to before cluster "
+                f"at least one cluster, not before cluster {header_clusters}, and without cluster "
                 f"{self._clusters - 1}, the file's last"
             )
             self._refuse_first(runs, ~inside, expected)

@@ -47,7 +47,7 @@ static int fill_runs(struct stored_runs *runs, PyObject *source)
     if (!PyArg_ParseTuple(source, "y*KO!", &runs->cells, &runs->capacity, &PyTuple_Type, &files))
         return -1;
     if ((uint64_t)runs->cells.len / sizeof(uint64_t) < FIRST_START + 2 * runs->capacity) {
-        PyErr_SetString(PyExc_ValueError, "there are fewer cells than for the runs");
+        PyErr_SetString(PyExc_ValueError, "there are fewer cells than the runs need");
         return -1;
     }
     runs->files = make_files(files);
