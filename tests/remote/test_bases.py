@@ -307,6 +307,14 @@ def test_a_host_that_refuses(
     assert [line[2] for line in lines] == ["Permission denied"] * 3
 
 
+def test_another_format_than_the_user_states(
+    server: WebServer, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A QED image on a server is refused as the base if the user states another format."""
+    run("create", "-b", server.url, "-F", "vmdk", image, code=17)
+    assert "found a QED image, expected the format vmdk" in capsys.readouterr().err
+
+
 @pytest.mark.expect_log("cannot read the version of the backing file that was remembered")
 def test_a_record_that_cannot_be_read_stays(
     server: WebServer, image: Path, monkeypatch: pytest.MonkeyPatch

@@ -233,6 +233,9 @@ def _examined(
     if wanted == "raw":
         return NewBase(size, "raw", versions)
     if is_qed(start):
+        if wanted not in (None, "qed"):
+            msg = f"{shown}: found a QED image, expected the format {wanted}"
+            raise NotQedError(msg)
         header = parse_header(start[:HEADER_BYTES], shown)
         header.check_fits(size, shown)
         return NewBase(header.image_size, "qed", versions)
