@@ -11,6 +11,7 @@ import pytest
 
 from qedfuse.mount.options import MountOptions
 from qedfuse.mount.sandbox import sandbox as module
+from qedfuse.mount.sandbox import seccomp
 from qedfuse.mount.sandbox.needs import ServerNeeds, server_needs
 from qedfuse.mount.sandbox.privileges import removing_needs_override
 from qedfuse.mount.sandbox.sandbox import Sandbox
@@ -128,3 +129,12 @@ def test_removing_a_file_from_an_own_directory(tmp_path: Path, mode: int, *, nee
     finally:
         os.fchmod(fd, 0o700)
         os.close(fd)
+
+
+@pytest.mark.parametrize(("machine", "argument"), [("x86_64", 0), ("aarch64", 0), ("s390x", 1)])
+def test_the_flags_of_clone(machine: str, argument: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The filter tests the argument of clone(2) that has the flags on the architecture."""
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    needs = seccomp.CallNeeds(network=False, host=False, kill=False, modes=(), log=False)
+    (conditions,) = [found for name, _, found in seccomp._rules(needs) if name == "clone"]
+    assert [condition.arg for condition in conditions] == [argument]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import platform
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -138,7 +139,9 @@ def _rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
         yield name, _ALLOW, []
     for name in systemcalls.NOT_IMPLEMENTED:
         yield name, _ERRNO | errno.ENOSYS, []
-    yield "clone", _ALLOW, [_Comparison(_FIRST, _MASKED_EQUAL, _THREAD_FLAGS, _THREAD_FLAGS)]
+    # See clone(2) for the order of its arguments.
+    flags = _SECOND if platform.machine().startswith("s390") else _FIRST
+    yield "clone", _ALLOW, [_Comparison(flags, _MASKED_EQUAL, _THREAD_FLAGS, _THREAD_FLAGS)]
     yield "prctl", _ALLOW, [_Comparison(_FIRST, _EQUAL, _SET_NAME, 0)]
     for command in systemcalls.IOCTLS.values():
         yield "ioctl", _ALLOW, [_Comparison(_SECOND, _EQUAL, command, 0)]
