@@ -146,6 +146,33 @@ def test_rebase_to_another_reading(tmp_path: Path, full_image: Path, old: str, n
     assert qemu.compare(path, expected)
 
 
+@pytest.fixture
+def linked_images(tmp_path: Path) -> tuple[Path, Path]:
+    """Make one qcow2 file with two names, whose relative backing file differs by directory."""
+    for number, name in enumerate("ab", 1):
+        (tmp_path / name).mkdir()
+        raw = tmp_path / name / "base"
+        raw.write_bytes(bytes([number]) * DISK_BYTES)
+        qemu.run("qemu-img", "convert", "-O", "qcow2", raw, raw.with_suffix(".qcow2"))
+    first, second = (tmp_path / name / "x.qcow2" for name in "ab")
+    qemu.create(first, image_format="qcow2", backing="base.qcow2", backing_format="qcow2")
+    second.hardlink_to(first)
+    return first, second
+
+
+def test_rebase_to_another_name_of_the_base(
+    tmp_path: Path, linked_images: tuple[Path, Path]
+) -> None:
+    """A rebase to a base that is the same file, but has other bases by its other name, copies."""
+    first, second = linked_images
+    path = tmp_path / "image.qed"
+    run("create", "-f", "qed", "-b", first, path)
+    expected = contents(path, tmp_path)
+    run("rebase", *ALLOWED, "-b", second, path)
+    run("compare", *ALLOWED, "-F", "raw", path, expected)
+    assert qedimg("compare", *ALLOWED, first, second)[0] == 1
+
+
 def test_compare_two_readings(full_image: Path) -> None:
     """An image and its own file as a raw disk differ."""
     code, output, _ = qedimg("compare", "-f", "raw", full_image, full_image)

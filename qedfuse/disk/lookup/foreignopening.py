@@ -102,9 +102,11 @@ def driver_of(file: ReadableFile) -> str | None:
 def content_identity(file: ReadableFile) -> FileIdentity:
     """Return a value that is equal for two open files only if they have the same bytes.
 
-    An image that QEMU serves has the identity of its file, but not the bytes of that file.
+    A disk that QEMU serves has the identity of its image, but not the bytes of that file.  Its
+    bytes also depend on the files that the image names, and these on the path by which the image
+    was opened.  So its value differs from that of every other open file.
     """
-    return (driver_of(file), *file.identity)
+    return file.identity if driver_of(file) is None else ("disk", id(file))
 
 
 def graph_of(file: ReadableFile) -> Graph | None:
