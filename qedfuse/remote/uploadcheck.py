@@ -23,8 +23,10 @@ MAX_PART_SECONDS: Final = 600.0
 need at least 437 KiB/s."""
 _COMPARE_BYTES: Final = 1 << 20
 """After each such number of bytes, a comparison looks whether it must end."""
+_READ_SECONDS: Final = 60.0
+"""Maximum time of an attempt to read a part.  The next attempt goes on where this one has ended."""
 _RETRY_SECONDS: Final = 30.0
-"""For how long a failed request is repeated."""
+"""For how long a failed request for the metadata is repeated."""
 
 
 class StoppedError(Exception):
@@ -125,11 +127,12 @@ class UploadCheck:
 
     def _compare_content(self, version: Version, *, is_stoppable: bool) -> None:
         """Read a version of the object, and compare it with the content."""
-        # The time of an attempt limits the whole response of a store, which is a part here.
-        options = replace(self._options, attempt_seconds=MAX_PART_SECONDS)
+        # The time of an attempt limits the whole response of a store, which is a part here.  But a
+        # response that stalls must not take the whole time of its part.
+        options = replace(self._options, attempt_seconds=_READ_SECONDS)
         client = make_client(self._address, options)
         source = RemoteObject(
-            self._address, client, version, Deadlines(total_seconds=_RETRY_SECONDS)
+            self._address, client, version, Deadlines(total_seconds=MAX_PART_SECONDS)
         )
         for number, start in enumerate(range(0, self._size, self._part_bytes)):
             length = min(self._part_bytes, self._size - start)
