@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 
 import pytest
@@ -184,6 +185,8 @@ def test_refused(url: str) -> None:
         "https://SECRET@h/a",
         "https://user:SEC/SECRET@h/a",
         "https://SECRET-/x@h/a",
+        "https://SEC!RET/x@h/a",
+        "nbd+unix:///e?socket=SE%43RET@b",
         "https://user:80?SECRET@h/a",
         "ftp://user:SECRET@h/a",
         "https://user:SECRET @h/a",
@@ -203,8 +206,8 @@ def test_no_secret_in_an_error(url: str) -> None:
     """The error for a URL shows neither its user nor its query nor its fragment."""
     with pytest.raises(UsageError) as caught:
         parse_address(url)
-    assert "SECRET" not in str(caught.value)
-    assert "SECRET" not in shown_name(url)
+    assert not re.search("sec!?ret", str(caught.value), re.IGNORECASE)
+    assert not re.search("sec!?ret", shown_name(url), re.IGNORECASE)
 
 
 @pytest.mark.parametrize("text", ["user:SECRET@h/", "SECRET@h", "user:SECRET@h://x", "a@SECRET?b"])
