@@ -168,13 +168,17 @@ class NewFile:
             if error.errno not in _LINK_UNSUPPORTED:
                 raise
             # FAT has no hard links.  An empty file reserves the name until the rename.
-            os.close(os.open(self._final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+            fd = os.open(self._final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
             try:
                 os.replace(self.path, self._final)  # noqa: PTH105
             except BaseException:
+                # A rename can take effect although the file system reports an error.
                 with suppress(OSError):
-                    os.unlink(self._final)  # noqa: PTH108
+                    if self._is_at_name(fd):
+                        os.unlink(self._final)  # noqa: PTH108
                 raise
+            finally:
+                os.close(fd)
         else:
             with suppress(FileNotFoundError):  # harmless: the file has its final name already
                 os.unlink(self.path)  # noqa: PTH108
