@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from qedfuse.errors import HostError
+from qedfuse.hostio.regular import identity_of
 from qedfuse.mount.system.unmount import sync_mount
 from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
+    from qedfuse.hostio.hostfile import FileIdentity
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
 _log = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class SizeFixup:
             await self._wake.wait()
             self._wake = trio.Event()
             while self._pending:
-                _inode, exported = self._pending.popitem()
+                inode, exported = self._pending.popitem()
                 path = os.fsencode(self._mountpoint)
                 if self._is_directory:
                     path = os.path.join(path, exported.name)  # noqa: PTH118
@@ -70,7 +72,9 @@ class SizeFixup:
                 try:
                     # In a thread, because the system calls wait for replies of this server.
                     await run_in_thread(
-                        self._correct, path, st_dev, exported.fixup_size, abandon_on_cancel=True
+                        self._correct,
+                        *(path, (st_dev, inode), exported.fixup_size),
+                        abandon_on_cancel=True,
                     )
                 except (OSError, HostError) as error:  # HostError: no thread can be started
                     _log.debug("%s: cannot correct the size: %s", exported.disk.name, error)
@@ -78,16 +82,17 @@ class SizeFixup:
                 # keeps its value: with -1, `Truncation` would take the request for a user's.
                 exported.fixup_size = -1
 
-    def _correct(self, path: bytes, st_dev: int, size: int) -> None:
-        """Make the kernel replace its cached size of a file, if it is in the mount ``st_dev``."""
+    def _correct(self, path: bytes, expected: FileIdentity, size: int) -> None:
+        """Make the kernel replace its cached size of a file, if its identity is ``expected``."""
         # The kernel reports the error of a failed writeback only once, for example when a
         # descriptor is closed.  With O_PATH the close reports no such error, so the error is left
         # for the program that has written.
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             status = os.fstat(fd)
-            if status.st_dev != st_dev:
-                # The mount is gone, or another mount covers it.
+            if identity_of(status) != expected:
+                # The mount is gone, or another mount covers it.  Or the partition table has
+                # changed, and another partition has the name.
                 return
             if status.st_size == size:
                 # With the write-back cache, fstat(2) returns the cached size, which is then right.
