@@ -143,6 +143,30 @@ def test_mount_options_after_a_comma(complete: Complete) -> None:
     assert words == {"growable"}
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "qedfuse -o uid=$(touch${IFS}x),r",
+        "qedfuse -o 'uid=`touch${IFS}x`,r",
+        "qedfuse -o uid=$(touch${IFS}x),backing=",
+        "qedfuse -o credentials=$(touch${IFS}x)/",
+        "qedimg check --output=$(touch${IFS}x)",
+    ],
+)
+def test_typed_text_is_not_executed(line: str, shell: str, tmp_path: Path) -> None:
+    """A command substitution that the user has typed is not executed for a completion."""
+    SHELLS[shell](line, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a:b.qed", "a=b.qed"])
+def test_names_with_a_separator(name: str, tmp_path: Path) -> None:
+    """Bash replaces only the part after the last = or :, so only this part is offered."""
+    (tmp_path / name).touch()
+    assert bash(f"qedimg info {name[:2]}", tmp_path) == {"b.qed"}
+
+
 @pytest.mark.parametrize("line", ["qedimg create -b vm.qed x.qed 1", "qedimg create --table-size "])
 def test_numbers_are_not_completed(line: str, tmp_path: Path) -> None:
     """No file is offered where a number is expected."""

@@ -20,12 +20,22 @@ _HEAD: Final = """\
 
 _FUNCTIONS: Final = r"""
 _PROGRAM_offer() {
-    # $1: the typed word; $2: the candidates.  readline completes only the part after the last
-    # "=" or ":", so everything before this part is removed from each candidate.
-    local done=''
+    # $1: the typed word; $2: the candidates for the end of the word; $3: the part before it.
+    # compgen expands the candidates, also commands in them, so they never have typed text.
+    mapfile -t COMPREPLY < <(compgen -W "$2" -- "${1#"$3"}")
+    _PROGRAM_cut "$1" "$3"
+}
+
+_PROGRAM_cut() {
+    # $1: the typed word; $2: the part of it that the words of COMPREPLY lack.
+    # readline completes only the part after the last "=" or ":", so everything before this part is
+    # removed from each word.
+    local done='' number
     [[ $1 == *[=:]* ]] && done=${1%"${1##*[=:]}"}
-    mapfile -t COMPREPLY < <(compgen -W "$2" -- "$1")
-    COMPREPLY=("${COMPREPLY[@]#"$done"}")
+    for number in "${!COMPREPLY[@]}"; do
+        COMPREPLY[number]=$2${COMPREPLY[number]}
+        COMPREPLY[number]=${COMPREPLY[number]#"$done"}
+    done
 }
 
 _PROGRAM_names() {
@@ -33,26 +43,22 @@ _PROGRAM_names() {
     # If compgen finds no name, for example after a quote, readline completes the name itself.
     compopt -o filenames -o default 2>/dev/null
     mapfile -t COMPREPLY < <(compgen "$1" -- "$2")
+    _PROGRAM_cut "$2" ''
 }
 
 _PROGRAM_mount_options() {
     # $1: mount options, separated by commas; the last option, or its value, is completed.
-    local last=${1##*,} word words=''
-    local before=${1%"$last"}
+    local last=${1##*,}
     if [[ $last != *=* ]]; then
         compopt -o nospace 2>/dev/null
         _PROGRAM_mount_words
-        for word in $values; do words+=" $before$word"; done
-        _PROGRAM_offer "$1" "$words"
+        _PROGRAM_offer "$1" "$values" "${1%"$last"}"
         return
     fi
     _PROGRAM_word_value "${last%%=*}"
     case $values in
         -f | -d) _PROGRAM_names "$values" "${last#*=}" ;;
-        *)
-            for word in $values; do words+=" $before${last%%=*}=$word"; done
-            _PROGRAM_offer "$1" "$words"
-            ;;
+        *) _PROGRAM_offer "$1" "$values" "${1%"${last#*=}"}" ;;
     esac
 }
 
@@ -69,24 +75,20 @@ _PROGRAM_value() {
         -f\ *)
             _PROGRAM_names -f "$2"
             local names=("${COMPREPLY[@]}")
-            _PROGRAM_offer "$2" "${1#-f }"
+            _PROGRAM_offer "$2" "${1#-f }" ''
             COMPREPLY+=("${names[@]}")
             ;;
         mount-options) _PROGRAM_mount_options "$2" ;;
-        *) _PROGRAM_offer "$2" "$1" ;;
+        *) _PROGRAM_offer "$2" "$1" '' ;;
     esac
 }
 
 _PROGRAM_option_and_value() {
     # $1: the command; $2: an option with "=" and a value.
-    local word words=''
     _PROGRAM_option "$1" "${2%%=*}" || return
     case $values in
         -f | -d) _PROGRAM_names "$values" "${2#*=}" ;;
-        *)
-            for word in $values; do words+=" ${2%%=*}=$word"; done
-            _PROGRAM_offer "$2" "$words"
-            ;;
+        *) _PROGRAM_offer "$2" "$values" "${2%%=*}=" ;;
     esac
 }
 
@@ -118,7 +120,7 @@ _PROGRAM() {
         _PROGRAM_option_and_value "$command" "$typed"
     elif [[ ! $plain && $typed == -* ]]; then
         _PROGRAM_options "$command"
-        _PROGRAM_offer "$typed" "$values"
+        _PROGRAM_offer "$typed" "$values" ''
     else
         _PROGRAM_operand "$command $operands"
         _PROGRAM_value "$values" "$typed"
