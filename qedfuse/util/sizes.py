@@ -1,4 +1,4 @@
-"""Sizes in bytes with binary suffixes: parsing (``64K``) and formatting (``1.5 GiB``)."""
+"""Numbers as text: sizes in bytes with binary suffixes (``64K``, ``1.5 GiB``), and others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from qedfuse.errors import UsageError
 
 _UNITS: Final = "KMGTPE"
 _UNIT_FACTOR: Final = 1024
+_MIN_ROUNDED: Final = 99.95
+"""From this number on, three digits have no fraction."""
 # Without re.ASCII the Kelvin sign would match K.  The number of digits is limited, because int()
 # fails for thousands of digits.
 _PATTERN: Final = re.compile(
@@ -50,3 +52,8 @@ def format_size(size: int) -> str:
             break
         value /= _UNIT_FACTOR
     return f"{value:.4g} {unit}"
+
+
+def three_digits(value: float) -> str:
+    """Return a number with at least three significant digits, and without an exponent if large."""
+    return f"{value:.0f}" if value >= _MIN_ROUNDED else f"{value:.3g}"

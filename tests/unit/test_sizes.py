@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfuse.errors import UsageError
-from qedfuse.util.sizes import format_size, parse_size
+from qedfuse.util.sizes import format_size, parse_size, three_digits
 from tests.support import qemu
 
 if TYPE_CHECKING:
@@ -96,3 +96,13 @@ def test_what_is_written_reads_back(number: int, unit: str) -> None:
     """A whole number of units is parsed from what was formatted."""
     size = parse_size(f"{number}{unit}")
     assert parse_size(format_size(size).replace(" ", "").removesuffix("ytes")) == size
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.00123, "0.00123"), (1.25, "1.25"), (99.94, "99.9"), (99.96, "100"),
+     (1048.576, "1049"), (1234567.0, "1234567")],
+)  # fmt: skip
+def test_three_digits(value: float, text: str) -> None:
+    """A number has at least three digits and no exponent, however large it is."""
+    assert three_digits(value) == text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.util.sizes import three_digits
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -25,7 +27,7 @@ def byte_count(count: float) -> str:
 
 def milliseconds(seconds: float | None) -> str:
     """Return a time in milliseconds, without the unit; `NONE` for None."""
-    return NONE if seconds is None else f"{seconds * 1e3:.3g}"
+    return NONE if seconds is None else three_digits(seconds * 1e3)
 
 
 def percent(share: float | None) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from qedfuse.text import printable
+from qedfuse.util.sizes import three_digits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -51,7 +52,7 @@ def summary(document: Mapping[str, Any]) -> str:
         requests = sum(one["requests"] for one in counted)
         mebibytes = sum(one["bytes"] for one in counted) / _MEBIBYTE
         seconds = sum(one["seconds"] for one in counted)
-        average = f", {seconds / requests * 1e3:.3g} ms" if requests else ""
+        average = f", {three_digits(seconds / requests * 1e3)} ms" if requests else ""
         parts.append(f"{operation} {requests} ({mebibytes:.1f} MiB{average})")
     errors = sum(one["errors"] for disk in disks for one in disk["requests"].values())
     parts.append(f"errors {errors}")
