@@ -79,10 +79,10 @@ class OutOfFileEntries:
                 earlier table, and therefore must not be written to.
             cleared_value: The new value of cleared L2 entries.
         """
-        # If several L1 entries point to the same table, all of them, or all but one, get a copy of
-        # it (`moves`).  An L2 entry in this table that points past the end loses data in the range
-        # of each of these L1 entries.  All losses must be recorded before the L2 entry is cleared.
-        # So the tables to copy are read first.
+        # If several L1 entries point to the same table, all but the first get a copy of it, and the
+        # first too if data overlaps the table (`moves`: gets a copy).  An L2 entry in this table
+        # that points past the end loses data in the range of each of these L1 entries.  All losses
+        # must be recorded before the L2 entry is cleared.  So the tables to copy are read first.
         avoided: list[Values] = [np.empty(0, np.uint64)]
         in_place: list[tuple[int, int]] = []
         length = self._geometry.table_bytes
@@ -119,9 +119,9 @@ class OutOfFileEntries:
         """Overwrite entries of the L1 table; return the old values of those that get POISON_ENTRY.
 
         The caller must not allocate a table at one of the returned offsets.  Otherwise an entry
-        could get its old value again.  The backup, with which the user can undo a repair, has only
-        entries that the whole repair changes.  It would lack this entry, and after an interruption
-        could not undo `POISON_ENTRY`.
+        could get its old value again.  The backup, with which the user can undo a repair, lacks the
+        entries that have the same value before and after the repair.  So after an interruption it
+        could not undo the `POISON_ENTRY` of such an entry.
         """
         poisoned: list[Values] = []
         if not l1_entries:

@@ -79,7 +79,10 @@ def fill_map(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] 
 
 
 def _objects(output: BinaryIO) -> Iterator[dict[str, Any]]:
-    """Yield the objects of the program's output; raise ValueError for other output."""
+    """Yield the objects of the program's output; raise ValueError for other output.
+
+    A last line without a newline is ignored: the program has ended while it wrote the line.
+    """
     rest = b""
     while data := output.read(_CHUNK_BYTES):
         lines, newline, rest = (rest + data).rpartition(b"\n")

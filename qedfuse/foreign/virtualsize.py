@@ -39,9 +39,10 @@ _MAX_DISK_BYTES: Final = (1 << 63) - 1
 
 
 def virtual_size(graph: Graph, image: ChainImage) -> int:
-    """Return the size in bytes of the disk of an image of a graph; the call blocks.
+    """Return the size in bytes of the disk of ``image``, one of the images of a graph (`Graph`).
 
-    The caller is a worker thread of trio.  If its task is cancelled, the program is killed.
+    The call blocks.  The caller is a worker thread of trio.  If its task is cancelled, the program
+    is killed.
 
     Raises:
         Cancelled: The task was cancelled.

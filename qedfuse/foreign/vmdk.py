@@ -27,7 +27,7 @@ _MAX_EMBEDDED_DESCRIPTOR_BYTES: Final = 20 * _SECTOR_BYTES
 _MAX_DESCRIPTOR_BYTES: Final = (1 << 20) - 1
 """Maximum length of a descriptor in a file of its own; QEMU does not read what follows."""
 _MAX_NAME_BYTES: Final = 1023
-"""Maximum length of the name of a parent, as in QEMU."""
+"""Maximum length of the name of a parent; the rest of a longer name is cut off."""
 _MAX_SHOWN_BYTES: Final = 60
 
 _COMMENT: Final = re.compile(rb"[ \t]*(?:#[^\x00-\x08\x0a-\x1f]*)?")
@@ -147,7 +147,7 @@ def refuse_hidden_descriptor(start: bytes, name: str) -> None:
 
 
 def _parent(text: bytes, name: str) -> bytes:
-    """Return the name of the parent in a descriptor, as QEMU finds it; empty if there is none."""
+    """Return the name of the parent in a descriptor; empty if there is none."""
     parent = text.partition(_PARENT)[2].partition(b'"')[0][:_MAX_NAME_BYTES]
     identifier = _PARENT_ID.search(text)
     if not parent and identifier and identifier[1].lower() != _NO_PARENT:

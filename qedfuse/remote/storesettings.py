@@ -125,7 +125,8 @@ def make_store(
             used a store.
     """
     _GUARD.use()
-    is_cloud_machine(address.scheme)  # found out even if the configuration is not valid yet
+    # Asked before anything can be refused: the answer is cached, and a sandbox could hide it later.
+    is_cloud_machine(address.scheme)
     check_proxies()
     variables = Variables(dict(options.credentials))
     check_variables(address.scheme, variables)

@@ -150,7 +150,7 @@ def _read_some(body: TimedResponse, view: memoryview, expected: int) -> int:
 
 
 def _truncated_error(expected: int) -> TruncatedError:
-    """Return the error for a response that breaks off before ``expected`` bytes."""
+    """Return the error for a response that breaks off; ``expected`` is the length of its part."""
     return TruncatedError(f"found an answer that breaks off, expected {expected} bytes")
 
 

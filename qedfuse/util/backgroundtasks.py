@@ -33,7 +33,8 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
     trio wraps every error that leaves a nursery in an exception group, which callers do not expect:
     they handle a `QedError`, and print a group with trio's own message.  So of several errors the
     first `QedError` is raised, or the first OSError if there is none; the others are logged at the
-    level debug.  A group is raised only if there are several errors and one is a bug.
+    level debug.  A group is raised only if it has several items and one error in it is a bug, or if
+    it has only cancellations.
     """
     try:
         async with trio.open_nursery() as nursery:
@@ -51,7 +52,8 @@ def _first_expected_error(group: BaseExceptionGroup[BaseException]) -> BaseExcep
     """Return the error of a group to raise in its place; None if one of its errors is a bug.
 
     A `QedError` is preferred to an OSError.  The other errors are logged.  Cancellations of tasks
-    are left out: a caller that is cancelled too may end with an error.
+    are left out.  The caller may have been cancelled too, but trio permits that it ends with an
+    error nevertheless.
     """
     found, others = group.split((QedError, OSError))
     if found is None or (others is not None and others.split(trio.Cancelled)[1] is not None):

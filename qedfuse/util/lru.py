@@ -39,7 +39,8 @@ class LRU(Generic[K, V]):
         """Start empty.
 
         Args:
-            budget: Maximum number of bytes of all values; pinned values can exceed it.
+            budget: Maximum number of bytes of all values.  Pinned values, and a single large one
+                that was put last, can exceed it.
             weigh: Returns how many bytes a value takes; always the same number for one value.
             pinned: Returns whether a value must not be evicted now.
         """

@@ -145,8 +145,8 @@ def _tables(program: Program) -> Iterator[str]:
     """Yield the lines of the functions that contain a program's tables.
 
     The function ``is_command`` succeeds if its argument is a subcommand.  Each other function sets
-    the variable ``values`` of its caller to an entry of its table.  If there is no entry, it sets
-    an empty string, except for ``option``, which fails.
+    the variable ``values`` of its caller to an entry of its table; ``mount_words`` has only one.
+    If there is no entry, it sets an empty string, except for ``option``, which fails.
     """
     names = " ".join(command.name for command in program.commands if command.name)
     # The first command of qedfuse, which mounts, has no name; each command of qedimg has one.

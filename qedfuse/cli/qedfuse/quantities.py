@@ -1,4 +1,4 @@
-"""Numbers of statistics as short text: bytes, times, shares, and quantiles of histograms."""
+"""Numbers of statistics: bytes, times and shares as short text, and quantiles of histograms."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class FastPath:
 
         Returns None also if the range is empty, is longer than `_MAX_READ_BYTES`, does not lie
         within one slice, or ends past the end of the disk.  The returned view is valid until the
-        next call.
+        next read or write of the disk on the fast path.
         """
         if length > _MAX_READ_BYTES:
             return None

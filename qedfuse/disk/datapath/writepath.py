@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _MAX_COPY_BYTES: Final = 1 << 20
-"""Maximum bytes of one read or write that fills new clusters or zeroes a range."""
+"""Maximum bytes of one read or write that copies the content around a write into new clusters, or
+zeroes a range."""
 
 _MAX_BYTES_PER_LOOKUP: Final = 1 << 26
 """Maximum bytes of the disk in one lookup by `WritePath.allocate`."""

@@ -188,7 +188,11 @@ class Mover:
             done, value = done + clusters, value + run.length
 
     async def _copy(self, source: int, target: int, length: int) -> None:
-        """Copy bytes within the file; a hole, which can be 1 GiB, stays one if the host permits."""
+        """Copy bytes within the file.
+
+        If the host permits, a hole stays one, because it can be 1 GiB.  A hole that begins less
+        than `_COPY_BYTES` after data may be copied as zeros.
+        """
         file, at = self._layer.file, 0
         while at < length:
             # Reads and writes that need not wait make no checkpoint.  Without this one a deadline

@@ -260,9 +260,9 @@ class Reclaim:
         ranges = [(first << bits, count << bits) for first, count in taken]
         try:
             if clusters is allocator.maybe_holes:
-                # Most clusters that the scan found are holes already, so the host is asked first.
-                # It is not asked about `unpunched`: reserved space that was never written looks
-                # like a hole.
+                # Most clusters that the scan found to be free are holes already, so the host is
+                # asked first.  It is not asked about `unpunched`: reserved space that was never
+                # written looks like a hole.
                 ranges = [run for run in ranges if await holds_data(self._file, *run)]
             if ranges:
                 await self._guard.prepare_write()

@@ -99,7 +99,7 @@ def _attach(operations: Operations, mountpoint: str, options: MountOptions, sour
         if failure is not None:
             raise _explain(mountpoint, printed or str(failure)) from failure
         if printed:
-            with suppress(OSError):  # stderr may be closed, or be a pipe without a reader
+            with suppress(OSError):  # stderr may be a pipe without a reader
                 sys.stderr.write(f"qedfuse: {printable(printed)}\n")
         new = _fuse_descriptors() - before
         if len(new) != 1:

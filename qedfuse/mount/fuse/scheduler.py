@@ -52,7 +52,8 @@ _log = logging.getLogger(__name__)
 MAX_BURST: Final = 64
 """Number of requests in a row after which all other tasks run.
 
-The extension reads several requests at a time, so the number can be exceeded by a few."""
+The extension takes several requests at a time, at most 63, so the number can be exceeded by that
+many."""
 
 MAX_BURST_BESIDE_OTHERS: Final = 8
 """The same as `MAX_BURST`, while the event loop is needed for other work."""
@@ -72,7 +73,8 @@ DEFAULT_POLL_SECONDS: Final = 100e-6
 class SchedulerStatistics:
     """Counts how the tasks waited for requests, for the debug log.
 
-    The requests that the extension took are counted with the next request that a task takes.
+    The requests that the extension took are counted later, with a request that had arrived before a
+    task waited for it.
 
     Attributes:
         ready: Requests that had arrived before a task waited for them.
@@ -125,7 +127,7 @@ class Scheduler:
         self._poller = select.poll()
         self._fd = -1
         self._closing = False
-        self._burst = 0  # requests that were taken since the other tasks ran last
+        self._burst = 0  # requests that were counted since the other tasks ran last
 
     async def wait_readable(self, fd: int) -> None:
         """Wait until the kernel has a request on ``fd``.
@@ -225,7 +227,8 @@ class Scheduler:
         while not (self._is_loop_needed() or self._closing):
             if has_finished():
                 # If a task waits for one of these calls, it becomes runnable, and polling ends.
-                # Otherwise polling goes on: a thread answers the reads of `HostCalls.start_read`.
+                # No task waits for a read of `HostCalls.start_read`, which a thread answers, so
+                # after such a call polling goes on.
                 self._calls.deliver()
                 continue
             end_queued_reads()

@@ -97,9 +97,8 @@ class SizeFixup:
             if status.st_size == size:
                 # With the write-back cache, fstat(2) returns the cached size, which is then right.
                 # Without it, fstat(2) returns the server's size, but the kernel may not have cached
-                # this size while other requests were in progress.  It always caches the size in the
-                # reply to chmod(2), and to a truncation.  But until a truncation has ended, the
-                # kernel ignores the size in all other replies.
+                # this size: until a truncation has ended, it ignores the sizes in replies to most
+                # other requests.  It always caches the size in the reply to chmod(2).
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))  # noqa: PTH101
                 return
             # The truncation makes the kernel drop dirty pages past the end.  Without an attempt to

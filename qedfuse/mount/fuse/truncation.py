@@ -78,7 +78,7 @@ class Truncation:
     async def grow(self, exported: ExportedDisk, end: int) -> None:
         """Grow a disk to ``end`` bytes, rounded up to whole sectors.
 
-        Does nothing if the disk is that large already.
+        Does nothing if the disk may grow and is that large already.
 
         Raises:
             FUSEError: ENOSPC, the file may not grow; EFBIG, the tables cannot address the size.

@@ -55,7 +55,10 @@ def _remove_source_lines(exception: traceback.TracebackException, seen: set[int]
 
 
 class _LineFormatter(_TracebackFormatter):
-    """Formats each message as one line; a traceback follows only if ``tracebacks`` is set."""
+    """Formats messages; a traceback follows only if ``tracebacks`` is set.
+
+    Without tracebacks, a message with an exception is one line.
+    """
 
     def __init__(self, *, tracebacks: bool) -> None:
         super().__init__("qedfuse: %(message)s")

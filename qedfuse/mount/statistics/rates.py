@@ -19,7 +19,8 @@ def hit_rates(disk: Mapping[str, Any]) -> dict[str, float | None]:
     - ``fast_path``: reads, writes and flushes that were answered in one step, without waiting.
     - ``table_cache``: reads, writes and discards for which no slice of a table had to be loaded.
     - ``host_cache``: reads of local files, tables included, whose data the host's page cache had.
-    - ``remote_cache``: reads of remote files that did not make a reader wait for a server.
+    - ``remote_cache``: reads of remote files for which no reader waited for a server.  Readers also
+      wait for tables, which do not count as reads, so the rate can be too low after the start.
     """
     requests, files = disk["requests"], disk["files"]
     loads = disk["table_cache"]["loads"]

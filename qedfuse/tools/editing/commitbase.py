@@ -192,8 +192,8 @@ async def describe_base(
     after which no program can open it.
 
     The first bytes of a fixed VHD do not show its format, so it counts as raw, and only its footer
-    is found here.  The policy's format applies to all bases.  So the user may have stated it for
-    another base of the chain, which this base would hide.
+    is found here.  The policy's format applies to all bases.  So the user may have meant another
+    base of the chain, which is not read any more: a raw base ends the chain.
 
     Args:
         base: The base.
