@@ -16,8 +16,8 @@
  * 128 KiB.  So the read is on the list before anything that the answer causes can happen.  `data`
  * is the buffer of the read.  `result` is the number of bytes in it, or a negative errno.  Until
  * answer->call has returned, the capsule and the buffer stay valid, and the read counts as pending.
- * answer->call must not wait for the event loop: the event loop may be waiting for a queued call
- * that only this thread can make.
+ * answer->call must not wait for the event loop.  A task of the event loop may be waiting for a queued
+ * call, and if no other thread is left or can be created, only this thread can make that call.
  *
  * answer->call may run even after the IoThreads object was freed.  If it uses memory besides the
  * capsule and the buffer, that memory may be freed only after pending() has returned 0, or under a

@@ -42,8 +42,8 @@ async def describe_any(
         options: How to open the file; None for the defaults.
 
     Raises:
-        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or ``path`` is a
-            URL of an image in another format than QED and raw.
+        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic.  Or it is ``auto``,
+            and ``path`` is a URL of an image in another format than QED and raw.
         ForeignError: The file is of a format that QEMU reads, and QEMU fails or is missing.
         QedError: The file cannot be opened, locked or read.
     """
@@ -73,8 +73,8 @@ async def describe_chain(
         options: How to open the image, and which bases are allowed; None for the defaults.
 
     Raises:
-        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or ``path`` is a URL
-            of an image in another format than QED and raw.
+        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic.  Or it is ``auto``,
+            and ``path`` is a URL of an image in another format than QED and raw.
         ForeignError: The file is of a format that QEMU reads, and QEMU fails or is missing.
         BackingError: A base is missing or refused, or has a format that the policy forbids, or the
             chain is a loop or too long.

@@ -20,7 +20,7 @@ class ImageReader(Protocol):
 
     Attributes:
         size: Length of the file in bytes.
-        disk_usage: Space in bytes that the file uses where it is stored.
+        disk_usage: Space in bytes that the file uses where it is stored; on a server, its length.
     """
 
     size: int
