@@ -1,8 +1,8 @@
 """The entry points of the programs ``qedfuse`` and ``qedimg``.
 
 While modules are loaded, Ctrl-C ends the process without a traceback, and the collector of
-reference cycles runs rarely.  A server or a subcommand can run for long, so after loading its
-modules it lets the collector run as often as by default.
+reference cycles runs rarely.  A server or a subcommand of ``qedimg`` can run for long, so after
+loading its modules it lets the collector run as often as by default.
 """
 
 from __future__ import annotations

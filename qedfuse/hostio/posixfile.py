@@ -40,8 +40,9 @@ _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 class PosixFile(PosixReader):
     """A `HostFile` for a regular file, implemented with system calls.
 
-    The event loop itself makes a short change if no thread is changing the file (`InodeLock`) and
-    the kernel does not throttle short writes (`InlinePolicy`).  Threads make all other changes.
+    The event loop itself makes a write that is short by its `InlinePolicy`, if no thread is
+    changing the file and the kernel does not throttle short writes (`InodeLock`).  Threads make all
+    other changes, and all changes of a file on a server.
     """
 
     def __init__(self, fd: int, path: str, *, writable: bool) -> None:

@@ -31,13 +31,14 @@ class Flight:
         blocks: The content of each unit that was read from the cache or fetched.  After a success,
             only units that are ready for reads from the page cache (`UnitStore.ready`) can be
             missing.
-        is_wanted: Whether a reader waits, or has waited, for the flight.
+        is_wanted: Whether a reader waits for the flight, or has waited for it.  A prefetch whose
+            readers have all left is not wanted any more.
         readers: Number of readers that have demanded the flight and not released it.
         is_prefetched: Whether the flight must be fetched even if no reader waits for it.
         is_missing: Whether a unit was not found in the cache.
         joined_late: Whether its first reader, or the first one after all others had left, came when
-            a thread had already taken the flight.  If the fetch fails, it is then made again: the
-            time limit of the failed one has begun before that reader came.
+            a thread had already taken the flight.  If True and the fetch fails, it is made again,
+            because the time limit of the failed fetch had begun before the late reader came.
         continues: Whether one request may fetch the flight together with the preceding flight.
         is_brief: Whether failed fetches are repeated for a short time only, because a reader of one
             of the units has just waited for the server without success.

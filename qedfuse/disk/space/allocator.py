@@ -4,10 +4,10 @@ Free clusters are handed out before the file grows.  The file never needs to be 
 *bound*: the length of the header, the L1 table, as many L2 tables as the size of the disk requires,
 and one cluster for each cluster of the disk.
 
-A table needs neighbouring clusters.  If data left only single free clusters, each crash that loses
-a new table could make the file grow, even past its bound.  Therefore data must leave enough *table
-slots* (runs of free clusters as long as a table: `FreeMap`) for all missing tables (proof in
-docs/space.md):
+A table needs neighbouring clusters.  After a crash that loses a new table, its clusters are free,
+and data could take some of them before the table is made again.  So each such crash could make the
+file grow, even past its bound.  Therefore data must leave enough *table slots* (runs of free
+clusters as long as a table: `FreeMap`) for all missing tables (proof in docs/space.md):
 
     slots in free runs + slots between the end and the bound >= tables still missing
 
@@ -92,7 +92,8 @@ class Allocator:
         self._record_change = marking.record_change
         self.end = end
         # Clusters past both this offset and `end` read as zeros, because nothing has been written
-        # to them since the file was opened or last cut.
+        # to them since the file was opened or last cut.  (`FileLength.grow` first cuts off a part
+        # of a cluster at the end of the file.)
         self._written_end = end
         self.anchor = header.l1_end >> self._bits
         self.free = FreeMap(geometry.table_size, self.anchor)
@@ -127,8 +128,8 @@ class Allocator:
             cluster = self.free.take_outside_slots()
             if cluster is not None:
                 return cluster, 1
-        # A slot begins at each cluster n for which n + `FreeMap.alignment` is a multiple of the
-        # length of a table.  So the cluster at `end` costs a slot only if `end` is such an n.
+        # Past `end` a slot begins at each cluster n for which n + `FreeMap.alignment` is a multiple
+        # of the length of a table.  So the cluster at `end` costs a slot only if that is such an n.
         if end < bound and (spare > 0 or (end + self.free.alignment) % self.free.table_clusters):
             return end, min(limit, bound - end)
         # The clusters between the last slot and the bound are too few for a table, so data may use
@@ -248,7 +249,7 @@ class Allocator:
             self.shrink((end - count) << self._bits)
 
     def shrink(self, end: int) -> None:
-        """Lower `end` to the file offset ``end``, unless `end` is lower already.
+        """Lower the attribute `end` to the argument, a file offset, unless it is lower already.
 
         The caller must ensure that no cluster past the new `end` is in use or in `free`.
         """

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
 MIN_INTERVAL_SECONDS: Final = 0.1
-"""Minimum time between two checks of ``st_blocks``; between them du(1) may show a wrong size."""
+"""For how long a check of ``st_blocks`` is postponed if it follows another one too closely.  Until
+then du(1) may show a wrong size."""
 
 
 class BlocksInvalidator:

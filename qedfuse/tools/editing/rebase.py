@@ -73,7 +73,8 @@ async def rebase(
         backing_format: Format of the new backing file, required with ``unsafe``.  None accepts QED
             and the formats that only QEMU reads.
         unsafe: Change only the name and the format; no data is compared or copied.  The backing
-            files need not exist, but a loop or a wrong format is refused.
+            files need not exist.  A loop is refused, and so is a local file that does not have the
+            stated format, if only QEMU reads that format.
         options: How to open the image, always for writing; None for the defaults.  The new backing
             file may lie in any directory, because the user names it.
         progress: Called with the guest offset that the copy has reached, and the size of the disk;
