@@ -201,8 +201,9 @@ class _Checker:
 
         Returns the offset at which the last cluster ends.
 
-        ``values`` are the offsets of clusters, at least one.  ``next_offset`` is where the last
-        cluster of the table's earlier slices ends; 0 if there is none.
+        ``values`` are the L2 entries with an offset, also an invalid one; at least one.
+        ``next_offset`` is where the last cluster of the table's earlier slices ends; 0 if there is
+        none.
         """
         size = np.uint64(self._geometry.cluster_size)
         self._fragmented_clusters += int(np.count_nonzero(values[1:] - values[:-1] != size))

@@ -88,7 +88,7 @@ class StoredObject:
         self._remains = Remains.OBJECT
 
     def raise_failure(self, error: RemoteError | UsageError, *, has_parts: bool) -> NoReturn:
-        """Raise the error of a failed upload, with `MAY_REMAIN` if the store may have parts.
+        """Raise the error of a failed upload, with `MAY_REMAIN` if the store gave no answer.
 
         obstore has tried to remove the parts, but does not report whether they were removed.
 

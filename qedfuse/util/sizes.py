@@ -10,7 +10,7 @@ from qedfuse.errors import UsageError
 _UNITS: Final = "KMGTPE"
 _UNIT_FACTOR: Final = 1024
 _MIN_ROUNDED: Final = 99.95
-"""From this number on, three digits have no fraction."""
+"""From this number on, three significant digits include no fraction."""
 # Without re.ASCII the Kelvin sign would match K.  The number of digits is limited, because int()
 # fails for thousands of digits.
 _PATTERN: Final = re.compile(
@@ -55,5 +55,5 @@ def format_size(size: int) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Return a number with at least three significant digits, and without an exponent if large."""
+    """Return a number rounded to three significant digits, or to a whole number if it is large."""
     return f"{value:.0f}" if value >= _MIN_ROUNDED else f"{value:.3g}"

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 5.0
-"""Minimum time between a failed attempt to read a table and the next attempt."""
+"""Time between a failed attempt to read a table and the next attempt, unless the last writer of the
+disk closes it: then the table is read anew."""
 
 
 class PartitionFiles:
