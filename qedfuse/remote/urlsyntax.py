@@ -109,10 +109,10 @@ def parse_version(text: str, query: str) -> str:
 def invalid_url(text: str, field: str, found: str, expected: str) -> UsageError:
     """Return the error for an invalid part of the URL ``text``; the message hides its secrets.
 
-    If the URL may have a user, ``found`` is not shown, except about the scheme: any other part of
-    the URL may belong to the password.
+    If the URL may have a user, ``found`` is not shown if it can be a part of the URL: any part but
+    the scheme may belong to the password.
     """
-    if "@" in text and field != "scheme":
+    if "@" in text and field not in {"scheme", "user"}:
         found = "..."
     return UsageError(f"{hide_secrets(text)}: URL {field}: found {found}, expected {expected}")
 

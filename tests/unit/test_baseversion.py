@@ -228,8 +228,9 @@ async def test_a_damaged_record_is_replaced(
     assert os.getxattr(overlay, ATTRIBUTE) != record
 
 
+@pytest.mark.parametrize("call", ["getxattr", "setxattr"])
 async def test_a_host_that_refuses(
-    overlay: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    overlay: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """If the host refuses to read or to store the record, the image opens without a warning."""
     refused = []
@@ -238,7 +239,6 @@ async def test_a_host_that_refuses(
         refused.append(1)
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
-    for call in ("getxattr", "setxattr"):
-        monkeypatch.setattr(os, call, refuse)
+    monkeypatch.setattr(os, call, refuse)
     assert await warnings(overlay, WRITABLE, caplog) == []
-    assert len(refused) == 2
+    assert len(refused) == 1
