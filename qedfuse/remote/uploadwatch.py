@@ -83,7 +83,8 @@ async def watch_store(
 def _ask(client: Client) -> str | None:
     """Request the object's metadata; return the reason if the store does not answer, else None.
 
-    A failure that a retry may overcome, such as HTTP status 503 or 429, counts as no answer.
+    A failure that a mere retry may overcome, such as HTTP status 503 or 429, counts as no answer.
+    A refusal of the credentials is an answer.
     """
     try:
         client.head()

@@ -7,9 +7,9 @@ Each portal has a thread with a trio event loop, in which an async context manag
 background task of the context manager fails, running calls are cancelled, and the context manager
 is left.
 
-A portal that is still open when the program ends is closed by a watcher thread, after all other
-threads have ended.  A function of ``atexit`` would run too late: since Python 3.12 it cannot start
-threads, and closing a file can need a new thread.
+A portal that is still open when the program ends is closed by a watcher thread, after all threads
+of the program except daemons have ended.  A function of ``atexit`` would run too late: since Python
+3.12 it cannot start threads, and closing a file can need a new thread.
 
 After ``os.fork`` every call in the child process fails immediately.  In the parent process the
 portal stays open.

@@ -59,7 +59,7 @@ class DirectReclaim:
         """Return whether `reclaim_before_growth` is worth waiting for.
 
         True while holes are punched for free clusters, because the allocator gets them back soon.
-        Also True if the scan has ended and enough clusters are in quarantine.
+        Also True if the scan has succeeded and enough clusters are in quarantine.
         """
         if self._reclaim.punching_clusters:
             return True

@@ -124,7 +124,7 @@ class SpaceManager:
         """Hand out clusters that were just chosen, and grow the file if it is too short for them.
 
         The caller must not have awaited anything since the clusters were chosen.  After an error
-        the clusters are free again; those past the limit of a file were never handed out.
+        the clusters are free again.
         """
         run = self._make_run(first, count)
         if run.end > MAX_OFFSET:
