@@ -76,7 +76,7 @@ class QedLayer:
         geometry: The geometry of the image, which never changes.
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.
-        slice_keys: Remembered keys in the table cache, by the number of the slice (see
+        slice_keys: The key of each slice in the table cache, by the number of the slice (see
             `cached_slice`); None for a missing L2 table.  The dictionary itself is never replaced.
     """
 

@@ -85,8 +85,8 @@ class DirectReclaim:
             await self._writeback.barrier()
         else:
             # The clusters that lost their reference after the last cycle began ("unsealed") are not
-            # worth another cycle.  Each of the others can be freed when the running cycle, if there
-            # is one, and the requests that used the cluster have ended.
+            # worth another cycle.  For the others the running cycle must have ended, if there is
+            # one.  Clusters that requests still use are freed later.
             await self._writeback.wait_running()
         await self._reclaim.run(max_runs=0)
 
