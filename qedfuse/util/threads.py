@@ -73,3 +73,36 @@ async def run_in_thread(
             raise
         msg = f"cannot start a thread: {error} (a limit of processes or of memory is reached)"
         raise HostError(msg, errno.EAGAIN) from error
+
+
+async def open_in_thread(opening: Callable[[], T], close: Callable[[T], object]) -> T:
+    """Call ``opening`` in a worker thread of trio; return the opened file, or raise its exception.
+
+    A cancellation does not wait for the thread.  What the thread has opened, or opens later, is
+    then passed to ``close``, because no task waits for it any more.
+
+    Raises:
+        HostError: As in `run_in_thread`.
+    """
+    lock = threading.Lock()
+    opened: list[T] = []
+    is_abandoned = False
+
+    def keep_result() -> T:
+        result = opening()
+        with lock:
+            opened.append(result)
+            must_close = is_abandoned
+        if must_close:
+            close(result)
+        return result
+
+    try:
+        return await run_in_thread(keep_result, abandon_on_cancel=True)
+    except BaseException:
+        with lock:
+            is_abandoned = True
+            left = tuple(opened)
+        for result in left:
+            close(result)
+        raise

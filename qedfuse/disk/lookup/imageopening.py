@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.remote.address import is_url, parse_address, require_local
-from qedfuse.util.threads import run_in_thread
+from qedfuse.util.threads import open_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -72,7 +71,6 @@ async def open_url(
         HostError: The data file of the cache cannot be opened.
     """
     address = parse_address(url)
-    handover = _Handover()
     call: Callable[[], HostFile]
     # Imported late: only URLs need these modules.
     if address.is_nbd:
@@ -83,36 +81,5 @@ async def open_url(
         from qedfuse.remote.opening import open_remote  # noqa: PLC0415  late, see above
 
         call = partial(open_remote, address, remote, wanted)
-    try:
-        # A task that is cancelled does not wait for the server.
-        return await run_in_thread(handover.keep_result, call, abandon_on_cancel=True)
-    except BaseException:
-        handover.abandon()
-        raise
-
-
-class _Handover:
-    """Closes the file that a thread opens for a task that no longer waits for the file."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._file: HostFile | None = None
-        self._is_abandoned = False
-
-    def keep_result(self, call: Callable[[], HostFile]) -> HostFile:
-        """Return the file that ``call`` returns; close the file if `abandon` was called."""
-        file = call()
-        with self._lock:
-            self._file = file
-            is_abandoned = self._is_abandoned
-        if is_abandoned:
-            file.close()
-        return file
-
-    def abandon(self) -> None:
-        """Close the file now if it is open, or else when the thread has opened it."""
-        with self._lock:
-            self._is_abandoned = True
-            file = self._file
-        if file is not None:
-            file.close()
+    # A task that is cancelled does not wait for the server.
+    return await open_in_thread(call, lambda file: file.close())

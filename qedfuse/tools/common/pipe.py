@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import threading
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from qedfuse.errors import HostError, cannot_open
 from qedfuse.text import printable
-from qedfuse.util.threads import run_in_thread
+from qedfuse.util.threads import open_in_thread, run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,48 +126,14 @@ async def open_stream(path: str, access: int) -> Stream:
             return _standard(access)
         except OSError as error:
             raise HostError.from_os(error, _NAMES[access], "cannot open") from error
-    opening = _Opening(path, access | os.O_CLOEXEC)
     try:
-        # A cancellation abandons the thread, so that the user can interrupt the command.
-        fd = await run_in_thread(opening.run, abandon_on_cancel=True)
+        # The user can interrupt the command.  A program that opens the other end of a FIFO after
+        # that must not find a reader that never reads.
+        fd = await open_in_thread(partial(os.open, path, access | os.O_CLOEXEC), os.close)
     except OSError as error:
         raise cannot_open(path, error) from error
-    except BaseException:
-        opening.abandon()
-        raise
     os.set_blocking(fd, False)
     return Stream(fd, printable(path), blocking=False)
-
-
-class _Opening:
-    """An open(2) in a thread, whose descriptor is closed if nothing waits for it any more.
-
-    A program that opens the other end of a FIFO later would otherwise wait for this process.
-    """
-
-    def __init__(self, path: str, flags: int) -> None:
-        self._path = path
-        self._flags = flags
-        self._lock = threading.Lock()
-        self._descriptor = -1
-        self._is_abandoned = False
-
-    def run(self) -> int:
-        """Open the file, and return the descriptor; after `abandon` it is closed."""
-        descriptor = os.open(self._path, self._flags)
-        with self._lock:
-            if self._is_abandoned:
-                os.close(descriptor)
-            else:
-                self._descriptor = descriptor
-        return descriptor
-
-    def abandon(self) -> None:
-        """Close the descriptor now, or as soon as the file has been opened."""
-        with self._lock:
-            self._is_abandoned = True
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
 
 
 def _standard(access: int) -> Stream:
