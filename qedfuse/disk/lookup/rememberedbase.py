@@ -80,11 +80,7 @@ def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> File
     checksum = url_checksum(url)
     for image, name in images:
         if name and image.fileno() >= 0:
-            try:
-                versions = _read(image, name)
-            except OSError as error:
-                _log_unreadable(image, error, is_vital=False)
-                continue
+            _, versions = _try_read(image, name, is_vital=False)
             if versions is not None and checksum in versions.remote:
                 return versions.remote[checksum]
     return None
@@ -109,13 +105,9 @@ def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept
     if image.fileno() < 0:
         return
     new = versions_of(bases)
-    try:
-        old = _read(image, name)
-    except OSError as error:
-        _log_unreadable(image, error, is_vital=bool(new.remote))
-        if not accept:
-            return  # the record may be intact, so it is not replaced
-        old = None
+    is_read, old = _try_read(image, name, is_vital=bool(new.remote))
+    if not is_read and not accept:
+        return  # the record may be intact, so it is not replaced
     if old is not None and not accept:
         _compare(image, bases, old, new)
     if image.writable and old != new:
@@ -177,11 +169,7 @@ def accept_commit(image: HostFile, name: str, status: os.stat_result) -> None:
         name: The name that the image stores for the base.
         status: The attributes of the base after the commit.
     """
-    try:
-        old = _read(image, name)
-    except OSError as error:
-        _log_unreadable(image, error, is_vital=False)
-        return
+    _, old = _try_read(image, name, is_vital=False)
     if old is not None and old.local is not None:
         versions = old._replace(local=version_of_status(status))
         _store(image.fileno(), image.path, image.name, name, versions)
@@ -250,23 +238,22 @@ def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) ->
         _log_refusal(shown, versions, error)
 
 
-def _read(image: HostFile, name: str) -> BaseVersions | None:
-    """Return the versions that are remembered for the bases of an image; None if there are none.
+def _try_read(image: HostFile, name: str, *, is_vital: bool) -> tuple[bool, BaseVersions | None]:
+    """Read the record of an image; return whether that succeeded, and the versions in the record.
 
-    Raises:
-        OSError: The record cannot be read.
+    The versions are None if there is no valid record for ``name``, or if it cannot be read.  A
+    failure to read it is logged: as a warning if ``is_vital`` is set, otherwise for debugging.
     """
-    record = read_record(image.fileno(), image.path)
-    return None if record is None else BaseVersions.decode(record, name)
-
-
-def _log_unreadable(image: HostFile, error: OSError, *, is_vital: bool) -> None:
-    """Log that a record cannot be read: as a warning if ``is_vital``, otherwise for debugging."""
-    _log.log(
-        logging.WARNING if is_vital else logging.DEBUG,
-        "%s: cannot read the version of the backing file that was remembered: %s",
-        *(image.name, os.strerror(error.errno or errno.EIO)),
-    )
+    try:
+        record = read_record(image.fileno(), image.path)
+    except OSError as error:
+        _log.log(
+            logging.WARNING if is_vital else logging.DEBUG,
+            "%s: cannot read the version of the backing file that was remembered: %s",
+            *(image.name, os.strerror(error.errno or errno.EIO)),
+        )
+        return False, None
+    return True, None if record is None else BaseVersions.decode(record, name)
 
 
 def _log_refusal(shown: str, versions: BaseVersions, error: OSError | QedError) -> None:
