@@ -134,7 +134,7 @@ def test_removing_a_file_from_an_own_directory(tmp_path: Path, mode: int, *, nee
 @pytest.mark.parametrize(("machine", "argument"), [("x86_64", 0), ("aarch64", 0), ("s390x", 1)])
 def test_the_flags_of_clone(machine: str, argument: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The filter tests the argument of clone(2) that has the flags on the architecture."""
-    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("", "", "", "", machine)))
     needs = seccomp.CallNeeds(network=False, host=False, kill=False, modes=(), log=False)
     (conditions,) = [found for name, _, found in seccomp._rules(needs) if name == "clone"]
     assert [condition.arg for condition in conditions] == [argument]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -140,7 +139,7 @@ def _rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
     for name in systemcalls.NOT_IMPLEMENTED:
         yield name, _ERRNO | errno.ENOSYS, []
     # See clone(2) for the order of its arguments.
-    flags = _SECOND if platform.machine().startswith("s390") else _FIRST
+    flags = _SECOND if os.uname().machine.startswith("s390") else _FIRST
     yield "clone", _ALLOW, [_Comparison(flags, _MASKED_EQUAL, _THREAD_FLAGS, _THREAD_FLAGS)]
     yield "prctl", _ALLOW, [_Comparison(_FIRST, _EQUAL, _SET_NAME, 0)]
     for command in systemcalls.IOCTLS.values():
