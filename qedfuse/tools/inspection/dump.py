@@ -176,17 +176,17 @@ class Dump:
             msg += f"{header.geometry.entries - 1}"
             raise UsageError(msg)
         position = header.l1_table_offset + l1_index * ENTRY_BYTES
-        end = position + ENTRY_BYTES
-        if end > self._file.size():
+        end, file_bytes = position + ENTRY_BYTES, self._file.size()
+        if end > file_bytes:
             msg = f"{self.name}: L1 entry {l1_index}: found the end of the file at "
-            msg += f"{self._file.size()}, expected the entry up to {end}"
+            msg += f"{file_bytes}, expected the entry up to {end}"
             raise UsageError(msg)
         table_offset = int.from_bytes(await self._file.pread(position, ENTRY_BYTES), "little")
-        if table_offset == UNALLOCATED or table_offset >= self._file.size():
+        if table_offset == UNALLOCATED or table_offset >= file_bytes:
             found = "0 (no table)" if table_offset == UNALLOCATED else str(table_offset)
             msg = (
                 f"{self.name}: L1 entry {l1_index}: found {found}, expected an offset inside the "
-                f"file of {self._file.size()} bytes"
+                f"file of {file_bytes} bytes"
             )
             raise UsageError(msg)
         return table_offset
