@@ -13,8 +13,8 @@ What is done for each kind of damage, and why:
   holds guest data only: clearing the entry of the data would lose the data, and correcting the
   table in place would overwrite it.  The range of the data is reported, because its entry may be
   the wrong one.
-- A table that the end of the file cuts short keeps the entries that are in the file.  A data
-  cluster that is cut short is completed with zeros.
+- A table that the end of the file cuts short keeps the entries that are in the file
+  (`qedfuse.check.shorttables`).  A data cluster that is cut short is completed with zeros.
 - An entry is cleared if it points outside the file, is unaligned, has reserved bits, or points to
   the header or the L1 table.  Such an entry refers to no data of the guest.
 - In an overlay, an L2 entry that is lost in one of these ways becomes a zero cluster, and a lost L1
@@ -69,7 +69,8 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     NEED_CHECK is set first and cleared last.  Entries that point past the end of the file are
     cleared, or made harmless, before the file grows (`qedfuse.check.outoffile`).  Copies are
     durable before the entries that point to them.  If a crash comes after the file has grown, the
-    next repair does not report the data that the end of the file had cut short.
+    next repair does not report the data that the end of the file had cut short.  If a table lies
+    over such data, a crash can also cost up to 7 bytes of it (`ShortTables.restore_data`).
 
     If no table has an error, at most NEED_CHECK is cleared and the free list dropped.  If the
     tables still have an error after the repair, NEED_CHECK stays set.  For a backup, the caller

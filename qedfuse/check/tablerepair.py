@@ -10,6 +10,7 @@ from qedfuse.check.entryclassifier import EntryClassifier
 from qedfuse.check.findings import Code
 from qedfuse.check.lostranges import LostRanges
 from qedfuse.check.outoffile import POISON_ENTRY, OutOfFileEntries
+from qedfuse.check.shorttables import ShortTables
 from qedfuse.check.tables import EntryChanges, overlapping, read_l1_table, refuse_too_many_tables
 from qedfuse.disk.space.l2tables import claim_tables
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
@@ -83,9 +84,13 @@ class TableRepair:
         await out_of_file.clear_all(
             self._out_of_file_l1_entries, sorted(table_moves), self._cleared_value
         )
-        await self._complete_tables(indices, tables)
+        short_tables = ShortTables(self._file, self._geometry, self.rewriter, self.lost_ranges)
+        await short_tables.complete(indices, tables, self._cleared_value)
         await self.rewriter.extend(self._rounded_size)
         await self._separate_tables(indices, tables, must_move)
+        if self.rewriter.changes_file and short_tables.changed_data(self._classifier.tables):
+            await self._write_l1()
+            await short_tables.restore_data()
         await self._replace_bad_tables()
         await self._claim_metadata()
         for index, table, source in self._tables:
@@ -128,44 +133,6 @@ class TableRepair:
                 needs_table = self._cleared_value != UNALLOCATED and not self._is_past_end(index)
                 self._out_of_file_l1_entries[index] = POISON_ENTRY if needs_table else UNALLOCATED
             self.lost_ranges.add(index * span, span, code)
-
-    async def _complete_tables(self, indices: Indices, tables: Values) -> None:
-        """Append the missing entries of the tables that the end of the file cuts short.
-
-        In an overlay the missing entries become zero clusters.  Until they are durable, the file
-        grows only by writing them.  So after an interruption every entry that is in the file has
-        been written.  If the file were extended first, unwritten entries would be unallocated, and
-        the guest would read the backing file through them.
-        """
-        geometry = self._geometry
-        # An entry of which only a part is in the file counts as missing.
-        entries_end = self._size - self._size % ENTRY_BYTES
-        short = tables + np.uint64(geometry.table_bytes) > self._size
-        if not short.any():
-            return
-        for index, table in zip(indices[short].tolist(), tables[short].tolist(), strict=True):
-            # Number of bytes of the disk that the entries in the file describe.
-            kept_bytes = max(0, entries_end - table) // ENTRY_BYTES * geometry.cluster_size
-            start = index * geometry.table_span + kept_bytes
-            self.lost_ranges.add(
-                start, geometry.table_span - kept_bytes, Code.L1_CUT_SHORT, cleared_entries=0
-            )
-        end = int(tables[-1]) + geometry.table_bytes
-        if entries_end < self._size:
-            # The part of an entry that is in the file is written by `overwrite`.  `fill` cannot do
-            # this: it does not write the value 0, and saves no old bytes for a backup.
-            old = bytes(await self._file.pread(entries_end, self._size - entries_end))
-            new = self._cleared_value.to_bytes(ENTRY_BYTES, "little")[: len(old)]
-            await self.rewriter.overwrite(entries_end, old, new)
-            # The new bytes must be durable before the file becomes longer.  Otherwise a power
-            # failure could leave an entry of the old bytes and zeros, which may be the offset of
-            # other data.
-            await self.rewriter.sync_pending()
-        await self.rewriter.fill(
-            entries_end, (end - entries_end) // ENTRY_BYTES, self._cleared_value
-        )
-        await self.rewriter.sync_pending()
-        await self.rewriter.extend(end)
 
     async def _find_moves(self, tables: Values) -> Mask:
         """Return a mask of the tables that must move, because they overlap a table or data.

@@ -140,6 +140,13 @@ def table_cut_in_an_entry(backing: bytes) -> Damage:
     return content, set(range(300, ENTRIES))
 
 
+def table_cut_short_over_data(backing: bytes) -> Damage:
+    """Cut the file in an entry of a table that must be copied, because data lies there too."""
+    content, lost = table_cut_in_an_entry(backing)
+    put_entry(content, l2_entry_offset(content, 601), get_entry(content, l1_entry(content, 0)))
+    return content, lost
+
+
 KINDS: Final[dict[str, Callable[[bytes], Damage]]] = {
     "clusters": wild_clusters,
     "tail": wild_clusters_and_a_tail,
@@ -149,6 +156,7 @@ KINDS: Final[dict[str, Callable[[bytes], Damage]]] = {
     "twice": one_table_twice,
     "cut-short": table_cut_short,
     "cut-in-entry": table_cut_in_an_entry,
+    "cut-over-data": table_cut_short_over_data,
 }
 
 

@@ -90,6 +90,39 @@ async def test_a_table_cut_short_keeps_its_remaining_entries(cut: int, backing: 
     assert cluster(after, 7) == (base or bytes(CLUSTER_BYTES))[:CLUSTER_BYTES]
 
 
+@pytest.mark.parametrize("references", [1, 2])
+@pytest.mark.parametrize("table_size", [1, 2])
+@pytest.mark.parametrize("backing", [b"", b"base.raw"], ids=["alone", "overlay"])
+@pytest.mark.parametrize("cut", [1, 4, 8, 1001, CLUSTER_BYTES - 11])
+async def test_completing_a_table_changes_no_data_under_it(
+    cut: int, backing: bytes, table_size: int, references: int
+) -> None:
+    """Data that lies at a cut end, under a table that moves, keeps its bytes, and zeros follow."""
+    entries = table_size * CLUSTER_BYTES // 8
+    disk_bytes = 4 * entries * CLUSTER_BYTES
+    numbers = (0, entries, 2 * entries)
+    content = build_image(
+        disk_bytes,
+        {number: pattern(CLUSTER_BYTES, number) for number in numbers},
+        table_size=table_size,
+        backing=backing,
+    )
+    table = move_table_to_the_end(content, table_bytes=table_size * CLUSTER_BYTES)
+    last_cluster = table + (table_size - 1) * CLUSTER_BYTES
+    # Guest data, which as table entries would be invalid.
+    content[last_cluster + 64 :] = b"\x03" * (CLUSTER_BYTES - 64)
+    for number in numbers[1 : 1 + references]:
+        put_entry(content, l2_entry_offset(content, number), last_cluster)
+    del content[-cut:]
+    kept = bytes(content[last_cluster:])
+    await repair(content)
+    after = guest_bytes(content, b"\xbb" * disk_bytes if backing else b"")
+    for number in numbers[1 : 1 + references]:
+        assert cluster(after, number) == kept.ljust(CLUSTER_BYTES, b"\0")
+    assert cluster(after, 0) == pattern(CLUSTER_BYTES, 0)
+    assert not any(cluster(after, entries - 1)), "an entry that was cut off shows the base"
+
+
 async def test_a_table_over_the_l1_table_is_not_completed() -> None:
     """A table that overlaps the L1 table and is cut short is cleared, not completed."""
     content = build_image(DISK_BYTES, table_size=2)
