@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from typing import TYPE_CHECKING
 
 from qedfuse.errors import CorruptImageError
@@ -45,7 +46,7 @@ async def inspect_image(file: HostFile, header: Header) -> None:
             f"{file.name}: {reason}: not opened for writing: the check found {counted} "
             f"(first: {first.message}) and leaked clusters: {report.leaks}; nothing has been "
             f"changed; open the image read-only (mount: -o ro), or repair the image: "
-            f"qedimg check -r all {file.name}"
+            f"qedimg check -r all {shlex.quote(file.name)}"
         )
         raise CorruptImageError(msg)
     if report.leaks:

@@ -206,7 +206,7 @@ def test_a_server_of_another_version(
     monkeypatch.setattr(stats, "_INTERVAL_SECONDS", 0)
     assert main(["stats", *words, str(mnt)]) == 32
     assert capsys.readouterr().err == (
-        f"qedfuse: statistics: found no field {field}, expected one (the mount runs another "
+        f"qedfuse: {mnt}: statistics: found no field {field}, expected one (the mount runs another "
         "version of qedfuse; --output json prints what there is)\n"
     )
     assert main(["stats", "--output", "json", str(mnt)]) == 0
@@ -253,11 +253,50 @@ def test_a_server_with_impossible_values(
         for output in outputs:
             assert main(["stats", "--output", output, str(mnt)]) == 32, (field, value, output)
             assert capsys.readouterr().err == (
-                "qedfuse: statistics: found an impossible value in a field, expected those of this "
-                "version (--output json prints what there is)\n"
+                f"qedfuse: {mnt}: statistics: found an impossible value in a field, expected one "
+                "of this version (--output json prints what there is)\n"
             )
         assert main(["stats", "--output", "json", str(mnt)]) == 0
         capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("disks", "x"), ("disks", [1]), ("pid", json.loads("[" * 900 + "]" * 900))],
+    ids=["type", "list", "depth"],
+)
+@pytest.mark.parametrize("output", ["human", "prometheus", "json"])
+def test_one_bad_server_does_not_hide_the_other_mounts(
+    image: Path,
+    mnt: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    output: str,
+    field: str,
+    value: object,
+) -> None:
+    """Without a path, the statistics of all other mounts are printed, and a line names the bad one.
+
+    An output that can show the bad value, or does not have it, shows both mounts.
+    """
+    with mounted(image, mnt):
+        document = read_statistics(str(mnt))
+    good, bad = str(mnt), "/mnt/bad"
+    documents = {good: document, bad: {**document, "mountpoint": bad, field: value}}
+    monkeypatch.setattr(stats, "mountpoints_to_ask", lambda _: [bad, good])
+    monkeypatch.setattr(stats, "read_statistics", documents.__getitem__)
+    code = main(["stats", "--output", output])
+    out, error = capsys.readouterr()
+    assert good in out
+    if not error:
+        assert code == 0
+        assert bad in out
+        assert (output, field) in {("json", "disks"), ("json", "pid"), ("prometheus", "pid")}
+    else:
+        assert code == 32
+        assert error.startswith(f"qedfuse: {bad}: statistics: found ")
+        assert error.count("\n") == 1
+        assert bad not in out
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -318,7 +357,7 @@ def test_a_document_cannot_control_the_terminal(
     assert f"  {markup}: " in text
     assert text.count(r"\x1b]0;x\x07\n") == 9
 
-    monkeypatch.setattr(stats, "_every_second", lambda *_: iter([([document], 0)]))
+    monkeypatch.setattr(stats, "_every_second", lambda *_: iter([[document]]))
     assert main(["stats", "--watch", str(mnt)]) == 0
     table = capsys.readouterr().out
     assert f"{mnt}/{markup} " in table

@@ -66,12 +66,13 @@ def test_the_base_is_not_needed(tmp_path: Path) -> None:
 @pytest.mark.expect_log("not compacted: the free clusters are not known")
 def test_damage_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An image with damaged tables is refused and not changed."""
-    path = tmp_path / "disk.qed"
+    path = tmp_path / "a disk.qed"
     content = build_image(1 << 20, dict.fromkeys(range(9), b"x"), table_size=2)
     put_entry(content, l2_entry_offset(content, 3), get_entry(content, l2_entry_offset(content, 4)))
     path.write_bytes(content)
     assert main(["compact", str(path)]) == 13
-    assert "repair them first: qedimg check -r all" in capsys.readouterr().err
+    command = f"repair them first: qedimg check -r all '{path}'\n"
+    assert capsys.readouterr().err.endswith(command)
     assert path.read_bytes() == content
     assert main(["check", "-q", "-r", "all", str(path)]) == 3
     assert main(["compact", "-q", str(path)]) == 0

@@ -51,7 +51,7 @@ def two_tables() -> bytearray:
 
 def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Clusters of a cleared L1 entry stay in the file until -r leaks, and --undo restores them."""
-    path, backup = tmp_path / "image.qed", tmp_path / "image.qed.before-repair"
+    path, backup = tmp_path / "an image.qed", tmp_path / "an image.qed.before-repair"
     content = two_tables()
     entry_offset = header_of(content).l1_table_offset + 8
     content[entry_offset + 4] ^= 1
@@ -62,7 +62,7 @@ def test_one_flipped_bit_costs_no_data(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["check", "-r", "all", str(path)]) == 3
     said = capsys.readouterr().out
     assert "leaked space stays, because a bad entry may have pointed to it" in said
-    assert f"qedimg check -r leaks {path}\n" in said
+    assert f"qedimg check -r leaks '{path}'\n" in said
     after = path.read_bytes()
     assert after[header_of(content).l1_end :] == content[header_of(content).l1_end :]
     assert get_entry(after, entry_offset) == 0

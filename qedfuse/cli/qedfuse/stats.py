@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from qedfuse.cli.streams import discard_unwritten, writing_stdout
 from qedfuse.errors import HostError, QedError
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
 
-
-T = TypeVar("T")
+_Format: TypeAlias = "Callable[[list[dict[str, Any]]], object]"
+"""Formats the documents of mounts; an exception if a document is bad."""
 
 _INTERVAL_SECONDS: Final = 1.0
 """Time between two readings of the statistics with ``--watch``."""
@@ -35,27 +35,28 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
     Args:
         path: The mountpoint; None for all mounts of this user, or of all users if root asks.
         output: ``human``, ``json`` or ``prometheus``.
-        report: Called with the error of each mount whose statistics cannot be read, if there are
-            several mounts.  The exit code is that of the last such error, or 0.
+        report: Called with the error of each mount whose statistics cannot be read or shown, if
+            there are several mounts.  The exit code is that of the last such error, or 0.
 
     Raises:
-        QedError: The statistics of ``path``, or of the only mount, cannot be read, or there is no
-            mount.
+        QedError: The statistics of ``path``, or of the only mount, cannot be read or shown, or
+            there is no mount.
         BrokenPipeError: The reader of stdout has gone.
         HostError: stdout cannot be written to.
     """
-    documents, code = _read_all(path, report)
+    format_all: Callable[[list[dict[str, Any]]], str] = partial(_json, indent=4)
     if output == "prometheus":
         from qedfuse.mount.statistics.prometheus import exposition  # noqa: PLC0415  only if needed
 
-        text = _formatted(lambda: exposition(documents))
-    elif output == "json":
-        text = f"{json.dumps({'version': 1, 'mounts': documents}, indent=4)}\n"
-    else:
+        format_all = exposition
+    elif output == "human":
         from qedfuse.cli.qedfuse.statstext import mount_text  # noqa: PLC0415  only if needed
 
-        text = _formatted(lambda: "".join(map(mount_text, documents)))
-    _print(text)
+        def format_all(documents: list[dict[str, Any]]) -> str:
+            return "".join(map(mount_text, documents))
+
+    documents, code = _read_all(path, report, format_all)
+    _print(format_all(documents))
     return code
 
 
@@ -66,8 +67,8 @@ def watch_statistics(path: str | None, output: str, report: Callable[[QedError],
     permitted.  If the last mount ends, a `QedError` is raised.
     """
     if output == "json":
-        for documents, _code in _every_second(path, report):
-            _print(f"{json.dumps({'version': 1, 'mounts': documents})}\n")
+        for documents in _every_second(path, report, _json):
+            _print(_json(documents))
     else:
         _watch_table(path, report)
     return 0
@@ -81,9 +82,10 @@ def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
     console = StdoutConsole(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     before: dict[str, Mapping[str, Any]] = {}
     with _live(console) as live:
-        for documents, _code in _every_second(path, report):
-            table = _formatted(partial(_table, before, documents))
-            before = {document["mountpoint"]: document for document in documents}
+        for documents in _every_second(path, report, partial(_table, before)):
+            table = _table(before, documents)
+            before.clear()
+            before.update((document["mountpoint"], document) for document in documents)
             with writing_stdout():
                 if console.is_terminal:
                     live.update(table, refresh=True)
@@ -139,6 +141,11 @@ def _table(
     )
 
 
+def _json(documents: list[dict[str, Any]], indent: int | None = None) -> str:
+    """Return the JSON document that has ``documents`` as its mounts, and a line end."""
+    return f"{json.dumps({'version': 1, 'mounts': documents}, indent=indent)}\n"
+
+
 def _print(text: str) -> None:
     """Print text to stdout immediately; the errors are those of `writing_stdout`."""
     with writing_stdout():
@@ -146,50 +153,57 @@ def _print(text: str) -> None:
         sys.stdout.flush()
 
 
-def _formatted(format_documents: Callable[[], T]) -> T:
-    """Return the result of ``format_documents``; raise NoStatisticsError for a bad document.
+def _check(document: dict[str, Any], mountpoint: str, format_all: _Format) -> None:
+    """Raise NoStatisticsError if the document of a mount cannot be formatted.
 
     Documents are not trusted: they can come from another version or, for root, from another user.
     """
+    shown = printable(mountpoint)
     try:
-        return format_documents()
+        format_all([document])
     except KeyError as error:
         msg = (
-            f"statistics: found no field {printable(str(error.args[0]))}, expected one (the mount "
-            "runs another version of qedfuse; --output json prints what there is)"
+            f"{shown}: statistics: found no field {printable(str(error.args[0]))}, expected one "
+            "(the mount runs another version of qedfuse; --output json prints what there is)"
         )
         raise NoStatisticsError(msg) from error
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         msg = (
-            "statistics: found an impossible value in a field, expected those of this version "
-            "(--output json prints what there is)"
+            f"{shown}: statistics: found an impossible value in a field, expected one of this "
+            "version (--output json prints what there is)"
         )
+        raise NoStatisticsError(msg) from error
+    except RecursionError as error:
+        msg = f"{shown}: statistics: found deeply nested values, expected those of this version"
         raise NoStatisticsError(msg) from error
 
 
 def _every_second(
-    path: str | None, report: Callable[[QedError], None]
-) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Yield the result of `_read_all` every second; the errors are those of `_read_all`."""
+    path: str | None, report: Callable[[QedError], None], format_all: _Format
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the documents of `_read_all` every second; the errors are those of `_read_all`."""
     due = time.monotonic()
     while True:
-        yield _read_all(path, report)
+        yield _read_all(path, report, format_all)[0]
         due = max(due + _INTERVAL_SECONDS, time.monotonic())
         time.sleep(max(0.0, due - time.monotonic()))
 
 
 def _read_all(
-    path: str | None, report: Callable[[QedError], None]
+    path: str | None, report: Callable[[QedError], None], format_all: _Format
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the statistics of one mount or of all mounts, and the last reported error's exit code.
 
-    The error of ``path``, or of the only mount, is raised; other errors are reported.
+    Each document is one that ``format_all`` can format.  The error of ``path``, or of the only
+    mount, is raised; other errors are reported.
     """
     documents, code = [], 0
     found: Sequence[str] = mountpoints_to_ask(path)
     for mountpoint in found:
         try:
-            documents.append(read_statistics(mountpoint))
+            document = read_statistics(mountpoint)
+            _check(document, mountpoint, format_all)
+            documents.append(document)
         except QedError as error:
             if path is not None or len(found) == 1:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any, Final
 
 from qedfuse.check.fastcheck import fast_check
@@ -255,7 +256,7 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
 def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print why leaked space was kept, and how to free it; nothing if none was kept."""
     if result.leaks_kept:
-        name = shown_name(arguments.image)
+        name = shlex.quote(shown_name(arguments.image))
         force = " --force" if result.after.is_implausible and not result.after.errors else ""
         space = "leaked space" if result.before.leaks else "space that the repair leaks"
         stays = "would stay" if result.dry else "stays"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ def _require_publishable(file: _PublishedFile) -> bool:
     if qed.need_check:
         msg = (
             f"{file.name}: found NEED_CHECK set, expected an image that was closed cleanly "
-            f"(qedimg check -r all {file.name})"
+            f"(qedimg check -r all {shlex.quote(file.name)})"
         )
         raise UsageError(msg)
     if qed.names_backing:

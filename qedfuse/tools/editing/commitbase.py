@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol, cast
@@ -210,8 +211,8 @@ async def describe_base(
     refuse_foreign(base)
     is_raw, declare_raw = isinstance(base, RawLayer), ""
     if is_raw and not header.backing_is_raw:
-        name = printable(await read_backing_name(above, header))
-        declare_raw = f"qedimg rebase -u -b {name} -F raw {above.name}"
+        name = shlex.quote(printable(await read_backing_name(above, header)))
+        declare_raw = f"qedimg rebase -u -b {name} -F raw {shlex.quote(above.name)}"
         await _refuse_image_as_raw(base.file, policy, depth, declare_raw)
     file = cast("PosixFile", base.file)
     return BaseFile(file.path, file.stat(), is_raw, depth, declare_raw)

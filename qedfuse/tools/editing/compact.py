@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ async def compact(
         if disk.damaged:
             msg = (
                 f"{disk.name}: not fully compacted: found damaged tables; repair them first: "
-                f"qedimg check -r all {disk.name}"
+                f"qedimg check -r all {shlex.quote(disk.name)}"
             )
             raise CorruptImageError(msg)
         statistics = disk.statistics()
