@@ -19,7 +19,7 @@
     ├── ImageInUseError           EBUSY    16  the image is in use, or another process replaced it
     ├── BackingError              ENOENT   17  a backing file cannot be used
     │   └── BackingRefusedError   EPERM    17  ... because its name or the policy forbids it
-    ├── MountpointError           EBUSY    18  the mountpoint is missing, busy, stale or ambiguous
+    ├── MountpointError           EBUSY    18  the mountpoint is missing, busy, stale or unsuitable
     ├── PrivilegeError            EPERM    19  the user has no permission for the mount
     └── FuseError                 EIO      21  libfuse or the kernel's FUSE module failed
 
@@ -226,9 +226,10 @@ class ImageInUseError(QedError):
 
 
 class BackingError(QedError):
-    """A backing file is missing, unopened, changed or of the wrong kind, or the chain is invalid.
+    """A backing file is missing, changed or of the wrong kind, or the chain is invalid.
 
-    A chain is invalid if it is a loop, is too long, or lacks a file that the user named.
+    A chain is invalid if it is a loop, is too long, or lacks a file that the user named.  Also
+    raised if a request needs a backing file, but the image was opened without it.
     """
 
     errno = errnos.ENOENT
@@ -236,7 +237,10 @@ class BackingError(QedError):
 
 
 class BackingRefusedError(BackingError):
-    """The backing file policy forbids the file, or its name has a protocol or a NUL byte."""
+    """The backing file policy forbids the file, or its name cannot be used.
+
+    A name with a NUL byte cannot be used, nor one with a protocol that qedfuse does not read.
+    """
 
     errno = errnos.EPERM
 

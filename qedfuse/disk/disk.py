@@ -36,7 +36,7 @@ class Disk(GuestChanges):
 
     Tasks may call all methods concurrently, except where a docstring demands that no other request
     is running.  On a disk that is or became read-only, methods that modify the image raise
-    `ReadOnlyError`.  But `try_write` returns False, and `autocompact` only returns.
+    `ReadOnlyError`.  But `try_write` returns False, and `autocompact` raises no error.
 
     Attributes:
         path: The path of the image as the user gave it; empty if unknown.
@@ -124,8 +124,8 @@ class Disk(GuestChanges):
         """Compact the image now, as the close would do, if the options demand a compaction.
 
         The caller must ensure that no other request is running.  The file may become longer than
-        its bound for a moment.  No error is raised: the close raises one that has made the disk
-        read-only, and any other is logged as a warning.
+        its bound for a moment.  This method raises no error.  An error that has made the disk
+        read-only is raised when the disk is closed, and any other is logged as a warning.
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
 

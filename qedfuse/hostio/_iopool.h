@@ -1,9 +1,13 @@
 /*
  * The pool of threads, as the threads that hold the GIL use it (_iopool.c).
  *
- * No function here touches a Python object, or waits for a call.  The jobs that a function returns
- * belong to the caller.  So do the jobs in *garbage: they were still being answered when
- * pool_set_collected() was called for them.  To release them, the caller needs the GIL.
+ * No function here touches a Python object, or waits for a call.  When a call has ended, the thread
+ * of the pool may *answer* the job: it calls a C function of the job, which replies to a request of
+ * the kernel.  A job is *collected* when Python has taken its result.
+ *
+ * The jobs that a function returns belong to the caller.  So do the jobs in *garbage: they were
+ * still being answered when pool_set_collected() was called for them.  To release them, the caller
+ * needs the GIL.
  */
 
 #ifndef QEDFUSE_IOPOOL_H

@@ -67,7 +67,10 @@ class ReadOnlyFile(ABC):
 
     @property
     def silence(self) -> ServerSilence | None:
-        """The silence of the server that has the file; None if no server has it."""
+        """Limits how long fills wait for the file's server while it does not answer.
+
+        None if no server has the file.
+        """
         return None
 
     @property

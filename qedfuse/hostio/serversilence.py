@@ -30,7 +30,10 @@ _MIN_SECONDS: Final = 1.0
 
 
 class ServerSilence:
-    """The silence of the server of one file.  Threads may use the object concurrently."""
+    """Limits how long fills wait for the server of one file while it does not answer.
+
+    Threads may use the object concurrently.
+    """
 
     def __init__(self, attempt_seconds: float) -> None:
         """Begin without silence.

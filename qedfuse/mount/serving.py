@@ -304,7 +304,7 @@ class Server:
             return None
         msg = (
             f"{printable(self._mountpoint)}: data that programs have written to "
-            f"{', '.join(names)} was lost, because the rest of its clusters could not be read"
+            f"{', '.join(names)} was lost, because the base under it could not be read"
         )
         return HostError(msg)
 

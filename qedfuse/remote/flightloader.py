@@ -31,7 +31,7 @@ class FlightLoader:
         fetched_bytes: Number of bytes of the object that the server has sent.
         requests: Number of requests that the server has answered with a range.
         awaited_requests: Number of these requests for which a reader waited.
-        silence: The silence of the server.
+        silence: Limits how long fills wait for the server while it does not answer.
     """
 
     def __init__(
@@ -101,7 +101,9 @@ class FlightLoader:
                 self._finish(flights.popleft(), error)
 
     def _next_parts(self, flights: Iterable[Flight]) -> list[range]:
-        """Return the units that the next request must fetch: a range for each of its flights.
+        """Return the units that the next request must fetch, as one range for each flight.
+
+        One request can serve several of the flights, from the first one on.
 
         The ranges are adjacent, and each begins and ends with a missing unit of its flight.  The
         list is empty if the first flight needs no unit.

@@ -1,8 +1,8 @@
-"""The variables of the environment that name proxies: the values that both clients read alike.
+"""The variables that name proxies, of which values that a client could ignore are refused.
 
-obstore, the library for object stores, ignores a value that is not a URL, and connects directly.
-It prefers a name in upper case, even with an empty value; Python prefers the name in lower case.
-So a value that a client could ignore is refused.
+There are two clients: obstore, the library for object stores, and `WebClient`, for web servers,
+which uses Python's rules.  obstore ignores a value that is not a URL, and connects directly.  It
+prefers a name in upper case, even with an empty value; Python prefers the name in lower case.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy")
 _EXCLUDED: Final = "no_proxy"
 _CGI: Final = "REQUEST_METHOD"
 """A variable that a web server sets for the programs that it starts (CGI).  A request can set
-``HTTP_PROXY`` in such a program, so obstore ignores all proxies there, and Python that one."""
+``HTTP_PROXY`` in such a program.  So obstore then ignores all proxies, and Python ignores the one
+of ``HTTP_PROXY``."""
 _MAX_PORT: Final = 65535
 _USER_PART: Final = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})"
 _URL: Final = re.compile(
@@ -33,8 +34,8 @@ def check_proxies() -> None:
     """Check that both clients use the proxies of the environment, and use them alike.
 
     Raises:
-        UnusableError: A value is not the URL of a proxy, the values of a name in upper and in lower
-            case differ, or ``REQUEST_METHOD`` is set beside a proxy.
+        UnusableError: A value is not the URL of a proxy, a name is in mixed case, the values of a
+            name in upper and in lower case differ, or ``REQUEST_METHOD`` is set beside a proxy.
     """
     for variable in (*_PROXIES, _EXCLUDED):
         found = {name: os.environ[name] for name in os.environ if name.lower() == variable}
@@ -61,8 +62,8 @@ def check_proxies() -> None:
                 raise UnusableError(msg)
             if _CGI in os.environ:
                 msg = (
-                    f"proxy: found {_CGI} beside {name} in the environment, expected it not set, "
-                    "because clients then ignore proxies"
+                    f"proxy: found {_CGI} beside {name} in the environment, expected only one of "
+                    f"them, because with {_CGI} clients ignore proxies"
                 )
                 raise UnusableError(msg)
 
@@ -78,6 +79,6 @@ def _is_set(variable: str) -> bool:
 
 
 def _is_url(value: str) -> bool:
-    """Return whether a value is a URL that both clients use for a proxy."""
+    """Return whether both clients take a value, with `with_scheme`, as the URL of a proxy."""
     match = _URL.fullmatch(value)
     return match is not None and 0 < int(match[1] or "1") <= _MAX_PORT

@@ -52,7 +52,10 @@ class RemoteFile(ReadOnlyFile):
 
     @property
     def page_source(self) -> PageSource | None:
-        """The data file of the cache; None if there is none, or the extension must not read it."""
+        """The data file of the cache; None if there is none, or the mount must not read it itself.
+
+        The mount reads such a file without this object (`PageSource`).
+        """
         if self._local is None:
             return None
         return self._local.page_source(
@@ -67,7 +70,7 @@ class RemoteFile(ReadOnlyFile):
 
     @property
     def silence(self) -> ServerSilence:
-        """The silence of the server."""
+        """Limits how long fills wait for the server while it does not answer."""
         return self.fetcher.silence
 
     @property
@@ -189,8 +192,8 @@ class RemoteFile(ReadOnlyFile):
             if block is not None:
                 part[:] = block
             elif not self._read_cached(start, part):
-                # Try the further parts as well: a failure makes units not ready, so the caller
-                # demands all of them together.
+                # `_read_cached` has marked the units of this part as not ready.  The further parts
+                # are tried as well, so that the caller demands all such units together.
                 filled = min(filled, start - offset)
         return filled
 

@@ -89,7 +89,10 @@ class ContentParts:
         self._is_read_to_end = False
 
     def read_single(self) -> bytearray:
-        """Return the content, which must fit into one part, without calling ``before_end``."""
+        """Return the content, which must fit into one part.
+
+        Neither ``before_end`` nor ``progress`` is called.
+        """
         block = next(self.read(), bytearray())
         self._is_read_to_end = True
         return block

@@ -260,11 +260,13 @@ class WebClient:
         is_allowed = any(is_below(target, prefix) for prefix in self._options.redirect_prefixes)
         if target.is_web and is_secure and is_allowed:
             return target
-        shown = shortened(target.shown, _MAX_SHOWN_CHARACTERS)
-        msg = (
-            f"found a redirection to {shown}, expected one on the same host "
-            f"(allow it with backing_url={target.scheme}://{target.host}/)"
-        )
+        msg = f"found a redirection to {shortened(target.shown, _MAX_SHOWN_CHARACTERS)}, expected "
+        if target.is_web and is_secure:
+            msg += (
+                f"one on the same host (allow it with backing_url={target.scheme}://{target.host}/)"
+            )
+        else:
+            msg += "an https:// URL"
         raise UnusableError(msg)
 
     def _raise_for_status(self, response: BaseHTTPResponse, target: Address) -> None:

@@ -266,7 +266,7 @@ def test_a_write_that_needs_the_server_is_lost_with_a_message(
     assert any(line.startswith(f"qedfuse: {overlay}: {lost}: {server.url}: ") for line in lines)
     assert lines[-1] == (
         f"qedfuse: {mount.mountpoint}: data that programs have written to {overlay} was lost, "
-        "because the rest of its clusters could not be read"
+        "because the base under it could not be read"
     )
     assert code == 2
     check(overlay)

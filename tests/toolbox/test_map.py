@@ -17,11 +17,13 @@ from qedfuse.cli.qedimg.main import main
 from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
-from qedfuse.errors import BackingRefusedError
+from qedfuse.errors import BackingRefusedError, ImageInUseError
+from qedfuse.hostio.lockedfile import locked_descriptor
+from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import ZERO, Feature
 from qedfuse.ondisk.header import Header, build_header
-from qedfuse.tools.inspection import fastmap
+from qedfuse.tools.inspection import fastmap, mapping
 from qedfuse.tools.inspection.mapping import MapEntry, map_image, open_map
 from qedfuse.tools.source import runs
 from tests.support import extensions, qemu
@@ -413,6 +415,27 @@ def test_beside_a_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     with qemu.hold(path):
         assert "in use" in mapped(path, capsys=capsys, code=16)[1]
         assert mapped("-U", "--output=json", path, capsys=capsys)[0].startswith("[{")
+
+
+@extensions.needs_extensions
+def test_a_writer_is_kept_out_in_the_middle_of_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The image stays locked where the fast map stops, so a list shows one state of the image."""
+    content = build_image(16 * CLUSTER_BYTES, {3: b"x"})
+    put_entry(content, l2_entry_offset(content, 5), 123)
+    (path := tmp_path / "disk.qed").write_bytes(content)
+    refused = []
+
+    def open_later(*arguments: Any) -> Any:  # noqa: ANN401  those of `open_map`
+        with pytest.raises(ImageInUseError), locked_descriptor(str(path), LockMode.WRITE):
+            pass
+        refused.append(path)
+        return open_map(*arguments)
+
+    monkeypatch.setattr(mapping, "open_map", open_later)
+    assert "1 extents with invalid entries" in mapped(path, capsys=capsys, code=13)[1]
+    assert refused == [path]
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 3, 19])

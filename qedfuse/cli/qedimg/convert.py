@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 EXAMPLE: Final = "qedimg convert -p disk.raw vm.qed"
 DESCRIPTION: Final = """\
 Copy the disk of SOURCE into a new file TARGET.  A source with backing files becomes
-one image, unless -B names a base for the new image.  SOURCE is a QED image, a raw file
-or a block device, or - for raw content from standard input.  TARGET is a file, or - for
-raw content to standard output.  Long runs of zeros take no space in TARGET (see -S).
-For a TARGET in a format other than raw and qed, qemu-img must be installed.
+one image, unless -B names a base for the new image.  SOURCE is an image, a raw file or a
+block device, or - for raw content from standard input.  TARGET is a file, or - for raw
+content to standard output.  Long runs of zeros take no space in TARGET (see -S).  Formats
+other than raw and QED need qemu-nbd (SOURCE) or qemu-img (TARGET).
 
 SOURCE may be a URL: https://, s3://, gs://, az://, nbd:// and others."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.cli.qedimg import arguments as common
@@ -84,8 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output in {"picture", "svg"}:
         return _draw(arguments)
     # On a terminal the list itself shows the progress.
-    with progress(arguments, "Mapping", bar=not sys.stdout.isatty()) as on_progress:
-        listed = _list_fast(arguments, on_progress)
+    with (
+        progress(arguments, "Mapping", bar=not sys.stdout.isatty()) as on_progress,
+        ExitStack() as stack,
+    ):
+        # The fast map keeps its lock until `_list_rest` has ended, so that the list shows one state
+        # of the image.
+        listed = _list_fast(arguments, on_progress, stack)
         if not listed.is_complete:
             run_async(_list_rest, arguments, listed, on_progress)
     return 0
@@ -140,11 +145,11 @@ class _Listed(NamedTuple):
     is_complete: bool = False
 
 
-def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
+def _list_fast(arguments: argparse.Namespace, on_progress: Progress, stack: ExitStack) -> _Listed:
     """Print the extents that the fast map can list, perhaps none; return what was printed.
 
     The fast map (`open_fast_map`) needs neither numpy nor trio.  It stops before the first extent
-    that it cannot list.
+    that it cannot list.  ``stack`` keeps the image open and locked.
     """
     nothing = _Listed(has_head=False, has_extents=False, end=arguments.start_offset)
     is_partial = arguments.start_offset or arguments.max_length is not None
@@ -153,25 +158,25 @@ def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
     if is_url(arguments.image):
         return nothing
     as_json = arguments.output == "json"
-    with open_fast_map(arguments.image, share=arguments.force_share) as fast_map:
-        if fast_map is None:
-            return nothing
-        sys.stdout.write(HEADS[arguments.output])
-        has_extents = False
-        for text in fast_map.lines(as_json=as_json, name=printable(arguments.image)):
-            # In JSON each extent begins with a comma, which the first one must not have.
-            sys.stdout.write(text if has_extents or not as_json else text.removeprefix(",\n"))
-            has_extents = has_extents or bool(text)
-            on_progress(fast_map.reached, fast_map.size)
-        if fast_map.reached < fast_map.size:
-            return _Listed(has_head=True, has_extents=has_extents, end=fast_map.reached)
+    fast_map = stack.enter_context(open_fast_map(arguments.image, share=arguments.force_share))
+    if fast_map is None:
+        return nothing
+    sys.stdout.write(HEADS[arguments.output])
+    has_extents = False
+    for text in fast_map.lines(as_json=as_json, name=printable(arguments.image)):
+        # In JSON each extent begins with a comma, which the first one must not have.
+        sys.stdout.write(text if has_extents or not as_json else text.removeprefix(",\n"))
+        has_extents = has_extents or bool(text)
+        on_progress(fast_map.reached, fast_map.size)
+    if fast_map.reached < fast_map.size:
+        return _Listed(has_head=True, has_extents=has_extents, end=fast_map.reached)
     if as_json:
         sys.stdout.write("]\n")
     return _Listed(has_head=True, has_extents=True, end=fast_map.size, is_complete=True)
 
 
 def _is_silent(arguments: argparse.Namespace) -> bool:
-    """Return whether ``-q`` suppresses the list; ``-q`` suppresses text, but not JSON."""
+    """Return whether ``-q`` suppresses the list: the text table, but not JSON."""
     return bool(arguments.quiet) and arguments.output == "human"
 
 

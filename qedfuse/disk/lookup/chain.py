@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import Layer
 
 _MAX_FLATTENED_BYTES: Final = 1 << 22
-"""Maximum length of a range that is looked up in `FlattenedBacking`.  Longer ranges are mostly
-holes, for which a lookup layer by layer is faster."""
+"""Maximum length of a range that is looked up in `FlattenedBacking`.  In a longer range most of the
+chain is usually unallocated, and then a lookup layer by layer is faster."""
 
 
 class Chain:

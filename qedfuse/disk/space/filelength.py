@@ -27,12 +27,13 @@ MIN_GROWTH_BYTES: Final = 1 << 20
 A step is shorter if it would take the file past the allocator's bound or past `MAX_OFFSET`.
 """
 MAX_GROWTH_BYTES: Final = 1 << 24
-"""Maximum growth step, in bytes.
+"""Maximum growth step, in bytes, before it is rounded up to whole clusters.
 
 On most file systems the bytes of a step take up no space before they are written to.
 """
 _GROWTH_DIVISOR: Final = 16
-"""The growth step is the needed length divided by this number, but within the two limits above."""
+"""The growth step is the needed length divided by this number, but within the two limits above.  It
+is then rounded up to whole clusters."""
 
 
 class FileLength:

@@ -50,8 +50,8 @@ class Marking:
         # Number of references that were dropped after another reference to the same cluster.
         self._dropped_twice = 0
         # The value of `_dropped_twice` at the last `restart`.  The walk does not find these
-        # references any more, so `duplicates` adds their number.  If a reference is dropped later,
-        # `mark` or `record_drop` adds it to `_marked_duplicates`.
+        # references any more, so `duplicates` adds their number.  A second reference that is
+        # dropped after the `restart` is in `_marked_duplicates`: `mark` or `record_drop` counts it.
         self._dropped_twice_before_walk = 0
         # The clusters that have lost a reference since `begin`.
         self._dropped = empty.empty_like()
@@ -126,8 +126,9 @@ class Marking:
         - If not, the scan will not find the dropped references there.  So this method marks the
           clusters.  A cluster that is marked already has two owners, and counts as a duplicate.
 
-        `restart` forgets these marks and counts.  So this method also counts the clusters that have
-        lost more than one reference since `begin`.
+        `restart` forgets these marks and counts.  So this method also records all clusters that
+        have lost a reference since `begin`, which `restart` marks again, and counts the further
+        references that these clusters have lost.
 
         No error is raised, because the caller has changed the table already and must be able to
         finish its change; `require_complete` raises it later.

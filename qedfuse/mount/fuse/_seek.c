@@ -6,7 +6,7 @@
  * hole.
  *
  * The search is left to Python (fallocate.py) if the disk has a base, if a slice (part) of a table
- * is not in memory or has an invalid entry, or after MAX_SLICES slices.  Python also answers if
+ * is not in memory or has an invalid entry, or after MAX_STEPS steps.  Python also answers if
  * is_seek_permitted() returns 0.
  */
 
@@ -14,8 +14,9 @@
 
 #include <errno.h>
 
-/* Maximum number of slices of tables that one search looks at; other requests wait meanwhile. */
-#define MAX_SLICES 64
+/* Maximum number of steps of one search, during which other requests wait.  A step looks at one
+ * slice of an L2 table, or at entries of the L1 table. */
+#define MAX_STEPS 64
 
 /* Number of entries that are compared together, without a branch for each. */
 #define GROUP 16
@@ -72,7 +73,7 @@ static int search(ReadView *view, uint64_t start, uint64_t limit, int for_data, 
     Py_buffer l1 = {0}, l2 = {0};
     int count, is_found = 0;
 
-    for (count = 0; count < MAX_SLICES && l1_offset >= 0 && cluster < clusters; count++) {
+    for (count = 0; count < MAX_STEPS && l1_offset >= 0 && cluster < clusters; count++) {
         l1_index = cluster >> view->table_bits;
         if (l1_slice != l1_index >> view->slice_bits) {
             l1_slice = l1_index >> view->slice_bits;

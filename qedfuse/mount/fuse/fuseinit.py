@@ -122,8 +122,8 @@ def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
 async def negotiate_init(fd: int, readahead: int | None = None, disks: int = 1) -> None:
     """Let libfuse negotiate FUSE INIT, and change the request and the reply on their way.
 
-    Call this between `pyfuse3.init` and `pyfuse3.main`.  As soon as the kernel has the reply, it
-    accepts system calls on the mount.
+    Call this after `pyfuse3.init`, and before the `pyfuse3.main` that serves the mount.  As soon as
+    the kernel has the reply, it accepts system calls on the mount.
 
     Args:
         fd: The descriptor of libfuse's connection to the kernel.
@@ -148,6 +148,7 @@ async def negotiate_init(fd: int, readahead: int | None = None, disks: int = 1) 
             proxy_end.setblocking(False)  # noqa: FBT003
             proxy_end.send(request)
             async with background_tasks() as nursery:
+                # It handles only this request.
                 nursery.start_soon(pyfuse3.main)
                 await trio.lowlevel.wait_readable(proxy_end)
                 # libfuse has replied.  The tasks of pyfuse3 now wait for the socket.  They must end

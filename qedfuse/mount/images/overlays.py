@@ -94,7 +94,7 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
     overlay = os.path.join(temporary, "snapshot.qed")  # noqa: PTH118
     try:
         await _make_overlay(overlay, path, options)
-        # The overlay need not be compacted at its close, because its file vanishes then.
+        # The overlay need not be compacted at its close, because its file is freed then.
         snapshot_options = replace(_overlay_options(path, options), compact="off")
         async with open_disk(overlay, snapshot_options, inspector=inspect_image) as disk:
             # The kernel frees the space of the unlinked file when this process ends, even if it

@@ -99,7 +99,8 @@ def _be_child(
 ) -> NoReturn:
     """Run as the helper in the forked process, and exit; the call never returns."""
     try:
-        # Signals from the terminal are meant for the server, which ends the helper after the mount.
+        # The server ends the helper, after the mount.  So a signal that is sent to all processes
+        # of a terminal or of a service must not end it earlier.
         os.setsid()
         for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signal_number, signal.SIG_IGN)

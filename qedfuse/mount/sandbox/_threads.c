@@ -169,8 +169,8 @@ static int send_signal(DIR *tasks, pid_t thread, int signal_number)
 }
 
 /* Send the signal to all other threads, until a list of the threads has no new one.  Return 0, or
- * an errno.  `*threads` becomes the number of all threads.  On return all handlers have finished,
- * or has_pending() returns 1. */
+ * an errno.  `*threads` becomes the number of all threads.  If handlers take too long, they may
+ * still run on return; then has_pending() returns 1. */
 static int restrict_others(DIR *tasks, int signal_number, size_t *threads)
 {
     pid_t own = (pid_t)syscall(SYS_gettid);

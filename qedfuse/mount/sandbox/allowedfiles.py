@@ -24,8 +24,9 @@ READ: Final = READ_FILE | READ_DIRECTORY
 CHANGE_TREE: Final = CHANGE_FILES | MAKE_DIRECTORY | REMOVE_DIRECTORY | RENAME_BETWEEN_DIRECTORIES
 """Rights on a directory of files and directories that the server makes, changes and removes."""
 SERVE: Final = READ | WRITE_FILE | TRUNCATE
-"""Rights on the mount itself, whose files the server opens to have cached pages written back or to
-correct sizes (`qedfuse.mount.fuse.laundering`)."""
+"""Rights on the mount itself.  The server opens it to have cached pages written back
+(`qedfuse.mount.system.unmount.sync_mount`), and its files to correct their sizes
+(`qedfuse.mount.fuse.sizefixup`)."""
 SERVE_FILE: Final = SERVE & ~READ_DIRECTORY
 """Rights on the mount itself if the mountpoint is a file."""
 
@@ -56,8 +57,8 @@ _CERTIFICATE_VARIABLES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 def system_files() -> Iterator[tuple[str, int]]:
     """Yield what every server may open: a path, and the rights on it and on all files below it.
 
-    The modules of Python and qedfuse are included: some may be imported only after the sandbox is
-    entered.
+    The modules of Python and qedfuse are included, because some are imported after the sandbox is
+    entered, for example when the mount ends.
     """
     yield from _SYSTEM_FILES
     package = __file__.removesuffix("/mount/sandbox/allowedfiles.py")
@@ -66,7 +67,7 @@ def system_files() -> Iterator[tuple[str, int]]:
 
 
 def _site_packages() -> list[str]:
-    """Return the directories of ``sys.path`` with installed packages; not those of PYTHONPATH."""
+    """Return the directories of ``sys.path`` that have the usual name for installed packages."""
     import sys  # noqa: PLC0415  only here
 
     return [path for path in sys.path if path.endswith(("/site-packages", "/dist-packages"))]
@@ -93,6 +94,6 @@ def key_directories(files: Iterable[str]) -> Iterator[tuple[str, int]]:
     new file.  So the whole directory may be read.
     """
     for path in files:
-        # Kubernetes replaces the target of a symbolic link.
+        # In Kubernetes the file is a symbolic link, and a new token is a new target of the link.
         for found in (str(Path(path).absolute()), os.path.realpath(path)):
             yield os.path.dirname(found), READ_FILE  # noqa: PTH120  str paths

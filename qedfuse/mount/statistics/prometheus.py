@@ -131,7 +131,7 @@ def _of_disk(disk: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | N
     yield (
         "image_free_bytes",
         "gauge",
-        "Free clusters in the file; missing before the scan.",
+        "Free clusters in the file; missing before the scan has ended.",
         (None if free is None else free * cluster),
     )
     yield (
@@ -147,7 +147,12 @@ def _of_disk(disk: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | N
         (space["allocated_clusters"] * cluster),
     )
     if scan is not None:
-        yield "scan_tables", "gauge", "L2 tables to scan for free clusters.", scan["tables"]
+        yield (
+            "scan_tables",
+            "gauge",
+            "L2 tables that the scan reads.",
+            scan["tables"],
+        )
         yield "scan_scanned_tables", "gauge", "L2 tables that were scanned.", scan["scanned_tables"]
         yield (
             "scan_complete",

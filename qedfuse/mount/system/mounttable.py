@@ -26,7 +26,7 @@ class MountEntry:
         mount_id: The id of the mount, unique as long as the mount exists.
         parent_id: The ``mount_id`` of the mount on which this mount lies.
         device: The device number of the file system, ``MAJOR:MINOR``.
-        path: The mountpoint, as an absolute path for the process that sees the mount.
+        path: The mountpoint, as an absolute path for the process whose mount table was read.
         fstype: The type of the file system; `FUSE_TYPE` for a mount of qedfuse.
         source: What is mounted, the column SOURCE of findmnt(8).
         owner: The uid of the user who mounted a FUSE file system; 0 for any other file system.

@@ -90,8 +90,8 @@ async def plan(
         repair_plan = RepairPlan()
         if report.errors and level == "all":
             repair_plan = await plan_repair(file, header)
-        # The repair of errors can leak further clusters: those in the free list, which it drops,
-        # and the old clusters of a table that it moves.
+        # Leaks can be kept even if the image has none now.  The repair of errors can leak clusters:
+        # those in the free list, which it drops, and the old clusters of a table that it moves.
         keep_leaks = _must_keep_leaks(path, level, report) and bool(report.errors or report.leaks)
         risky = repair_plan.written > _max_unforced_bytes(file) or _is_risky(report, level)
         return CheckResult.of_check(
@@ -160,9 +160,10 @@ async def repair(
             backup_path = backup.path
             after = (await repair_image(file, header)).after
         elif keep_leaks and header.need_check:
-            # Leaks are kept because of the backup of an earlier repair.  NEED_CHECK is still set if
-            # that repair was interrupted after it had written all entries.  As there are no errors,
-            # `repair_image` only clears NEED_CHECK and drops the persistent free list.
+            # Leaks are kept because of the backup of an earlier repair.  NEED_CHECK is set, because
+            # that repair was interrupted after it had written all entries, or because a later mount
+            # was.  As there are no errors, `repair_image` only clears NEED_CHECK and drops the
+            # persistent free list.
             after = (await repair_image(file, header)).after
         if not keep_leaks and not after.errors and (after.leaks or header.need_check):
             await _reclaim(file, path, progress)
