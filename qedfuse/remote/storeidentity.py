@@ -17,7 +17,7 @@ import errno
 import os
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from qedfuse.remote.client import UnusableError
 from qedfuse.remote.keyservices import check_service, is_cloud_machine
@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     from obstore.store import S3Credential
 
     from qedfuse.remote.client import ClientOptions
+
+_PROFILE_KEY: Final = "aws_access_key_id"
+_PROFILE_SECRET: Final = "aws_secret_access_key"  # noqa: S105  a name
+"""The two parts of a key in a profile of Amazon's credentials file."""
 
 
 def add_s3_identity(
@@ -289,12 +293,12 @@ def _has_machine_role(variables: Variables, *, allow_http: bool) -> bool:
 def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
     """Return key, secret and token from the credentials file of Amazon's tools, or empty texts.
 
-    A missing file is an error only if a variable names the file or a profile; a missing profile
-    only if a variable names the profile.
+    A missing file is an error only if a variable names the file or a profile; a missing profile, or
+    one without a key, only if a variable names the profile.
 
     Raises:
-        UnusableError: The file cannot be read.  A mount then keeps its last key, and does not go on
-            with unsigned requests.
+        UnusableError: The file cannot be read, or has only half of a key.  A mount then keeps its
+            last key, and does not go on with unsigned requests.
     """
     named = variables.first(("AWS_SHARED_CREDENTIALS_FILE",))
     profile = variables.first(("AWS_PROFILE",))
@@ -323,7 +327,12 @@ def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
         msg = f"credentials: {shown}: found no profile {printable(section)}, expected it"
         raise UnusableError(msg)
     found = parser[section]
-    key, secret = found.get("aws_access_key_id", ""), found.get("aws_secret_access_key", "")
-    if not key or not secret:
-        return "", "", ""
+    key, secret = found.get(_PROFILE_KEY, ""), found.get(_PROFILE_SECRET, "")
+    if bool(key) != bool(secret) or (not key and profile is not None):
+        what = f"{_PROFILE_KEY if key else _PROFILE_SECRET} alone" if key or secret else "no key"
+        msg = (
+            f"credentials: {shown}: profile {printable(section)}: found {what}, expected "
+            f"{_PROFILE_KEY} and {_PROFILE_SECRET}"
+        )
+        raise UnusableError(msg)
     return key, secret, found.get("aws_session_token", "")

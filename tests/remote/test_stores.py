@@ -109,6 +109,20 @@ def test_profile_of_amazons_tools(
     monkeypatch.setenv("AWS_PROFILE", "other")
     empty = replace(options, cache_directory=str(tmp_path / "empty"))
     assert "found no profile other, expected it" in failure("s3://golden/disk", empty)
+    for lines, found in (
+        ("aws_access_key_id = test:tester", "aws_access_key_id alone"),
+        ("aws_secret_access_key = testing", "aws_secret_access_key alone"),
+        ("role_arn = arn:aws:iam::1:role/x", "no key"),
+    ):
+        for profile in ("lab", "default"):
+            monkeypatch.setenv("AWS_PROFILE", profile)
+            (tmp_path / ".aws/credentials").write_text(f"[{profile}]\n{lines}\n")
+            text = failure("s3://golden/disk", empty)
+            assert f"profile {profile}: found {found}, expected aws_access_key_id and " in text
+    monkeypatch.delenv("AWS_PROFILE")
+    (tmp_path / ".aws/credentials").write_text("[default]\naws_access_key_id = test:tester\n")
+    text = failure("s3://golden/disk", empty)
+    assert "profile default: found aws_access_key_id alone" in text
 
 
 def test_wrong_secret_is_refused(

@@ -530,6 +530,50 @@ async def test_fallocate_succeeds_if_another_request_grows_the_disk_meanwhile(
         assert (answers, calls, disk.size) == ([0], [0, 0], grown)
 
 
+@pytest.mark.parametrize("whence", [os.SEEK_DATA, os.SEEK_HOLE])
+async def test_data_that_is_written_back_during_a_search_is_no_hole(
+    whence: int, tmp_path: Path
+) -> None:
+    """Pages that the kernel sends before it releases the last writer are data for a search.
+
+    That the search has passed their range already makes no difference.
+    """
+    image = qemu.create(tmp_path / "vm.qed", 1 << 20)
+    offsets: list[int] = []
+    answered = trio.Event()
+
+    class Request:
+        """A request that keeps its answer."""
+
+        def offset(self, offset: int) -> None:
+            """Keep the offset."""
+            offsets.append(offset)
+            answered.set()
+
+    async with open_disk(str(image), OpenOptions(writable=True)) as disk, trio.open_nursery() as n:
+        disks = export(disk)
+        (exported,) = disks.by_inode.values()
+        exported.writers = 1
+        next_data, found = disk.next_data, list[int | None]()
+
+        async def next_data_slowly(start: int) -> int | None:
+            """Write back after the first search, and release the writer."""
+            found.append(await next_data(start))
+            if len(found) == 1:
+                await disk.write(0, b"x" * 65536)
+                exported.writers = 0
+            return found[-1]
+
+        disk.next_data = next_data_slowly  # type: ignore[method-assign]
+        unused = cast("Any", None)
+        handler = FallocateLseek(operations(disks), unused, unused, n)
+        handler(cast("Any", Request()), "lseek", 0, 2, whence, 0, 0)
+        with trio.fail_after(60):
+            await answered.wait()
+    assert found[0] is None, "the range was passed before the data was written"
+    assert offsets == [0 if whence == os.SEEK_DATA else 65536]
+
+
 @pytest.mark.expect_log("server")
 @pytest.mark.parametrize("kind", [RemoteError, ObjectChangedError, ForeignError])
 async def test_what_a_server_makes_a_write_lose_is_logged(

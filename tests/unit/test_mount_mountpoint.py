@@ -115,6 +115,7 @@ def test_a_missing_helper_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         ("#user_allow_other\n", False),
         ("user_allow_other_not\n", False),
         ("mount_max = 3\n user_allow_other \n", True),
+        ("user_allow_other  # for losetup\n", True),
     ],
 )
 def test_allow_other_needs_a_line_in_the_configuration(

@@ -4,8 +4,9 @@ On a read-only mount the kernel itself refuses writes.  So a writable mount can 
 and later writable again.  A mount whose images are open read-only cannot become writable: the
 locks, the check of each image and the kernel's write-back cache are decided when the mount begins.
 
-With ``direct_io`` the kernel leaves the flag ``sync`` to the server, which knows only the value
-with which the mount began.  So a remount cannot change ``sync`` then.
+The kernel ignores ``dirsync`` in a remount.  With ``direct_io`` it leaves the flag ``sync`` to the
+server, which knows only the value with which the mount began.  So a remount cannot change
+``dirsync``, and with ``direct_io`` it cannot change ``sync``.
 """
 
 from __future__ import annotations
@@ -128,13 +129,17 @@ def _refuse_changes(
             "and mount again with rw)"
         )
         raise UsageError(msg)
-    if old.direct_io and ("sync" in flags) != ("sync" in old.kernel_flags):
-        change, hint = ("set", "") if "sync" in flags else ("cleared", "repeat sync, or ")
-        msg = (
-            f"{shown}: option sync: cannot be {change} by remount with direct_io ({hint}unmount, "
-            "and mount again)"
-        )
-        raise UsageError(msg)
+    fixed = {"dirsync": ""}  # the flags that cannot be changed, each with the reason
+    if old.direct_io:
+        fixed["sync"] = " with direct_io"
+    for flag, reason in fixed.items():
+        if (flag in flags) != (flag in old.kernel_flags):
+            change, hint = ("set", "") if flag in flags else ("cleared", f"repeat {flag}, or ")
+            msg = (
+                f"{shown}: option {flag}: cannot be {change} by remount{reason} ({hint}unmount, "
+                "and mount again)"
+            )
+            raise UsageError(msg)
     for option in others:
         if option == "allow_other" and old.allow_root:
             # The mount table shows allow_root as allow_other, and mount(8) copies it from there.

@@ -1,8 +1,8 @@
 """The requests that pyfuse3 lacks: fallocate(2), and lseek(2) with SEEK_DATA and SEEK_HOLE.
 
-The kernel may have changed pages that it has not sent to the server: of the write-back cache, or of
-a shared memory map.  So before the server reports a hole, it makes the kernel write back the range
-of the hole, and searches the tables again.
+The kernel may hold changed pages that it has not yet sent to the server, because of the write-back
+cache or of a shared memory map.  So before the server reports a hole, it makes the kernel write
+back the range of the hole, and searches the tables again.
 """
 
 from __future__ import annotations
@@ -163,10 +163,20 @@ class FallocateLseek:
         if start < 0:
             raise FUSEError(errno.ENXIO)
         disk = exported.disk
-        # The gap is the range that the answer would report as a hole, or would skip.
-        gap = await _find_gap(disk, whence, start)
-        while self._may_be_dirty(exported):
-            hole, end = gap
+        written_back = None  # the gap whose dirty pages the kernel has written back
+        while True:
+            # The last handle that may write can be released during the search.  The kernel sends
+            # its dirty pages before that, but perhaps to a place that was searched already.  So
+            # what counts is whether there was such a handle before the search.
+            may_be_dirty = self._may_be_dirty(exported)
+            # The gap is the range that the answer would report as a hole, or would skip.
+            gap = hole, end = await _find_gap(disk, whence, start)
+            if not may_be_dirty or gap == written_back:
+                # If all dirty pages of the gap were written back, and the tables still have no data
+                # there, the gap is a hole.
+                break
+            if not self._may_be_dirty(exported):
+                continue
             if end is None and not self._operations.may_grow(exported):
                 end = disk.size
             # On a growable disk the kernel may have cached data past the end of the disk.  Only the
@@ -176,11 +186,7 @@ class FallocateLseek:
                 break
             if not await self._laundering.launder(exported, hole, end):
                 return self._assume_data(exported, whence, start)
-            before, gap = gap, await _find_gap(disk, whence, start)
-            if gap == before:
-                # The kernel has written back all dirty pages of the gap, and the tables still
-                # have no data there.  So the gap is a hole.
-                break
+            written_back = gap
         hole, data = gap
         offset = hole if whence == os.SEEK_HOLE else data
         if offset is None or start >= disk.size:

@@ -80,6 +80,6 @@ def _is_allow_other_permitted() -> bool:
     """Return whether fuse.conf has the line ``user_allow_other``; False if it cannot be read."""
     try:
         with Path(FUSE_CONF).open(encoding="utf-8", errors="replace") as conf:
-            return any(line.strip() == "user_allow_other" for line in conf)
+            return any(line.partition("#")[0].strip() == "user_allow_other" for line in conf)
     except OSError:
         return False
