@@ -27,7 +27,7 @@ from qedfuse.remote.cacheentry import (
 )
 from qedfuse.remote.cachemetadata import entry_name, name_hash, read_metadata
 from qedfuse.remote.cacheroot import directory_waits_for_server, prepare_directory
-from qedfuse.remote.unitfile import UnitFile
+from qedfuse.remote.unitfile import UnitFile, open_directory
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -118,18 +118,13 @@ class CacheDirectory:
         """Open the entry ``path``; make it if it is missing or damaged."""
         if os.path.islink(parent):  # noqa: PTH114  str paths
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        try:
-            entry = UnitFile.open(path, version.size)
-        except OSError as error:
-            if error.errno not in _UNUSABLE:
-                raise
-            if os.path.lexists(path):
-                discard_entry(path)
-            self.evict()
-            make_entry(parent, path, address.shown, version)
-            return UnitFile.open(path, version.size)
-        mark_used(entry)
-        return entry
+        entry = _open_or_discard(path, version.size)
+        if entry is not None:
+            mark_used(entry)
+            return entry
+        self.evict()
+        make_entry(parent, path, address.shown, version)
+        return UnitFile.open(path, version.size)
 
     def offline_entries(
         self, address: Address, store_id: str = ""
@@ -217,6 +212,23 @@ class CacheDirectory:
         """Return the directory for the entries of an object."""
         name = f"object-{name_hash(f'{store_id} {address.url}')}"
         return os.path.join(self._path, name)  # noqa: PTH118  str paths
+
+
+def _open_or_discard(path: str, size: int) -> UnitFile | None:
+    """Open an entry; return None if it is missing, or was damaged and is now discarded."""
+    try:
+        directory = open_directory(path)
+    except FileNotFoundError:
+        return None
+    try:
+        return UnitFile.open_in(directory, path, size)
+    except OSError as error:
+        if error.errno not in _UNUSABLE:
+            raise
+        discard_entry(path, directory)
+        return None
+    finally:
+        os.close(directory)
 
 
 def _open_retrying(path: str, size: int) -> UnitFile:

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import stat
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.hostio.regular import allocated_bytes
@@ -103,17 +103,19 @@ def make_entry(parent: str, path: str, shown: str, version: Version) -> None:
         raise
 
 
-def discard_entry(path: str) -> None:
+def discard_entry(path: str, directory: int) -> None:
     """Rename a damaged entry, and remove it if no process has it open.
 
     Processes that have the entry open keep using the open files.
 
+    Args:
+        path: The directory of the entry.
+        directory: A descriptor of this directory.
+
     Raises:
-        OSError: A system call failed, or ``path`` is not a directory (ENOTDIR).
+        OSError: A system call failed, or ``path`` is another directory now (EWOULDBLOCK).
     """
-    if not stat.S_ISDIR(os.lstat(path).st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    remove_entry(_rename_aside(path))
+    remove_entry(_rename_aside(path, directory))
 
 
 def remove_entry(path: str) -> bool:
@@ -122,21 +124,22 @@ def remove_entry(path: str) -> bool:
     An entry with files that are not the cache's is kept.  If the host refuses to remove a file, the
     result is True, but the rest of the entry stays under a new name.
     """
-    fd = -1
     try:
-        if not all(map(_is_own_name, os.listdir(path))):  # noqa: PTH208  str paths
-            return False
-        fd = _open_data(path)
-        if fd >= 0:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # While the lock is held, opening the entry fails with EWOULDBLOCK.  The entry is renamed
-        # first, because another process may make a new entry of the same name meanwhile.
-        _remove_files(_rename_aside(path))
+        with ExitStack() as stack:
+            directory = open_directory(path)
+            stack.callback(os.close, directory)
+            if not all(map(_is_own_name, os.listdir(directory))):  # noqa: PTH208  a descriptor
+                return False
+            fd = _open_data(directory)
+            if fd >= 0:
+                stack.callback(os.close, fd)
+                # Only a process that has the entry open holds this lock.
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The entry is renamed before its files are removed, because as soon as one is missing,
+            # another process may make a new entry of the same name.
+            _remove_files(_rename_aside(path, directory))
     except OSError:
         return False
-    finally:
-        if fd >= 0:
-            os.close(fd)
     with suppress(OSError):
         os.rmdir(os.path.dirname(path))  # noqa: PTH106, PTH120  only if it is empty
     return True
@@ -163,13 +166,11 @@ def _data_bytes(path: str) -> int:
         return 0
 
 
-def _open_data(path: str) -> int:
-    """Return a descriptor of an entry's data file; -1 if it is missing or has a wrong type."""
+def _open_data(directory: int) -> int:
+    """Return a descriptor of an entry's data file; -1 if it is missing or cannot be such a file."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        return os.open(
-            os.path.join(path, DATA_NAME),  # noqa: PTH118  str paths
-            os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK,
-        )
+        return os.open(DATA_NAME, flags, dir_fd=directory)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
@@ -181,8 +182,14 @@ def _new_path(parent: str) -> str:
     return os.path.join(parent, _NEW_PREFIX + secrets.token_hex(16))  # noqa: PTH118  str paths
 
 
-def _rename_aside(path: str) -> str:
-    """Rename an entry, so that no process can open it any more; return the new path."""
+def _rename_aside(path: str, directory: int) -> str:
+    """Rename an entry, so that no process can open it any more; return the new path.
+
+    Since ``directory`` was opened as ``path``, other processes may have removed the entry and made
+    another one at ``path``, which they use.  Then EWOULDBLOCK is raised.
+    """
+    if not os.path.samestat(os.lstat(path), os.fstat(directory)):
+        raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
     aside = _new_path(os.path.dirname(path))  # noqa: PTH120  str paths
     os.rename(path, aside)  # noqa: PTH104  str paths
     return aside

@@ -91,13 +91,13 @@ class UnitFile:
         """
         directory = open_directory(path)
         try:
-            return cls._open_in(directory, path, size)
+            return cls.open_in(directory, path, size)
         finally:
             os.close(directory)
 
     @classmethod
-    def _open_in(cls, directory: int, path: str, size: int) -> Self:
-        """Open the entry in an open directory; see `open`."""
+    def open_in(cls, directory: int, path: str, size: int) -> Self:
+        """Open the entry in the open directory ``directory``, which was ``path``; see `open`."""
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         data_fd = os.open(DATA_NAME, flags, dir_fd=directory)
         try:

@@ -15,7 +15,7 @@ import zlib
 from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, cast
 
 import pytest
 import trio
@@ -23,7 +23,7 @@ import trio
 from qedfuse.errors import CacheError, RemoteError
 from qedfuse.hostio.residency import Residency
 from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
-from qedfuse.remote import localdata
+from qedfuse.remote import cacheentry, localdata
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions
 from qedfuse.remote.cachemetadata import entry_name, read_metadata
@@ -891,6 +891,75 @@ def test_entry_of_another_process_is_kept(tmp_path: Path) -> None:
         process.kill()
     directory.evict()
     assert not path.exists()
+
+
+def remade(directory: CacheDirectory, version: Version) -> UnitFile:
+    """Remove the only entry, and make another one at the same path; give it, open."""
+    assert directory.evict() == 0
+    entry = CacheDirectory(CacheOptions(directory._path)).open_entry(ADDRESS, version)
+    entry.store(0, CONTENT[:UNIT_BYTES])
+    return entry
+
+
+def test_an_entry_that_was_made_anew_during_its_removal_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that removes an entry leaves alone another one that was made at the same path."""
+    directory = CacheDirectory(CacheOptions(str(tmp_path), 0))
+    version = Version(UNIT_BYTES, '"one"')
+    CacheDirectory(CacheOptions(str(tmp_path))).open_entry(ADDRESS, version).close()
+    open_data, made = cacheentry._open_data, list[UnitFile]()
+
+    def open_slowly(entry: int) -> int:
+        fd = open_data(entry)
+        if not made:
+            made.append(cast("UnitFile", None))  # not again, in the removal by `remade`
+            made[0] = remade(directory, version)
+        return fd
+
+    monkeypatch.setattr(cacheentry, "_open_data", open_slowly)
+    directory.evict()
+    with (
+        made[0] as entry,
+        CacheDirectory(CacheOptions(str(tmp_path))).open_entry(ADDRESS, version) as found,
+    ):
+        assert os.path.samestat(os.fstat(found.data_fd), os.fstat(entry.data_fd))
+        assert found.load(0) == CONTENT[:UNIT_BYTES]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_entry_that_was_made_anew_during_an_open_is_used(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that opens an entry just when it is removed uses the one that replaces it."""
+    removing = CacheDirectory(CacheOptions(str(tmp_path), 0))
+    directory, version = CacheDirectory(CacheOptions(str(tmp_path))), Version(UNIT_BYTES, '"one"')
+    directory.open_entry(ADDRESS, version).close()
+    made = list[UnitFile]()
+
+    def remake() -> None:
+        if not made:
+            made.append(cast("UnitFile", None))  # not again, in the open by `remade`
+            made[0] = remade(removing, version)
+
+    flock, open_in = fcntl.flock, UnitFile.open_in
+
+    def lock_slowly(fd: int, operation: int) -> None:
+        if operation & fcntl.LOCK_SH:
+            remake()  # the data file is open
+        flock(fd, operation)
+
+    def open_slowly(entry: int, path: str, size: int) -> UnitFile:
+        remake()  # only the directory is open
+        return open_in(entry, path, size)
+
+    if moment == "after":
+        monkeypatch.setattr(fcntl, "flock", lock_slowly)
+    else:
+        monkeypatch.setattr(UnitFile, "open_in", open_slowly)
+    with directory.open_entry(ADDRESS, version) as found, made[0] as entry:
+        assert os.path.samestat(os.fstat(found.data_fd), os.fstat(entry.data_fd))
+        assert found.load(0) == CONTENT[:UNIT_BYTES]
 
 
 def test_what_a_crash_has_left_is_removed(tmp_path: Path) -> None:
