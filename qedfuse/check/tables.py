@@ -103,7 +103,9 @@ def refuse_too_many_tables(file: HostFile, count: int) -> None:
 
 
 async def overlapping(tables: Values, table_bytes: int) -> Mask:
-    """Return a mask that marks each table that overlaps an earlier table without a mark.
+    """Return a mask of the tables that overlap an earlier table.
+
+    An earlier table that is itself in the mask does not count.
 
     Args:
         tables: The file offsets of tables, ascending; equal offsets are permitted.

@@ -52,10 +52,12 @@ class DiskStatistics:
     Attributes:
         tables: Statistics of the table cache.
         table_loads: How many slices of tables were loaded into the table cache for requests.
-        table_cache_bytes: Maximum number of bytes of the table cache; see `make_store`.
+        table_cache_bytes: Maximum number of bytes of the table cache
+            (`qedfuse.disk.lookup.tablecache.make_store`).
         dirty_table_bytes: Length in bytes of all dirty slices of the image's tables.
         writeback: Counters of the write-back cycles.
-        file_bytes: File offset in bytes where the last cluster in use ends.
+        file_bytes: File offset in bytes where the last cluster in use ends; where the last whole
+            cluster of the file ends, until the scan has ended and if the disk is read-only.
         bound_bytes: The file length in bytes that suffices for a fully allocated disk.
         cluster_bytes: Length of a cluster in bytes.
         allocated_clusters: How many clusters have been handed out, for data and for tables.

@@ -116,7 +116,8 @@ class Graph(_OpenedFiles):
 
         QEMU reads the names later than `open_graph`.  Without Landlock, a program that changes an
         image in between could make QEMU open other files.  So the caller must call this method
-        after QEMU has opened all images.
+        after QEMU has opened all images.  A program that restores the names before this call is not
+        detected.
 
         Raises:
             ForeignError: An image names other files, or cannot be used any more.
@@ -187,12 +188,12 @@ def _add_image(graph: _OpenedFiles, file: PosixFile, driver: str, limits: Limits
             raise ForeignError(msg)
         # An image may name an extent twice, even by two spellings.  So the extents that are open
         # already do not count as taken.
-        extent = _open(graph, name, file, limits, taken=graph.files)
+        extent = _open(graph, name, file, limits, role="extent", taken=graph.files)
         graph.extents.append(extent)
         refuse_hidden_descriptor(_signature(extent), extent.name)
     graph.data_files.append(None if links.extents else file)
     if links.data_file:
-        data = _open_counted(graph, links.data_file, file, limits)
+        data = _open_counted(graph, links.data_file, file, limits, role="data file")
         graph.files.append(data)
         graph.data_files[-1] = data
         options["data-file"] = _file_options(_inherited_path(graph), limits)
@@ -200,7 +201,7 @@ def _add_image(graph: _OpenedFiles, file: PosixFile, driver: str, limits: Limits
         options["backing"] = None
     graph.images.append(ChainImage(file, driver, links, options))
     if links.backing:
-        base = _open_counted(graph, links.backing, file, limits)
+        base = _open_counted(graph, links.backing, file, limits, role="backing file")
         below = _add_image(graph, base, _base_driver(base, file, links), limits)
         return {**options, "backing": below}
     return options
@@ -233,24 +234,28 @@ def _open(
     image: PosixFile,
     limits: Limits,
     *,
+    role: str,
     taken: Iterable[PosixFile],
 ) -> PosixFile:
-    """Open a file that an image names; refuse it as a loop if it is one of ``taken``."""
+    """Open a file that an image names; refuse it as a loop if it is one of ``taken``.
+
+    ``role`` says in messages what the file is for the image.
+    """
     file = limits.open_named(name, image)
     graph.opened.append(file)
     if any(file.identity == other.identity for other in taken):
-        msg = f"{image.name}: backing file {file.name}: found a loop in the chain"
+        msg = f"{image.name}: {role} {file.name}: found a loop in the chain"
         raise BackingError(msg)
     return file
 
 
-def _open_counted(graph: _OpenedFiles, name: bytes, image: PosixFile, limits: Limits) -> PosixFile:
+def _open_counted(
+    graph: _OpenedFiles, name: bytes, image: PosixFile, limits: Limits, *, role: str
+) -> PosixFile:
     """Open a base or a data file like `_open`; refuse a chain of more than `_MAX_FILES` files."""
-    file = _open(graph, name, image, limits, taken=(*graph.files, *graph.extents))
+    file = _open(graph, name, image, limits, role=role, taken=(*graph.files, *graph.extents))
     if len(graph.files) >= _MAX_FILES:
-        msg = (
-            f"{image.name}: backing file {file.name}: found a chain of more than {_MAX_FILES} files"
-        )
+        msg = f"{image.name}: {role} {file.name}: found a chain of more than {_MAX_FILES} files"
         raise BackingError(msg)
     return file
 

@@ -69,7 +69,7 @@ class QemuNbd:
         self._closing = threading.Lock()
         """Held during `close`."""
         self._lock = threading.Lock()
-        """Held while a descriptor of this object is used or closed, and never during a wait."""
+        """Held while a descriptor is used or closed that threads share, and never during a wait."""
         self._is_closed = False
         self._names = [file.name for file in graph.files]
         program = find_program(_PROGRAM, name)

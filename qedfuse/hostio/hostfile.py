@@ -85,12 +85,14 @@ class ReadableFile(Protocol):
     ) -> bool:
         """Start a read in a thread that then answers a request; return whether it was started.
 
-        The thread answers by a C function, without the event loop.  If `read_policy` lets
-        `try_read` look for data in the page cache, `try_read` must have been called just before.
+        The thread answers by a C function, without the event loop.  Returns False if `read_policy`
+        demands that `try_read` looks for the range in the page cache first, and if that was not the
+        last call.
 
         Args:
             offset: File offset.
-            view: The buffer, which must not change before the C function has returned.
+            view: The buffer, which the caller must neither use nor resize before the C function has
+                returned.
             take_answer: Called just before the read is started.  Returns a capsule with the C
                 function that the thread calls at the end of the read (see ``_iothreads.c``).
             ended: Called once in the event loop after the end of a started read, with the number of
@@ -139,8 +141,8 @@ class ReadableFile(Protocol):
 class HostFile(ReadableFile, Protocol):
     """The file of an image, open for reading or for writing.  Offsets and lengths are in bytes.
 
-    If the host refuses, a ``try_`` method returns False.  Other methods raise `HostError`
-    (`NoSpaceError` for a full file system), unless their docstrings say otherwise.  Nothing is
+    If the host refuses, a ``try_`` method returns False, and other methods raise `HostError`
+    (`NoSpaceError` for a full file system), unless the docstring says otherwise.  Nothing is
     certain to be durable before `datasync` has returned, or `try_datasync` has returned True.
 
     Attributes:

@@ -90,7 +90,8 @@ class NbdFile(ReadOnlyFile):
         Raises:
             RemoteError: The server cannot be reached, answers with an error, or does not serve the
                 same export any more; or the file was closed.
-            QedError: An error of the ``connect`` function of `qedfuse.nbd.opening.open_nbd`.
+            QedError: The function that connects to the server has failed (the argument ``connect``
+                of `qedfuse.nbd.opening.open_nbd`).
         """
         length = max(0, min(len(view), self._size - offset))
         if not length:
@@ -100,7 +101,10 @@ class NbdFile(ReadOnlyFile):
             return await self._fill_from_server(offset, view[:length])
 
     async def _fill_from_server(self, offset: int, view: memoryview) -> int:
-        """Fill ``view`` from a file offset; return its length.  It ends within the file."""
+        """Fill ``view`` from a file offset; return its length.
+
+        The file must not end before the view is full.
+        """
         length = len(view)
         attempts = self._attempts(offset, length)
         while True:
@@ -225,9 +229,10 @@ class NbdFile(ReadOnlyFile):
             elif found.is_zero is is_zero:
                 return offset
             elif time.monotonic() > end:
-                # The time of the search is over, so zeros are reported as data.  A later search
-                # must not contradict this.  So a search for zeros records the whole export as
-                # data.  A search for data records the zeros from `offset` to `found.end` as data.
+                # The time of the search is over, so what was not searched is reported as data.  A
+                # later search must not contradict this, so it is recorded as data.  For a search
+                # for zeros, which reports that there are none, the whole export is recorded.  For a
+                # search for data, these are the zeros from `offset` to `found.end`.
                 if is_zero:
                     self._extents.set_all_data()
                     return None
@@ -241,7 +246,7 @@ class NbdFile(ReadOnlyFile):
         """Ask the server for the extents at ``offset``, and record them.
 
         The whole export is recorded as data if the server cannot report extents, is too slow, or
-        gives no usable answer.
+        gives no usable answer.  After an error that may pass, only a part of it is.
         """
         attempts = Attempts(self.name, self._deadlines, self._outages)
         start = time.monotonic()

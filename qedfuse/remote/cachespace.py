@@ -36,8 +36,9 @@ class CacheSpace:
         self._free = 0  # bytes that may be reserved
         self._storing = 0  # bytes that are reserved, and perhaps not in the file yet
         self._taken = 0  # bytes that the running eviction has perhaps not counted as used
-        # The bytes that were refused since the last eviction.  After a reservation that succeeds,
-        # the number is `_RETRY_BYTES`, so the next failure starts an eviction.
+        # The bytes that were refused since the last eviction for lack of space.  After a
+        # reservation that succeeds, the number is `_RETRY_BYTES`, so the next reservation that
+        # lacks space starts an eviction.
         self._refused = _RETRY_BYTES
         self._is_evicting = False
         self._wait_end = 0.0  # until when (time.monotonic) reservations wait

@@ -149,7 +149,7 @@ class Client(Protocol):
         """
 
     def renew(self) -> None:
-        """Read the credentials again before the next attempt."""
+        """Read the credentials again, for the next attempt."""
 
 
 def settled_version(query: Callable[[], tuple[Version, float | None]]) -> Version:

@@ -1,6 +1,7 @@
-"""The services of the clouds that give the key of a role, and the stores that may have this key.
+"""The services that give keys to machines and containers, and the stores that may get these keys.
 
-The key of a role is for the stores of the cloud.  On Google and Azure the key is a bearer token,
+A cloud assigns a *role* to a machine or a container, and a service of the cloud gives the key of
+the role, which is for the stores of the cloud.  On Google and Azure the key is a bearer token,
 which each server that gets it can use.
 """
 
@@ -27,7 +28,7 @@ _DMI: Final = "/sys/class/dmi/id"
 """The directory in which the kernel shows the identification that the firmware gives."""
 _REGION: Final = r"[a-z]+(?:-[a-z]+)+-[0-9]+"
 _CLOUD_HOSTS: Final = {
-    # Hosts of customers have such names as well, such as NAME.REGION.elb.amazonaws.com.
+    # Not every name below amazonaws.com: NAME.REGION.elb.amazonaws.com is a host of a customer.
     "s3": re.compile(
         rf"(?:.+\.)?(?:s3|s3-[a-z0-9-]+|s3express-[a-z0-9-]+)(?:\.dualstack)?(?:\.{_REGION})?"
         r"(?:\.vpce)?\.(?:amazonaws\.com|amazonaws\.com\.cn|api\.aws)"
@@ -43,7 +44,8 @@ _SERVICE_HOSTS: Final = frozenset(
     # Amazon EKS, EC2; Google.
     ("fd00:ec2::23", "fd00:ec2::254", "fd20:ce::254", "metadata.google.internal")
 )
-"""Further hosts of services for keys that are reached without TLS, and only by this machine."""
+"""The hosts of services for keys that need no TLS, because only this machine can reach them.  Such
+hosts are also the loopback and link-local addresses."""
 
 
 def is_of_cloud(scheme: str, endpoint: str | None) -> bool:
@@ -67,8 +69,8 @@ def check_service(name: str, url: str, *, allow_http: bool) -> None:
         allow_http: Whether a service without TLS may be on any machine.
 
     Raises:
-        UnusableError: The URL is not valid, or it is that of another machine, without TLS, and not
-            that of a service of a cloud.
+        UnusableError: The URL is not a valid URL for the web, or it has no TLS although its host
+            needs it (`_is_service_host`).
     """
     try:
         address = parse_prefix(server_part(url) or url)
@@ -87,7 +89,7 @@ def check_service(name: str, url: str, *, allow_http: bool) -> None:
 
 
 def _is_service_host(address: Address) -> bool:
-    """Return whether only this machine itself, or its hypervisor, can have the host."""
+    """Return whether a service on this host needs no TLS: no request leaves the local network."""
     if address.is_loopback or address.hostname in _SERVICE_HOSTS:
         return True
     try:

@@ -3,8 +3,8 @@
 obstore itself reads the environment.  This module changes four things:
 
 - Credentials in a file are never combined with credentials in the environment.
-- Without credentials, requests are anonymous, except on machines that have an instance metadata
-  service.  obstore would wait for such a service on every machine.
+- Without credentials, requests are anonymous.  Only a machine of the cloud whose store it is asks
+  the instance metadata service for a key.  obstore would wait for such a service on every machine.
 - An incomplete configuration of a role is refused.  obstore would ignore it, and ask the instance
   metadata service for another role.
 - The credentials file of Amazon's command-line tool is read.
@@ -73,7 +73,8 @@ def add_s3_identity(
         settings: The settings of the store.
         is_amazon: Whether the store is Amazon's own.
         allow_http: Whether a service for keys may be on another machine without TLS.
-        renewed: Reads the credentials file again, for each request; None keeps the first key.
+        renewed: Reads the file of the option ``credentials`` again, for each request; None keeps
+            the first key.
 
     Raises:
         UnusableError: Only the ID of a key or only its secret is set, the file of Amazon's tools
@@ -135,7 +136,7 @@ def _has_role(variables: Variables, *, allow_http: bool) -> bool:
     if url is not None:
         check_service(full, url, allow_http=allow_http)
         _check_set(variables, full, *CONTAINER_TOKEN_VARIABLES)
-        # Amazon's libraries refuse the end of a line in such a token, too.
+        # A newline at the end of such a token is refused, as it is by Amazon's libraries.
         check_files(variables, CONTAINER_TOKEN_VARIABLES, is_header=True)
         return True
     return False
@@ -214,7 +215,8 @@ def add_azure_identity(
 ) -> bool:
     """Add to the settings how requests are signed; return False if requests are anonymous.
 
-    Without variables of the user, credentials are sent only to Azure's own stores.
+    If the user has set no variables with credentials, the key of the machine or of its service is
+    sent only to Azure's own stores.
 
     Args:
         variables: The variables of the credentials file and of the environment.
@@ -244,7 +246,8 @@ def add_azure_identity(
         has_key = variables.first(AZURE_KEY_VARIABLES)
         if not has_key or variables.first(("AZURE_CREDENTIAL_TYPE",)):
             check_service(service, url, allow_http=allow_http)
-        # In the environment, obstore would prefer IDENTITY_ENDPOINT, which the user has not set.
+        # obstore itself would prefer IDENTITY_ENDPOINT in the environment, which Azure sets, to the
+        # variables that the user sets.
         settings["msi_endpoint"] = url
     return True
 
@@ -269,13 +272,13 @@ def _check_origin(variables: Variables, names: tuple[str, ...]) -> None:
 
 
 def _has_google_file() -> bool:
-    """Return whether there is the file with the key of the user of Google's tools."""
+    """Return whether Google's tools have stored a key of this user in `GOOGLE_DEFAULT_FILE`."""
     # Path.is_file raises an error if the home directory belongs to another user.
     return os.path.isfile(expand_home(GOOGLE_DEFAULT_FILE))  # noqa: PTH113  see above
 
 
 def _has_machine_role(variables: Variables, *, allow_http: bool) -> bool:
-    """Return whether this machine may have a role on Amazon, whose service gives the key.
+    """Return whether Amazon's instance metadata service may give the key of a role of this machine.
 
     Raises:
         UnusableError: The service may not be used.
@@ -318,7 +321,7 @@ def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
         msg = f"credentials: {shown}: {error}"
         raise UnusableError(msg) from None
     except configparser.Error:
-        msg = f"credentials: {shown}: found no sections of NAME = VALUE, expected them"
+        msg = f"credentials: {shown}: found no valid sections of NAME = VALUE, expected them"
         raise UnusableError(msg) from None
     section = profile or "default"
     if section not in parser:

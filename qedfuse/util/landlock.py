@@ -3,8 +3,8 @@
 A *ruleset* lists the access that stays permitted.  A thread that restricts itself by a ruleset, and
 every thread and process that it starts later, have no other access.
 
-`qedfuse.foreign.sandbox` imports this module in a script without the packages of the installation.
-So this module imports only a few modules of the standard library.
+`qedfuse.foreign.sandbox` imports this module in a script that runs without site packages.  So this
+module imports only a few modules of the standard library.
 """
 
 from __future__ import annotations

@@ -44,9 +44,9 @@ class ZeroFill:
         The caller must have written the guest's data to the run.  The rest must read as zeros
         already (`Run.never_written`) and need no data of the base.
 
-        Fills the rest only if a cycle of `MetadataWriteback` has begun since the previous call with
-        a rest, if the guest writes data, and if the run has at most `_MAX_BYTES`.  Never blocks,
-        and raises no error: the rest may stay a hole.
+        Fills the rest only if the guest writes data, if the run has at most `_MAX_BYTES`, and if
+        this is the first call since the beginning of a cycle of `MetadataWriteback`.  A call counts
+        only if its run has a rest.  Never blocks, and raises no error: the rest may stay a hole.
 
         Args:
             run: The run of new clusters.

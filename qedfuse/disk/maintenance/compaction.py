@@ -46,7 +46,8 @@ class Limits(NamedTuple):
 
     Attributes:
         bytes: Maximum number of bytes that may be moved.
-        seconds: Maximum time after the first flush.  A system call that has begun is completed.
+        seconds: Maximum time, counted from the end of the flush before the first move.  A flush
+            that has begun is completed.
     """
 
     bytes: int

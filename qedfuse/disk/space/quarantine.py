@@ -70,10 +70,10 @@ class Quarantine:
     def retire(self, first: int, count: int) -> None:
         """Take in a run of ``count`` clusters to which no table in memory refers any more.
 
-        The caller must not await anything between changing the entries and this call, in either
-        order.  If this call came first, a cycle that begins in between could seal the clusters
-        without writing the entries.  The clusters could then be used again while the file still
-        refers to them.
+        The caller may change the entries before or after this call, but must not await anything
+        between the two.  If this call came first, and a cycle began in between, the cycle would
+        seal the clusters without writing the entries.  The clusters could then be used again while
+        the file still refers to them.
         """
         self._unsealed.add(first, count)
 

@@ -56,8 +56,8 @@ async def change_backing_name(
             the power fails before the next datasync.
         ReadOnlyError: The disk has become read-only during the call.
     """
-    # The image may store data because of the new base.  This data must be durable before the
-    # header names the new base.
+    # For a new base, a rebase has copied the clusters in which the bases differ into the image.
+    # These copies must be durable before the header names the new base.
     await flusher.flush()
     old = header_store.value
     offset, trailer = (HEADER_BYTES, name) if name else (0, b"")

@@ -69,7 +69,8 @@ def remount(
 
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.
-        lists: The arguments of all ``-o``, in order; a later option overrides an earlier one.
+        lists: The arguments of all ``-o``, in order.  An option and its negation, such as ``sync``
+            and ``async``, override each other: the later one counts.
         fake: Whether to check the options only, and to change nothing.
         sloppy: Whether to ignore unknown options (``-s`` of mount(8)).
 

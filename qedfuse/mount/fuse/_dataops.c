@@ -3,8 +3,9 @@
  *
  * For each request pyfuse3 makes a coroutine and, for a write, a copy of the data.  Most requests
  * need neither.  So this module replaces three operations in the copy of pyfuse3's table that
- * libfuse gets (_extraops.c).  Each replacement calls a Python function that tries to answer the
- * request.  If the function does not answer, or raises, pyfuse3's own operation gets the request.
+ * libfuse gets (_extraops.c), and init, in order to set up the connection.  Each of the three calls
+ * a Python function that tries to answer the request.  If the function has not answered when it
+ * returns or raises, pyfuse3's own operation gets the request.
  * A read whose tables and data are in memory is answered without the Python function
  * (_cachedread.c), and so is a write to allocated clusters (_inplacewrite.c).
  *
@@ -186,7 +187,8 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
         count_fast(inode, COUNT_WRITE, size, start);
         take_more();
     } else {
-        /* Set for a write from the kernel's cache (FUSE_WRITE_CACHE); see handles.py. */
+        /* libfuse sets `writepage` for a write from the kernel's cache (FUSE_WRITE_CACHE); see
+         * handles.py. */
         if (info->writepage)
             info->fh &= ~CLEARED_IN_CACHED_WRITES;
         pyfuse3_write(request, inode, data, size, offset, info);

@@ -14,8 +14,8 @@
 
 static PyTypeObject *view_type;
 static PyObject *views; /* dict: inode number -> the ReadView of the disk */
-/* `handle & handle_mask` is the inode number.  If each write must be durable, it is a number that
- * `views` lacks, so Python code handles the request (FAST_LOOKUP_MASK in handles.py). */
+/* `handle & handle_mask` is the inode number, or for a handle whose writes must each be durable, a
+ * number that `views` lacks, so Python code handles the request (FAST_LOOKUP_MASK in handles.py). */
 static uint64_t handle_mask;
 static PyObject *name_header, *name_image_size, *name_l1_table_offset, *name_bad, *name_entries;
 
@@ -90,8 +90,9 @@ static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned i
 
 /* Returns the code of clusters that the top image has not allocated; `first` and `last` are indices
  * in their slice, inclusive.  A code above 1 is the file offset of the first cluster (a multiple of
- * 4096), plus the depth of the file, plus DEPTH_BIAS.  Returns 0 if the clusters are not one run in
- * one file, or if the codes of the slice are not in memory; an exception may be set then. */
+ * 4096), plus the depth of the file, plus DEPTH_BIAS.  Returns 1 if all clusters read as zeros.
+ * Returns 0 if the clusters are not one run in one file, or if the codes of the slice are not in
+ * memory; an exception may be set then. */
 static uint64_t backing_code(ReadView *self, PyObject *slice_number, uint64_t first, uint64_t last)
 {
     PyObject *key = PyTuple_Pack(2, self->codes_key, slice_number);

@@ -18,7 +18,8 @@ _SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/s
 def find_fusermount() -> str | None:
     """Return the path of fusermount3, which mounts for ordinary users; None if it is missing.
 
-    After PATH the directories of the system are searched, because mount(8) sets a PATH of its own.
+    After PATH the directories of the system are searched: if mount(8) has started this process, its
+    PATH is one of mount(8), and not the user's.
     """
     return shutil.which("fusermount3") or shutil.which("fusermount3", path=_SYSTEM_PATH)
 

@@ -41,8 +41,8 @@ def find_record(device: str, user: int) -> FoundRecord | None:
         user: The uid of the user who has mounted.
 
     Returns:
-        The record of the latest mount, or None.  Directories to which others than ``user`` can
-        write are not searched.
+        The record of the mount, or None.  If several records have the device number, it is the one
+        of the latest mount.  Directories to which others than ``user`` can write are not searched.
 
     Raises:
         HostError: A directory or a record cannot be read, and no record of the mount was found.

@@ -90,8 +90,8 @@ async def commit(
     Args:
         path: The overlay.
         base: A file of the chain below the overlay, into which the data of all images over it is
-            written.  The overlay then keeps its data, because old data of an image in between could
-            show otherwise.  None for the overlay's own base.
+            written.  The overlay then keeps its data: if it became empty, old data of an image in
+            between would be visible again.  None for the overlay's own base.
         keep: Do not empty the overlay.
         options: How to open the overlay and the bases; ``writable`` and ``force_share`` are
             ignored.  None for the defaults.
@@ -173,9 +173,10 @@ async def _commit(
 
 
 async def _refuse_magic(source: CommitSource, base_file: BaseFile) -> None:
-    """Refuse data with the magic of an image at the start of the disk, for an undeclared raw base.
+    """Refuse data that has the magic of an image at the start of the disk.
 
-    Programs recognise the format of such a base by its first bytes, which the guest has written.
+    The base is raw, and the overlay does not declare it raw.  So programs recognise its format by
+    its first bytes, which the guest has written.
     After the commit they would read the base as an image, with a backing file that the guest chose.
 
     Raises:

@@ -75,8 +75,8 @@ async def read_details(
     Raises:
         NeedsCheckError: ``allocation`` is True, and the image has more than
             `qedfuse.check.tables.MAX_TABLES` tables.
-        QedError: The image cannot be opened, locked or read.  If only the free list of a local
-            image cannot be read, the error is in `Details.free_list` instead.
+        QedError: The image cannot be opened, locked or read.  But if the host refuses to open or
+            read a local image for its free list, `Details.free_list` has the error.
     """
     options = options or OpenOptions()
     if info.qed is None or not info.qed.readable:

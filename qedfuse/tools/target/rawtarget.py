@@ -121,7 +121,7 @@ class ExistingRawTarget(SequentialTarget):
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
         """Zero the file from the end of the previous chunk up to ``start``; then write this chunk.
 
-        Blocks of zeros in the chunk are zeroed, not written.
+        Blocks of zeros in the chunk are punched as holes, if the host can punch holes.
         """
         await self._zero(self._written_end, start)
         self._written_end = start + len(view)
