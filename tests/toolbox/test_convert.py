@@ -8,6 +8,7 @@ import os
 import random
 import select
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -313,6 +314,32 @@ def test_sparse_sizes_in_other_formats(sparse: str, is_data: bool, tmp_path: Pat
     assert main(["convert", "-S", sparse, "-O", "qcow2", str(tmp_path / "a.raw"), str(new)]) == 0
     found = json.loads(qemu.run("qemu-img", "map", "--output=json", new).stdout)
     assert [item["data"] for item in found] == [is_data]
+
+
+def test_an_image_that_replaces_a_private_file_is_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image of another format leaves the private directory only with a private mode."""
+    source, target = tmp_path / "a.raw", tmp_path / "new.qcow2"
+    source.write_bytes(b"x" * 5000)
+    real, modes = os.replace, []
+
+    def replace(old: str, new: str) -> None:
+        modes.append(stat.S_IMODE(Path(old).stat().st_mode))
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    before = os.umask(0o022)
+    try:
+        assert main(["convert", "-O", "qcow2", str(source), str(target)]) == 0
+        assert modes.pop(0) == stat.S_IMODE(target.stat().st_mode) == 0o644
+        target.chmod(0o600)
+        modes.clear()
+        assert main(["convert", "--force", "-O", "qcow2", str(source), str(target)]) == 0
+    finally:
+        os.umask(before)
+    # The first call moves the image out of its directory, the second gives it the final name.
+    assert modes == [0o600, 0o600]
 
 
 REFUSED_CALLS: Final = {

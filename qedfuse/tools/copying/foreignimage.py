@@ -39,7 +39,8 @@ async def foreign_image(
 
     Args:
         path: Final name of the image.
-        temporary: Path of an existing temporary file, which the complete image replaces.
+        temporary: Path of an existing temporary file, which the complete image replaces.  The image
+            has the mode of this file from then on.
         wanted: Format of the image, as qemu-img calls the format.
         options: Arguments for ``-o`` of qemu-img.
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
@@ -85,6 +86,9 @@ async def foreign_image(
             msg = f"{printable(path)}: qemu-img: {reason}"
             raise HostError(msg)
         with _host_errors(path, "cannot rename"):
+            # qemu-img makes its file readable by others, but the file at the final name may be
+            # private.  Only the directory, with mode 0700, has protected the image until now.
+            os.chmod(image, os.stat(temporary).st_mode & 0o7777)  # noqa: PTH101, PTH116
             os.replace(image, temporary)  # noqa: PTH105
     finally:
         shutil.rmtree(work_directory, ignore_errors=True)
