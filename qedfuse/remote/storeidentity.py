@@ -136,7 +136,7 @@ def _has_role(variables: Variables, *, allow_http: bool) -> bool:
     if url is not None:
         check_service(full, url, allow_http=allow_http)
         _check_set(variables, full, *CONTAINER_TOKEN_VARIABLES)
-        # A newline at the end of such a token is refused, as it is by Amazon's libraries.
+        # A newline at the end of such a token is refused; Amazon's libraries do the same.
         check_files(variables, CONTAINER_TOKEN_VARIABLES, is_header=True)
         return True
     return False

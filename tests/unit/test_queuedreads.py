@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -562,28 +563,75 @@ def test_the_kernel_may_claim_work_that_it_has_done(
     assert not queue.is_notified()
 
 
-async def test_a_notification_without_a_read_is_forgotten(
-    session: Session, tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The event loop does not stay awake if it is notified of reads that have been answered."""
+@pytest.fixture
+def descriptors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Give the descriptors of the queues that `queued_reads` makes."""
     monkeypatch.delenv(HOST_CALLS_VARIABLE, raising=False)
-    descriptors: list[int] = []
+    made: list[int] = []
     open_read_queue = extraops.open_read_queue
 
     def note(*arguments: Any) -> int:  # noqa: ANN401  those of the function
         try:
-            descriptors.append(open_read_queue(*arguments))
+            made.append(open_read_queue(*arguments))
         except OSError as error:
             pytest.skip(f"no io_uring: {error}")
-        return descriptors[0]
+        return made[0]
 
     monkeypatch.setattr(extraops, "open_read_queue", note)
+    return made
+
+
+async def test_a_notification_without_a_read_is_forgotten(
+    session: Session, tables: Tables, descriptors: list[int]
+) -> None:
+    """The event loop does not stay awake if it is notified of reads that have been answered."""
     session.show(*tables.arguments())
     async with queued_reads(lambda *_: None):
         for _ in range(3):
             os.eventfd_write(descriptors[0], 1)
             await wait_all_tasks_blocked(0.01)
             assert not select.select(descriptors, [], [], 0)[0]
+
+
+async def test_a_late_notification_finds_no_closed_descriptor(
+    session: Session, tables: Tables, descriptors: list[int]
+) -> None:
+    """A queue can be closed just when the event loop is notified of a read, in either order."""
+    session.show(*tables.arguments())
+    for _ in range(50):
+        async with queued_reads(lambda *_: None):
+            await wait_all_tasks_blocked()
+            duplicate = os.dup(descriptors[0])
+            os.eventfd_write(descriptors[0], 1)
+            # The next pass of the event loop wakes both tasks, in random order.
+            await trio.lowlevel.wait_readable(duplicate)
+            os.close(duplicate)
+        descriptors.clear()
+
+
+async def test_the_end_does_not_wait_for_a_read_that_another_task_has_answered(
+    session: Session, tables: Tables, pipes: Pipes, descriptors: list[int]
+) -> None:
+    """A queue ends although the notification of its last read was used up elsewhere."""
+    reader, writer = pipes.make()
+
+    async def answer_elsewhere() -> None:
+        """Answer the read, and empty the descriptor, before the event loop looks at it."""
+        await wait_all_tasks_blocked()
+        assert extraops.queued_reads() == 1
+        os.write(writer, bytes(8))
+        while extraops.queued_reads():
+            assert select.select(descriptors, [], [], 20)[0]
+            extraops.end_queued_reads()
+        with suppress(BlockingIOError):
+            os.eventfd_read(descriptors[0])
+
+    session.show(*tables.arguments(reader))
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery, queued_reads(lambda *_: None):
+            session.send(0, 8)
+            nursery.start_soon(answer_elsewhere)
+    assert extraops.queued_reads() == 0
 
 
 def test_without_a_queue_reads_are_passed_on(session: Session, tables: Tables) -> None:

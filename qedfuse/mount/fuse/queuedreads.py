@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 _SLOW_SECONDS: Final = 8e-3
 """If passing reads to the kernel takes longer, the event loop has waited for the host's disk.  Then
 threads make the reads of the next second."""
+_MAX_WAIT_SECONDS: Final = 0.02
+"""Time after which `_EndedReads.wait_for_all` looks again whether reads are in the queue."""
 
 
 @asynccontextmanager
@@ -51,7 +53,7 @@ async def queued_reads(answer_slowly: SlowAnswer) -> AsyncIterator[None]:
     finally:
         with trio.CancelScope(shield=True):
             await ended_reads.wait_for_all()
-        trio.lowlevel.notify_closing(fd)
+            await ended_reads.stop()
         extraops.close_read_queue()
 
 
@@ -73,14 +75,18 @@ class _EndedReads:
         """Start a task that answers the reads of the queue whose descriptor is ``fd``."""
         self._fd = fd
         self._ended = trio.Event()
+        self._is_stopping = False
+        self._stopped = trio.Event()
         # A task of a nursery could be cancelled before the last read has ended.
         trio.lowlevel.spawn_system_task(self._answer_when_notified)
 
     async def _answer_when_notified(self) -> None:
-        """Answer reads that have ended, until `notify_closing` is called for the descriptor."""
+        """Answer reads that have ended, until `stop` is called."""
         try:
             while True:
                 await trio.lowlevel.wait_readable(self._fd)
+                if self._is_stopping:
+                    return
                 # The descriptor must be emptied, or it would stay readable.  `end_queued_reads`
                 # does this only if a read is in the queue, but `Scheduler` may have answered the
                 # read already.
@@ -91,8 +97,19 @@ class _EndedReads:
                 self._ended = trio.Event()
         except trio.ClosedResourceError:
             pass
+        finally:
+            self._stopped.set()
 
     async def wait_for_all(self) -> None:
         """Wait until no read is in the queue."""
         while extraops.queued_reads():
-            await self._ended.wait()
+            # `Scheduler` may answer the last read, and empty the descriptor, when another task asks
+            # it for requests.  Then the event is not set.
+            with trio.move_on_after(_MAX_WAIT_SECONDS):
+                await self._ended.wait()
+
+    async def stop(self) -> None:
+        """End the task, which may just have been woken; then the descriptor can be closed."""
+        self._is_stopping = True
+        trio.lowlevel.notify_closing(self._fd)
+        await self._stopped.wait()
