@@ -72,7 +72,8 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     next repair does not report the data that the end of the file had cut short.  If a table lies
     over such data, a crash can also cost up to 7 bytes of it (`ShortTables.restore_data`).
 
-    If no table has an error, at most NEED_CHECK is cleared and the free list dropped.  If the
+    If no table has an error, only the header can change: NEED_CHECK is cleared, and the free list
+    is dropped.  If the
     tables still have an error after the repair, NEED_CHECK stays set.  For a backup, the caller
     must first call `plan_repair` with ``save``.
 

@@ -159,11 +159,12 @@ class Rewriter:
     async def sync_pending(self) -> None:
         """Make durable what `clear_entries`, `fill` and `overwrite` have written.
 
-        Two kinds of changes must be durable before the caller makes the file longer: cleared
-        entries, and entries of a table that the end of the file cuts short.  Otherwise a crash
-        could leave a longer file with the old entries.  An old entry that pointed past the end of
-        the file may be valid in the longer file.  After `new_table` no call is needed, because no
-        entry points to the new table yet.
+        Two kinds of changes must be durable before the caller makes the file longer.  Cleared
+        entries: a crash could leave a longer file with the old entries, and one that pointed past
+        the end of the file may be valid in the longer file.  The missing entries of a table that
+        the end of the file cuts short: a crash could leave a longer file in which they are
+        unallocated.  After `new_table` no call is needed, because no entry points to the new table
+        yet.
         """
         if self._has_pending:
             await self._file.datasync()

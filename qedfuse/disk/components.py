@@ -78,8 +78,9 @@ class Components:
 
         # Write-back
         #
-        # The blocks in the maps of `Quarantine`, `Marking` and `Allocator` must begin at the same
-        # clusters.  They do, because these maps have the same table size and the same anchor.
+        # `Quarantine`, `Marking` and `Allocator` have maps, which divide the clusters into blocks
+        # (`FreeMap`).  The blocks of all maps must begin at the same clusters.  They do, because
+        # each map gets this table size and this anchor.
         anchor = header.l1_end >> header.geometry.cluster_bits
         map_template = FreeMap(header.table_size, anchor)
         self.epochs = Epochs()

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class GuestChanges(GuestReads):
     """Reads and changes an opened image with its chain.
 
-    Tasks may call all methods concurrently.  If the disk is or has become read-only, `try_write`
-    returns False, and any other method that would modify the image raises `ReadOnlyError`.
+    Tasks may call all methods concurrently.  If the disk is or has become read-only, the methods
+    that would change the guest's data raise `ReadOnlyError`, and `try_write` returns False.
 
     Attributes:
         name: The name of the image file, escaped for messages.
@@ -126,8 +126,9 @@ class GuestChanges(GuestReads):
 
         Allocated clusters that lie wholly in the range are deallocated if `OpenOptions.discard` is
         True, and otherwise overwritten with zeros.  Unallocated ones become zero clusters where the
-        base has data.  Clusters that lie only partly in the range are overwritten with zeros there.
-        After an error parts of the range may read as zeros.
+        base has data.  Clusters that lie only partly in the range are overwritten with zeros there;
+        the part of the last cluster past the end of the disk does not count.  After an error parts
+        of the range may read as zeros.
 
         Raises:
             BackingError: The disk was opened without its base.

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 LOOKUPS_BEFORE_MAP: Final = 16
 """Number of lookups of `UNKNOWN` parts after which `LocalReads` begins to make its map.
 
-Before, a map would be wasted on a command that reads only the partition table.
+A command that reads only the partition table makes fewer lookups, so no map is made for it.
 """
 _START_SECONDS: Final = 5.0
 """Maximum time for which `LocalReads.start_map` waits for the start of ``qemu-img map``."""

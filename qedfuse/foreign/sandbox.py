@@ -34,7 +34,8 @@ _SYSTEM_PATHS = (
     *("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/local/lib"),
     *("/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store"),
 )
-"""What every program may read and execute: libraries, QEMU's modules, commands in scripts."""
+"""What every program may read and execute: libraries, QEMU's modules, and commands, in case the
+program is a script."""
 _OWN_DIRECTORIES = ("lib", "lib64", "libexec")
 """Directories of the libraries of a program outside ``/usr``, beside the directory of the program:
 ``/opt/qemu/bin/qemu-nbd`` has its libraries in ``/opt/qemu/lib``, for example."""

@@ -17,16 +17,16 @@ struct job {
     enum kind kind;
     int fd;
     int mode;              /* of fallocate(2) */
-    int64_t offset;        /* in the file or the export; of a truncate: the new size; -1 in a READ:
-                            * the position of the descriptor */
+    int64_t offset;        /* in the file or the export.  In a TRUNCATE it is the new size.  -1 in a
+                            * READ means the position of the descriptor */
     int64_t length;        /* of fallocate(2) */
     struct iovec *parts;   /* what is left to read or write; the array lies behind `buffers` */
     size_t part_count;
     PyObject *tag;         /* what the submitter has given to recognise the call */
     PyObject *capsule;     /* holds the answer; NULL without one */
     struct answer *answer; /* the thread calls it with the result; NULL without one */
-    int64_t result;        /* the system call's result, or -errno */
-    int64_t nanoseconds;   /* duration of the system call */
+    int64_t result;        /* of make_call() */
+    int64_t nanoseconds;   /* duration of make_call() */
     int is_collected;      /* under the pool's mutex: the event loop no longer needs the job */
     int is_answered;       /* under the pool's mutex: no answer is running or will run */
     Py_ssize_t buffer_count;
@@ -73,8 +73,8 @@ static inline struct list take_all(struct list *list)
 }
 
 /* Makes the system calls of a job; returns the number of bytes read or written (0 for other kinds),
- * or -errno.  After `stop` is set, the descriptor may belong to another file, so no further call is
- * made. */
+ * or -errno.  After `stop` is set, the descriptor of a file may belong to another file, so no
+ * further call is made for a file.  The descriptor of an export stays open until the end. */
 int64_t make_call(struct job *job, const atomic_int *stop);
 
 #endif

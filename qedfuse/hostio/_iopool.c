@@ -242,7 +242,7 @@ static int create_thread(struct pool *pool)
 }
 
 /* Remove a job from the queue, and return whether it was there.  If it was not, a thread has taken
- * the job, and the job belongs to the collector.  The caller must hold the mutex. */
+ * the job, which no longer belongs to the caller.  The caller must hold the mutex. */
 static int withdraw(struct pool *pool, struct job *job)
 {
     struct list all = take_all(&pool->queue);
@@ -291,7 +291,8 @@ int pool_queue(struct pool *pool, struct job *job, struct list *garbage)
     pool->threads--;
     pool->references--;
     pool->coming--;
-    /* If another thread runs, it takes the job; if none runs, one may have taken it already. */
+    /* If another thread runs, it takes the job.  If none runs, one may have taken the job and ended
+     * meanwhile. */
     if (pool->threads || !withdraw(pool, job))
         failed = 0;
     pthread_mutex_unlock(&pool->mutex);

@@ -59,8 +59,8 @@ class HostCalls(Protocol):
     def deliver(self) -> None:
         """Resume the tasks whose calls are finished, and call ``ended`` of finished reads.
 
-        The event loop does the same before it next sleeps.  So a task that keeps the event loop
-        from sleeping should call this method.
+        The event loop does the same when it next looks for events.  So a task that does not let the
+        event loop run, because it polls, should call this method.
         """
 
     def start_read(

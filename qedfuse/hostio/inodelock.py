@@ -22,9 +22,9 @@ _MAX_CHANGING_THREADS: Final = 4
 """Maximum number of threads that change one file.  The kernel runs one change at a time, so more
 threads would only wait for the lock instead of serving reads."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
-"""Throttling is assumed after two slow writes within this time.  The assumption ends with a fast
-write, or this time after the last slow write.  The kernel pauses a throttled writer again and
-again, for at most 200 ms each time."""
+"""Throttling is assumed if a slow write begins within this time after the end of another one.  The
+assumption ends with a fast write, or this time after the last slow write.  The kernel pauses a
+throttled writer again and again, for at most 200 ms each time."""
 
 
 async def acquire(semaphore: trio.Semaphore) -> None:

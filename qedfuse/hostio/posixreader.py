@@ -53,7 +53,7 @@ class PosixReader:
         self._flags = inline_flags(fd)
         self.read_policy = ReadPolicy(can_queue=bool(self._flags) and not has_server)
         # The file offset of the last read that `try_read` has not found in the page cache; -1 if
-        # there is none, or if another method has begun a read since.
+        # there is none, or if `pread_into` or `try_start_read` has begun a read since.
         self._missed_offset = -1
         self._call_slots = trio.Semaphore(_MAX_WAITING_CALLS)
         self._retry = NowaitRetry()
@@ -64,7 +64,7 @@ class PosixReader:
 
     @property
     def page_source(self) -> PageSource:
-        """The descriptor and the read policy; the mount's C extension may read the whole file."""
+        """By what the mount's C extension reads the file: the descriptor, and the read policy."""
         return PageSource(self.read_policy, self.fd, flags=self._flags)
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
@@ -215,8 +215,9 @@ class PosixReader:
     ) -> bool:
         """Start a read in a native thread, which answers it; see `ReadableFile.try_start_read`.
 
-        Also returns False without native threads, if `_MAX_WAITING_CALLS` calls already wait, or if
-        `ReadPolicy` demands a `try_read` first and no such call has just missed at this offset.
+        Also returns False if there are no native threads, if `_MAX_WAITING_CALLS` calls already
+        wait, or if `ReadPolicy` demands a `try_read` first and the last such call has not missed at
+        this offset.
         """
         calls = host_calls()
         reads, slots = self.read_policy, self._call_slots
@@ -247,10 +248,19 @@ class PosixReader:
         """Do nothing: no read of this file can be stopped."""
 
     def close(self) -> None:
-        """Close the file, which also releases its locks; a second call does nothing."""
+        """Close the file, which also releases its locks; a second call does nothing.
+
+        Raises:
+            HostError: The host reports an error, for example for a file on a server.  The file is
+                closed nevertheless.
+        """
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            # After an error, too, the number belongs to the next file that is opened.
+            fd, self.fd = self.fd, -1
+            try:
+                os.close(fd)
+            except OSError as error:
+                raise self._failed(error, "close") from error
 
     def _failed(self, error: OSError, action: str) -> HostError:
         return HostError.from_os(error, self.name, action)

@@ -37,7 +37,7 @@ class ThreadCalls:
         """Do nothing: trio itself resumes the tasks."""
 
     def start_read(self, *_: object) -> None:
-        """Raise NotImplementedError: a thread of trio cannot call the C function in ``answer``."""
+        """Raise NotImplementedError: a thread of trio cannot answer a request by a C function."""
         raise NotImplementedError
 
     def start_export_read(self, *_: object) -> None:

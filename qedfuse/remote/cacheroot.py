@@ -1,6 +1,7 @@
 """The root directory of the cache.
 
-The directory is private, has a file that marks it as a cache, and has no files of other programs.
+The directory is private, and a file marks it as a cache.  A directory with files of other programs
+is not made a cache.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def default_directory() -> str:
 def prepare_directory(path: str) -> str:
     """Make and mark a directory for the cache, if that is necessary; return its path.
 
-    If ``path`` has files that are not of a cache, the result is its subdirectory ``qedfuse``.
+    If ``path`` is not marked and has files that are not of a cache, the result is its subdirectory
+    ``qedfuse``.
 
     Raises:
         CacheError: The directory cannot be used, other users can change it, or both ``path`` and
@@ -127,11 +129,17 @@ def _is_cache_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _mark(path: str) -> None:
-    """Make the file that marks a directory as a cache, if it is missing; ignore a failure."""
+    """Make the file that marks a directory as a cache, if it is missing; ignore a failure.
+
+    A file that a crash or a full file system has truncated gets its content again.
+    """
     with suppress(OSError):
-        fd = _open_tag(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        fd = _open_tag(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
         try:
-            os.write(fd, _TAG)
+            found = os.read(fd, len(_TAG) + 1)
+            # Another program's file keeps its content.
+            if found != _TAG and _TAG.startswith(found.rstrip(b"\0")):
+                os.pwrite(fd, _TAG, 0)
         finally:
             os.close(fd)
 

@@ -52,7 +52,7 @@ class RemoteObject:
     Attributes:
         address: The address of the object.
         version: The version that is read.
-        attempt_seconds: Maximum duration of one attempt, up to the first MiB of its answer.
+        attempt_seconds: Maximum time of an attempt until the first MiB of its answer has arrived.
         max_seconds: Maximum duration of a call of `get`, and of each part of `get_parts`.
         max_brief_seconds: The same for each part of `get_parts` with ``is_brief``.
     """
@@ -64,9 +64,11 @@ class RemoteObject:
         self.address = address
         self.version = version
         self._client = client
-        # Three attempts can add their full time: one that stalls after the previous part, one that
-        # begins at the very end of the total time, and one with renewed credentials.
-        spare_seconds = 3 * deadlines.attempt_seconds
+        # Three attempts can add their full time: one that stalls after a part has arrived, when the
+        # total time begins again; one that begins at the very end of the total time; and one with
+        # renewed credentials.  Each may be followed by a query of the object's version, with the
+        # same limit (`WebClient.get`).
+        spare_seconds = 3 * 2 * deadlines.attempt_seconds
         self.attempt_seconds = deadlines.attempt_seconds
         self.max_seconds = deadlines.total_seconds + spare_seconds
         self._total_seconds = deadlines.total_seconds
@@ -266,6 +268,7 @@ def retry(
                 msg = f"{address.shown}: refused: {error}" + (renewal and f" ({renewal})")
                 raise RemoteError(msg, errno.EACCES) from error
             renewal = _renewal_failure(renew)
+            number += 1
             continue
         except AttemptError as error:
             seconds = total_seconds

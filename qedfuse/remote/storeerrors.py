@@ -55,8 +55,8 @@ _KEY_REQUEST: Final = re.compile(
     r"|Failed to read (?:EKS )?token file"  # Amazon
     r"|Error reading federated token file"  # Azure
 )
-"""The beginning of obstore's text about a request to the service that gives the credentials of a
-role, called its key here."""
+"""The beginning of obstore's text about a request for the key of a role, to the service that gives
+such keys (`qedfuse.remote.keyservices`)."""
 _GET: Final = re.compile(r"Error performing GET (\S+) in ")
 _NO_RANGE: Final = "Received non-partial response when range requested"
 _CODE: Final = re.compile(r"<Code>([A-Za-z0-9]{1,80})</Code>")
@@ -78,8 +78,9 @@ _TUNNEL_REASONS: Final = {
 """What a proxy does in place of connecting to a server with TLS, by the name in obstore's debugging
 output."""
 _NO_PROXY: Final = re.compile(r"client::legacy::Error\(\s*Connect,\s*ConnectFailed\(")
-"""How obstore's debugging output shows that no connection to the proxy of a server with TLS was
-made.  For a server without TLS it does not name the proxy."""
+"""What obstore's debugging output contains if a server with TLS is reached by a proxy, and there is
+no connection to the proxy.  For a server without TLS the output does not show whose connection has
+failed."""
 _NO_ADDRESS: Final = "failed to lookup address information: "
 _RETRIED: Final = (
     HTTPStatus.REQUEST_TIMEOUT,
@@ -147,7 +148,8 @@ def translated(error: Exception, identity: Identity | None = None) -> Exception:
         if isinstance(error, kind):
             return failure
     if _NO_RANGE in text:
-        # obstore raises NotSupportedError only for ranges that a kind of store cannot serve.
+        # A server has ignored the range.  For this obstore raises no NotSupportedError, which is
+        # for kinds of stores without ranges.
         return UnusableError("found no range in the answer, expected one")
     match = _STATUS.search(text)
     if _is_key_request(text, identity.key_url):
@@ -192,8 +194,8 @@ def _normal(url: str) -> tuple[str, str]:
 def _for_key_request(status: int | None, text: str, details: str) -> Exception:
     """Return the exception for a failed request for the key of a role.
 
-    If the response permits no further attempt, the result is a RefusedError.  After an
-    UnusableError an object could not be read from the cache.
+    If the response permits no further attempt, the result is a RefusedError, and never an
+    UnusableError: after an UnusableError the object could not be read from the cache either.
 
     Args:
         status: The HTTP status of the response; None if there was no response.

@@ -176,7 +176,10 @@ def expand_home(path: str) -> str:
 
 
 def key_files(variables: Variables, schemes: Collection[str]) -> Iterator[str]:
-    """Yield the files with keys or tokens that clients of the stores of ``schemes`` may read."""
+    """Yield the files with keys or tokens that clients of stores may read.
+
+    These are the files that variables name, and the default files for ``schemes``.
+    """
     for name in FILE_VARIABLES:
         path = variables.first((name,))
         if path is not None:

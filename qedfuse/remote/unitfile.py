@@ -9,8 +9,9 @@ that a crash, a full disk or another program has damaged differs from its checks
 again.
 
 If several processes have an entry open, a unit is first read with ``O_DIRECT``, around the page
-cache, and compared.  Otherwise another process could read unchecked bytes in the page cache.
-docs/remote.md lists the cases in which this can happen nevertheless.
+cache, and compared.  Otherwise damaged bytes of the disk could come into the page cache, where a
+process that has compared the unit earlier would read them.  docs/remote.md lists the cases in which
+this can happen nevertheless.
 """
 
 from __future__ import annotations

@@ -155,6 +155,25 @@ def test_only_mounts_that_the_unmount_does_not_reach_are_reported(
     assert {copy.path for copy in others} == reported
 
 
+def test_a_process_that_ends_hides_no_mount(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a process ends while it is asked, another one of the same namespace is asked."""
+    asked: list[int] = []
+
+    def table(process: int | None = None) -> list[MountEntry]:
+        if process is None:
+            return []
+        asked.append(process)
+        if process == 5:
+            raise ProcessLookupError
+        return [MountEntry(1, 1, "0:42", "/mnt", FUSE_TYPE, "x", 0)]
+
+    monkeypatch.setattr(visiblemounts, "read_mounts", table)
+    monkeypatch.setattr(visiblemounts, "_namespace_and_root", lambda name: (name == "self", ""))
+    monkeypatch.setattr(os, "listdir", lambda _path: ["5", "7", "9"])
+    assert [(copy.path, copy.pid) for copy in find_visible_mounts("0:42")] == [("/mnt", 7)]
+    assert asked == [5, 7]
+
+
 def test_the_master_of_a_slave_is_reported(image: Path, tmp_path: Path) -> None:
     """In a namespace of slaves, the mount in the first namespace is reported as a copy."""
     shared = tmp_path / "shared"

@@ -94,6 +94,30 @@ def full(_path: object) -> os.statvfs_result:
     return os.statvfs_result((4096, 4096, 1000, 0, 0, 100, 10, 10, 0, 255))
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"Signature: 8a47", bytes(96)], ids=["empty", "short", "zeros"]
+)
+def test_the_mark_of_a_cache_is_repaired(content: bytes, tmp_path: Path) -> None:
+    """A mark that a crash has truncated is written again, so later files change nothing."""
+    directory = str(tmp_path / "cache")
+    assert cacheroot.prepare_directory(directory) == directory
+    mark = tmp_path / "cache" / TAG
+    whole = mark.read_bytes()
+    mark.write_bytes(content)
+    assert cacheroot.prepare_directory(directory) == directory
+    assert mark.read_bytes() == whole
+    (tmp_path / "cache" / "file").write_text("x")
+    assert cacheroot.prepare_directory(directory) == directory
+
+
+def test_the_mark_of_another_program_is_kept(tmp_path: Path) -> None:
+    """A mark with another content is not overwritten."""
+    (tmp_path / TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n# Others.\n")
+    before = tree(tmp_path)
+    assert cacheroot.prepare_directory(str(tmp_path)) == str(tmp_path)
+    assert tree(tmp_path) == before
+
+
 @pytest.fixture(params=["limit", "full disk"])
 def evict(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

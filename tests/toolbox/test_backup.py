@@ -64,15 +64,16 @@ def test_the_backup_has_the_mode_of_the_image(
     assert first == [0o600]
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL])
 def test_the_group_gets_no_access_if_it_cannot_be_set(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the owner cannot be set, the group's permission bits are cleared: the group is another."""
     made = path.with_name("made")
     path.chmod(0o660)
 
     def refuse(_fd: int, _uid: int, _gid: int) -> None:
-        raise PermissionError
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fchown", refuse)
     stat = path.stat()

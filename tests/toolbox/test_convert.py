@@ -159,6 +159,21 @@ def test_convert_into_an_existing_disk(seed: int, tmp_path: Path) -> None:
     assert_sound(image, leaks=True)
 
 
+def test_the_reported_length_is_that_after_the_close(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """-n -v reports the length that an existing image has when its free end has been cut off."""
+    path, source = qemu.create(tmp_path / "full.qed", 4 << 20), tmp_path / "zeros.raw"
+    qemu.io(path, "write -P 1 0 4M")
+    before = path.stat().st_size
+    source.touch()
+    os.truncate(source, 4 << 20)
+    assert main(["convert", "-n", "-v", "-O", "qed", str(source), str(path)]) == 0
+    after = path.stat().st_size
+    assert after < before
+    assert f"file of {after} bytes" in capsys.readouterr().out
+
+
 def test_devices(tmp_path: Path) -> None:
     """A block device is a source, and with -n a target."""
     chance = random.Random(5)

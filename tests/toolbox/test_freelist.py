@@ -38,7 +38,8 @@ def test_on_show_off(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert (
         said
-        == f"{path}: a list of 3 free clusters (12 KiB) in 2 runs, stored in 1 of these clusters\n"
+        == f"{path}: a list of 3 free clusters (12 KiB) in 2 runs; the list itself is stored in 1 "
+        "of these clusters\n"
     )
     assert listed(path.read_bytes()) is not None
     with pytest.raises(qemu.QemuError, match="Unsupported"):
@@ -58,7 +59,9 @@ def test_nothing_to_list(path: Path, capsys: pytest.CaptureFixture[str]) -> None
     """Without a free cluster no list is made, and QEMU can open the image."""
     assert main(["compact", "-q", str(path)]) == 0
     assert main(["freelist", "on", str(path)]) == 0
-    assert capsys.readouterr().out == f"{path}: no cluster is free, so there is no list\n"
+    assert capsys.readouterr().out == (
+        f"{path}: no list was stored: no cluster is free, or the list would be too long\n"
+    )
     assert qemu.check(path).code == 0
 
 

@@ -67,8 +67,9 @@ def test_a_silent_death_is_reported(body: str, how: str) -> None:
 
 def test_an_exception_is_a_failure() -> None:
     """An exception in the child ends it with a failure, and never returns to the caller."""
-    code, _printed = run("raise SystemExit(0)")
-    assert code == 70
+    assert run("raise SystemExit(0)") == (70, "qedfuse: internal error: SystemExit: 0\n")
+    code, printed = run("return 0", "os.setsid = lambda: 1 / 0")
+    assert (code, printed) == (70, "qedfuse: internal error: ZeroDivisionError: division by zero\n")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

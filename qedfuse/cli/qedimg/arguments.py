@@ -63,8 +63,8 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
         "--foreign",
         choices=("off", "qemu"),
         default="off",
-        help="whether QEMU reads backing files in other formats than QED and raw (qemu), or they "
-        "are refused (off, the default)",
+        help="what happens to backing files in other formats than QED and raw: qemu: QEMU reads "
+        "them; off (default): they are refused",
     )
     parser.add_argument(
         "--backing-url",

@@ -52,7 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
         print_json({"filename": arguments.image, "format": "qed", **info.as_json()})
     elif arguments.action == "on" and not info.present:
         print_line(
-            arguments, f"{printable(arguments.image)}: no cluster is free, so there is no list"
+            arguments,
+            f"{printable(arguments.image)}: no list was stored: no cluster is free, or the list "
+            "would be too long",
         )
     else:
         print_line(arguments, f"{printable(arguments.image)}: {_describe(info)}")
@@ -83,5 +85,5 @@ def _describe(info: FreeListInfo) -> str:
         return f"a list of free clusters that is not valid: {info.problem}"
     return (
         f"a list of {info.clusters} free clusters ({format_size(info.bytes)}) in {info.runs} "
-        f"runs, stored in {info.list_clusters} of these clusters"
+        f"runs; the list itself is stored in {info.list_clusters} of these clusters"
     )

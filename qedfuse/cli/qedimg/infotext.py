@@ -67,7 +67,7 @@ def _backing(backing: BackingName, backing_format: str | None) -> Iterator[str]:
 
 
 def _qed_properties(image: ImageInfo, qed: QedInfo, details: Details | None) -> Iterator[str]:
-    """Describe the properties that only a QED image has."""
+    """Describe the length of the file, and the properties that only a QED image has."""
     yield f"file length: {_readable_and_exact(image.file_size)}"
     for name, unit in (("table_size", "clusters"), ("header_size", "clusters")):
         if name in qed.header.values:

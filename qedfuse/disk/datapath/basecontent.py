@@ -24,8 +24,8 @@ _POLL_SECONDS: Final = 0.05
 class BaseContent:
     """Reads the bases of a chain for writes.
 
-    Such a read is a fill (`qedfuse.hostio.serversilence`).  While a server is silent, a fill that
-    waits for this server gives up early.
+    Such a read is a fill (`qedfuse.hostio.serversilence`).  If a fill has just failed because its
+    server was silent, a fill that waits for this server gives up early.
     """
 
     def __init__(self, chain: Chain) -> None:

@@ -1,8 +1,8 @@
 """Deallocating clusters: for discards, and for ranges or clusters that become zeros.
 
-A guest cluster that is deallocated becomes unallocated, or a zero cluster where the base would show
+A guest cluster that is discarded becomes unallocated, or a zero cluster where the base would show
 through (S1 in docs/space.md).  If a discard covers only a part of a cluster, zeros are written to
-that part.
+that part.  A commit, which wants the base to show through, makes clusters unallocated in any case.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ _MAX_CLUSTERS_ONE_BY_ONE: Final = 64
 class Discard:
     """Deallocates clusters of the disk, or writes zeros to them.
 
-    The methods raise CorruptImageError for a bad table entry, HostError, and ReadOnlyError if the
-    disk has become read-only.  After an error a part of the range may have been changed.
+    The methods raise HostError if a system call fails, CorruptImageError for a bad table entry, and
+    ReadOnlyError if the disk has become read-only.  After an error a part of the range may have
+    been changed.
     """
 
     def __init__(

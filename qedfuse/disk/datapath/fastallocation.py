@@ -11,8 +11,8 @@ conditions are met:
 - The dirty slices fit in their budget (`TableWriter.is_within_budget`).
 - The allocator finds one run for all the clusters.
 - At least one cluster of the file is free, or `DirectReclaim.should_reclaim` returns False.
-- The write needs no data of the base, or it goes to one cluster only, whose code in
-  `FlattenedBacking` is in memory and is not `MIXED`.
+- In an image with a base, the write covers whole clusters, or it goes to one cluster only, whose
+  code in `FlattenedBacking` is in memory and is not `MIXED`.
 - If the new clusters must be written as a whole, they fit in the fast path's buffer.
 - Reading the base, growing the file and writing the data would not block.
 
@@ -133,7 +133,7 @@ class FastAllocation:
         """
         if entry != UNALLOCATED or self._flattened is None:
             return 0
-        # Data of the base for several clusters is left to the slow path.
+        # If there are several clusters, the slow path looks up what the base has for them.
         number = start >> self._bits
         entries = self._layer.tables.slice_entries
         codes = self._flattened.cached(number // entries) if length == self._cluster_size else None

@@ -31,8 +31,8 @@ class Extent(NamedTuple):
         length: Length in bytes.
         file_offset: File offset of the data; 0 if ``kind`` is not `Kind.DATA`.
         depth: Depth of the layer that stores the range: 0 for the image itself, 1 for its base and
-            so on.  Zeros that no layer stores have the depth of the last base, or of a base that
-            ends before them.  Zeros from `FlattenedBacking` always have the depth of the last base.
+            so on.  Zeros that no layer stores have the depth of the last base.  If a base above it
+            ends before them, they have the depth of this base, except in `FlattenedBacking`.
         reason: For a bad extent a message about what is wrong; empty for the other kinds.
     """
 

@@ -60,9 +60,9 @@ async def open_url(
     Args:
         url: The URL.
         remote: How to read the URL.
-        wanted: Size and validator of the version that the caller needs; None for any.  If only the
-            cache has this version, and all of it, it is read from there (`open_remote`).
-            Otherwise the server's version is opened.
+        wanted: Size and validator of the version that the caller needs; None for any.  If the
+            server has another version now, but the cache has the whole wanted one, the cached
+            version is opened (`open_remote`).
 
     Raises:
         UsageError: The URL is not valid, or the options do not permit it.

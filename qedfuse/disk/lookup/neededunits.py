@@ -50,8 +50,8 @@ class NeededUnits:
     def runs(self, max_units: int) -> Iterator[tuple[int, int]]:
         """Yield the first and last unit of each run of adjacent needed units, ascending.
 
-        No run crosses the end of a block of ``max_units`` units.  So a caching proxy that stores
-        the file in such blocks fetches each block only once.
+        No run crosses the end of a block of ``max_units`` units.  So for each run, a caching proxy
+        that stores the file in such blocks needs only one block.
         """
         first = self._needed.find(1)
         while first >= 0:

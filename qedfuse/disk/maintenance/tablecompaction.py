@@ -112,7 +112,7 @@ class TableCompaction:
         return max(target, self._end_of_tables())
 
     def _after_table(self, cluster: int) -> int:
-        """Return the first cluster after the table that contains ``cluster``, or ``cluster``."""
+        """Return ``cluster``, or if it lies in a table that begins before it, the table's end."""
         tables = self._layer.l2_tables
         table_index = int(np.searchsorted(tables, np.uint64(cluster << self._bits))) - 1
         if table_index < 0:
@@ -125,9 +125,9 @@ class TableCompaction:
         """Move all tables into adjacent places (slots), directly after the L1 table.
 
         The data clusters that are in the way move up first, which can make the file longer until
-        the end of the compaction.  Nothing moves if the tables would reach past the target, if
-        ``max_moves`` could be exceeded, or if the file could become longer than a file in which
-        every cluster is allocated (only with ``within_bound``).
+        the end of the compaction.  Nothing moves if the tables would reach past the target of a
+        compaction without limits, if ``max_moves`` could be exceeded, or if the file could become
+        longer than a file in which every cluster is allocated (only with ``within_bound``).
         """
         allocator, size = self._allocator, self._table_size
         tables = await self.list_tables()
@@ -138,9 +138,10 @@ class TableCompaction:
         # the file.
         fits = end + (last - first) + size <= bound
         # In the worst case every table moves, and every cluster of the slots holds data that gives
-        # way.  A table that overlaps a slot moves twice, which costs ``size`` more moves.  But its
-        # own clusters in the slots hold no data, which saves as many moves.  Only a table that
-        # reaches past the last slot saves fewer moves.  So ``size`` is added once.
+        # way: ``2 * (last - first)``.  A table that overlaps a slot moves twice, which costs
+        # ``size`` more.  But where it lies in the slots there is no data that gives way.  If it
+        # lies in them as a whole, that saves ``size``.  At most one table reaches past the last
+        # slot and saves less, so ``size`` is added once.
         moves = 2 * (last - first) + size
         is_affordable = max_moves is None or counter.moved_clusters + moves <= max_moves
         if last > self._data.target() or (within_bound and not fits) or not is_affordable:

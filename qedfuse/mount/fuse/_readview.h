@@ -21,7 +21,7 @@ typedef struct {
                           * disk has no L2 table there */
     PyObject *get_slice; /* returns the slice with a key; None if the slice is not in memory */
     PyObject *codes_key; /* first part of the keys of codes; None without backing files */
-    PyObject *epochs;    /* Epochs, which a read that waits enters */
+    PyObject *epochs;    /* Epochs: a read that waits for the host enters one */
     struct read_file *files; /* the files of the chain, by depth; the top image has depth 0 */
     Py_buffer file_reads;    /* for each file two numbers: of reads, and of bytes (FileReads) */
     uint64_t file_count;
@@ -30,8 +30,8 @@ typedef struct {
     uint64_t window_start;     /* guest offset of the window, the part of the disk that reads see */
     long long window_bytes;    /* length of the window, within the disk; -1: the whole disk */
     struct in_place_writes *writes; /* NULL if Python must carry out all writes */
-    PyObject *cache_key;     /* first part of the keys of slices of the top image's tables; NULL if the
-                              * tables must not be searched here */
+    PyObject *cache_key;     /* first part of the keys of slices of the top image's tables, for
+                              * lseek(2) (_seek.c); NULL if Python must answer each lseek(2) */
     unsigned int table_bits; /* binary logarithm of the number of entries in a table */
 } ReadView;
 
@@ -52,10 +52,10 @@ long long l1_table_offset(ReadView *self);
  * in memory or has an invalid entry; an exception may be set then. */
 PyObject *valid_entries(ReadView *self, PyObject *key);
 
-/* Finds a range of the disk that is one run of data in one file, within one slice of the top image.
- * Returns 1 and sets `offset` to the file offset of the range, and `depth` to the depth of the file.
- * Returns 0 for every other range, and if a slice or codes that are needed are not in memory; an
- * exception may be set then. */
+/* Finds the place of a range of the disk.  If the range is one run of data in one file, within one
+ * slice of the top image, returns 1, and sets `offset` to the file offset of the range, and `depth`
+ * to the depth of the file.  Returns 0 for every other range, and if a slice or codes that are
+ * needed are not in memory; an exception may be set then. */
 int find_range(ReadView *self, uint64_t start, size_t length, uint64_t *offset, uint64_t *depth);
 
 #endif

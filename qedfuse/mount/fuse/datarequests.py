@@ -2,8 +2,9 @@
 
 A long read whose data is in the host's page cache is answered with the pages of the cache, without
 a copy into this process.  A read that must wait for the host's disk is *deferred*: a native thread
-reads the data and answers the kernel, without the event loop and without a task of pyfuse3.  All
-other requests that must wait, and those that fail, are left to pyfuse3 and `Operations`.
+reads the data and answers the kernel, without the event loop and without a task of pyfuse3; if it
+fails, a task of this module answers.  All other requests that must wait or fail are left to pyfuse3
+and `Operations`.
 """
 
 from __future__ import annotations

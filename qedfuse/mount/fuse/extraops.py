@@ -79,8 +79,8 @@ def serve(
     - ``data_requests`` gets the reads, writes and fsyncs that the extension does not answer.
     - pyfuse3 gets the reads, writes and fsyncs that ``data_requests`` does not answer.
 
-    ``counters`` count the requests that the extension or ``data_requests`` answers, except the
-    reads that `defer_read` has taken.
+    ``counters`` count the reads, writes and fsyncs that the extension or ``data_requests`` answers,
+    except the reads that `defer_read` has taken.
 
     Returns:
         None if the requests are passed.  Otherwise one line with the reason why they are not.
@@ -145,8 +145,8 @@ def open_read_queue(answer_slowly: SlowAnswer, slow_seconds: float) -> int:
 
     Args:
         answer_slowly: Answers a read that has failed in the queue.
-        slow_seconds: If the kernel waits longer than this while it takes reads, no read is queued
-            during the next second.
+        slow_seconds: If passing reads to the kernel takes longer than this, because the kernel
+            waits, no read is queued during the next second.
 
     Returns:
         A descriptor.  It becomes readable when a read has ended, and stays so until the call of
@@ -175,7 +175,8 @@ def permit_polling(
 
     Args:
         each_seconds: Maximum time to poll for one request.
-        all_seconds: Time from now after which polling ends until the next call.
+        all_seconds: Time from now after which the extension no longer polls; this function must be
+            called again before it does.
         has_finished: Returns whether a call on a host file has finished, which also ends polling.
     """
     if _extension is not None:
@@ -204,7 +205,8 @@ forbid_polling: Final[Callable[[], None]] = (
 take_polled_seconds: Final[Callable[[], float]] = (
     _zero if _extension is None else _extension.take_polled_seconds
 )
-"""Returns how many seconds the extension has polled in vain since the last call."""
+"""Returns how many seconds the last poll took if no request has come since; otherwise 0.  A second
+call returns 0 as well."""
 
 queued_reads: Final[Callable[[], int]] = _zero if _extension is None else _extension.queued_reads
 """Returns how many reads are in the queue of the kernel (`_queuedread.c`)."""

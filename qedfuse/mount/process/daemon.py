@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from qedfuse.errors import HostError, QedError
+from qedfuse.text import printable
 from qedfuse.util.descriptors import (
     STANDARD,
     close_descriptors,
@@ -143,6 +144,11 @@ def _be_child(
         code = serve(ready)
         sys.stdout.flush()
         sys.stderr.flush()
+    except BaseException as error:  # noqa: BLE001  the parent prints nothing
+        with suppress(OSError, ValueError):
+            kind = type(error).__name__
+            sys.stderr.write(f"qedfuse: internal error: {kind}: {printable(str(error))}\n")
+            sys.stderr.flush()
     finally:
         os._exit(code)
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MIN_INTERVAL_SECONDS: Final = 4.0
-"""Minimum time between two calls of malloc_trim; each takes some milliseconds.  A disk that has
-been idle for longer is flushed once more, to clear a bit of its header (NEED_CHECK), and this flush
-trims the heap."""
+"""Minimum time between two calls of malloc_trim; each takes some milliseconds.  If the last flush
+of a guest comes within this time, the flush that clears NEED_CHECK some seconds later trims the
+heap."""
 
 # None if the C library is not GNU's; others keep less memory.
 _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -56,7 +56,8 @@ def mountpoint_lock_name(mountpoint: str) -> bytes | None:
 async def mountpoint_locked(name: bytes | None) -> AsyncIterator[None]:
     """Hold the lock ``name`` during the block.
 
-    The block runs without the lock if ``name`` is None, or if the lock cannot be had in 5 seconds.
+    The block runs without the lock if ``name`` is None, if another process holds the lock for 5
+    seconds, or if the host refuses to make it.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
         with trio.move_on_after(_MAX_WAIT_SECONDS):
@@ -93,8 +94,8 @@ def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: in
         FuseError: The mount table has no such mount.
         HostError: /proc is not mounted.
     """
-    # The kernel reuses the id of a mount that has ended, perhaps of one on another path.  So the
-    # paths are compared as well.
+    # The kernel reuses the ids of mounts that have ended.  So the new mount may have the id of an
+    # old one on another path, and the paths are compared as well.
     old = {(entry.mount_id, entry.path) for entry in before}
     device = _device(connection)
     new_mount = None

@@ -52,7 +52,7 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
     - Mounts in other namespaces that the kernel normally unmounts together with a mount that the
       caller sees.  They are in its peer group (`MountEntry.peer_group`), or unmounts propagate to
       them from this group.
-    - Mounts that are visible only to processes that the caller may not inspect.
+    - Mounts that are visible only to processes that /proc hides (the option ``hidepid``).
 
     Args:
         device: The device number of the file system, ``MAJOR:MINOR``.
@@ -63,7 +63,7 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
     Raises:
         HostError: /proc is not mounted.
     """
-    own = _mounts(device, None, original)
+    own = _mounts(device, None, original) or []
     mounts = [VisibleMount(entry.path) for entry in own]
     mount_ids = {entry.mount_id for entry in own}
     others = []
@@ -72,8 +72,12 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
         namespace_and_root = _namespace_and_root(str(pid))
         if namespace_and_root in seen:
             continue
+        entries = _mounts(device, pid, original)
+        if entries is None:
+            # The process has ended.  Others with the same namespace and root are still asked.
+            continue
         seen.add(namespace_and_root)
-        for entry in _mounts(device, pid, original):
+        for entry in entries:
             if entry.mount_id not in mount_ids:
                 mount_ids.add(entry.mount_id)
                 others.append((entry, pid))
@@ -123,15 +127,15 @@ def _namespace_and_root(process: str) -> tuple[str, str]:
         return process, ""
 
 
-def _mounts(device: str, pid: int | None, original: MountEntry | None) -> list[MountEntry]:
+def _mounts(device: str, pid: int | None, original: MountEntry | None) -> list[MountEntry] | None:
     """List the mounts of a file system that the process ``pid`` (None: the caller) sees.
 
-    The list is empty if the process has ended, or may not be inspected.
+    Returns None if the process has ended, or if /proc hides it.
     """
     try:
         entries = read_mounts(pid)
     except OSError:
-        return []
+        return None
     return [
         entry
         for entry in entries

@@ -53,7 +53,8 @@ def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
 def foreign_driver_of(path: str) -> str | None:
     """Return QEMU's name for the foreign format of a file; None if the format is raw or QED.
 
-    Also returns None for a URL, for a file that cannot be read, and for one encrypted by LUKS.
+    Also returns None for a URL, for what is not a regular file or cannot be read, and for a file
+    encrypted by LUKS.
     """
     start = None if is_url(path) else first_bytes(path)
     found = None if start is None else foreign_format(start)
@@ -61,7 +62,10 @@ def foreign_driver_of(path: str) -> str | None:
 
 
 def first_bytes(path: str) -> bytes | None:
-    """Return the first `SIGNATURE_BYTES` of a local file, or fewer; None if it cannot be read."""
+    """Return the first `SIGNATURE_BYTES` of a regular local file, or fewer.
+
+    None if the file cannot be read, or is not a regular file.
+    """
     try:
         fd = open_regular(path, os.O_RDONLY)
     except QedError:
@@ -91,7 +95,7 @@ async def probe_any(
     """
     if not is_url(path):
         return probe_format(path, expected)
-    # Imported late, because it loads trio, which commands without a URL do not need.
+    # Imported late, because it loads trio, which other users of this module do not need.
     from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  late, see above
 
     async with open_image(path, None, remote) as file:

@@ -27,8 +27,8 @@ class Ticket:
     """The position of an item in the order of the items.
 
     The turn of a ticket begins when the previous ticket is finished.  If a worker raises before the
-    turn of its ticket, the ticket is finished early, and the next turn begins during an earlier
-    one.
+    turn of its ticket, the ticket is finished early.  Then the turn of the next ticket can begin
+    while tickets before the failed one are not finished.
     """
 
     def __init__(self, previous: Ticket | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -227,7 +227,11 @@ class Conversion:
         async with open_writable(self._path, options) as disk:
             self._refuse_too_small(disk.size)
             size, data_bytes = await self._copy(ExistingQedTarget(disk))
-            return size, disk.fstat().st_size, data_bytes
+            length = disk.fstat().st_size
+        with suppress(OSError):
+            # The close has perhaps cut off free clusters, or stored a free list.
+            length = os.stat(self._path).st_size  # noqa: PTH116  a name, not a Path
+        return size, length, data_bytes
 
     async def _copy_to_raw_file(self) -> tuple[int, int, int]:
         """Copy to an existing file or device; return the same numbers as `_copy_to_image`."""

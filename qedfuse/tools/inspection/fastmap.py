@@ -2,8 +2,8 @@
 
 To load numpy and trio for `qedfuse.tools.inspection.mapping` takes longer than to read the tables
 of a full image of 1 TiB.  So a small C extension (`_maplines.c`) formats the lines.  It stops at a
-slice that is unreadable or may hold an invalid entry, and the caller continues there with
-`mapping`.  The extension is optional; `mapping` gives the same output.
+slice that is unreadable or may hold an invalid entry, and the caller continues with `mapping` after
+the last extent that was written.  The extension is optional; `mapping` gives the same output.
 """
 
 from __future__ import annotations

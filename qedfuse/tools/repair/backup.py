@@ -141,14 +141,15 @@ class Backup:
 def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
     """Give a new file the image's owner, group, and permissions to read and write.
 
-    If the group cannot be set, its permissions are left out, because they would apply to another
-    group.
+    The owner and the group are set as far as the host permits.  If the group cannot be set, its
+    permissions are left out, because they would apply to another group.
 
     Raises:
-        OSError: A system call failed, except for a lack of permission to set the owner or group.
+        OSError: The permissions cannot be set.
     """
     for uid, gid in ((image.st_uid, image.st_gid), (-1, image.st_gid)):
-        with contextlib.suppress(PermissionError):
+        # For example EPERM, or EINVAL for a user that the user namespace does not map.
+        with contextlib.suppress(OSError):
             os.fchown(fd, uid, gid)
             break
     mode = image.st_mode & 0o666

@@ -93,8 +93,9 @@ async def _restore(file: HostFile, backup: BackupReader) -> int:
 async def _verify(file: HostFile, saved: SavedRange) -> None:
     """Refuse a range if an entry in it has neither its old nor its new value, nor `_POISON_BYTES`.
 
-    The descriptor of a free list is compared in pieces as long as an entry.  Of the header (offset
-    0), only the fields that a repair does not change are compared.
+    Two ranges have no entries.  Of the header (offset 0), only the fields that a repair does not
+    change are compared.  The bytes that describe a free list are compared in pieces as long as an
+    entry.
     """
     offset, old, new = saved
     found = bytes(await file.pread(offset, len(old)))

@@ -107,8 +107,8 @@ class QedRunReader:
     async def _in_table(self, table_offset: int, start: int, end: int) -> Runs:
         """Return the runs from ``start`` on that one read of an L2 table describes.
 
-        Entries in a hole of the file are 0, so they are not read.  If another program has truncated
-        the file, the entries past its end count as 0.  The range must lie in one table.
+        Entries in a long hole of the file are 0, so they are not read.  If another program has
+        truncated the file, the entries past its end count as 0.  The range must lie in one table.
         """
         geometry = self._geometry
         position = table_offset + geometry.l2_index(start) * ENTRY_BYTES

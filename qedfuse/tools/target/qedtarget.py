@@ -90,8 +90,8 @@ class NewQedTarget(ParallelTarget):
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
         """Assign offsets at the end of the file to a chunk's data clusters; return the writes.
 
-        The result begins with the writes of the slices that no longer change, if this chunk is the
-        first one of another slice.
+        If the previous chunk was in another slice, the result begins with the writes of the slices
+        that no longer change.
         """
         self._check_size(start + len(view))
         if not data.any() and not zeros.any():
