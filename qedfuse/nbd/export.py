@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _PORT: Final = 10809
 """The port of NBD servers if the URL has none."""
+_BUSY_POLL_SECONDS: Final = 0.02
+"""Interval of the attempts to connect to a Unix socket whose queue of connections is full."""
 
 
 def open_export(address: Address, deadlines: Deadlines) -> NbdFile:
@@ -59,12 +61,27 @@ def _connect_tcp(host: str, port: int, seconds: float) -> socket.socket:
 
 
 def _connect_unix(path: str, seconds: float) -> socket.socket:
-    """Return a socket that is connected to the Unix socket ``path``, after at most ``seconds``."""
+    """Return a socket that is connected to the Unix socket ``path``, after at most ``seconds``.
+
+    Raises:
+        TimeoutError: The server has not accepted earlier connections in time.
+        OSError: The socket cannot be connected.
+    """
+    end = time.monotonic() + seconds
     sock = socket.socket(socket.AF_UNIX)
     try:
-        sock.settimeout(seconds)
-        sock.connect(os.fsencode(path))
+        # A blocking connect(2) would wait for room in the queue without a limit.
+        sock.setblocking(False)  # noqa: FBT003  its only parameter
+        while True:
+            try:
+                sock.connect(os.fsencode(path))
+            except BlockingIOError as error:  # the queue of the server is full
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError from error
+                time.sleep(min(left, _BUSY_POLL_SECONDS))
+            else:
+                return sock
     except BaseException:
         sock.close()
         raise
-    return sock

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.support import programs, qemu
-from tests.support.faultynbd import FaultyServer, serving_faulty
+from tests.support.faultynbd import FaultyServer, serving_faulty, serving_nothing
 from tests.support.mounted import front, is_mounted
 from tests.support.nbdservers import serving_nbd, why_no_server
 from tests.support.nginx import make_certificate
@@ -62,7 +62,7 @@ def refused(url: str, directory: Path, code: int = 22, limits: tuple[str, ...] =
     found, line = run("qedimg", "convert", *options, "-O", "raw", url,
                       str(directory / "copy.raw"))  # fmt: skip
     assert found == code, line
-    mounted = ",".join(limits).replace("remote-", "remote_").replace("attempt-", "attempt_")
+    mounted = ",".join(limits).replace("-", "_")
     also_found, also_line = run("qedfuse", "-f", "-r", "-o", mounted, url, str(mountpoint))
     assert also_found == code, also_line
     assert not is_mounted(mountpoint)
@@ -118,6 +118,12 @@ def test_no_server(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "other"))
         refused(url_of(tmp_path / "other"), tmp_path)
+
+
+def test_a_server_that_accepts_no_connection(tmp_path: Path) -> None:
+    """A socket whose queue of connections stays full."""
+    with serving_nothing(tmp_path):
+        refused(url_of(tmp_path / "faulty"), tmp_path, limits=("remote-connect-timeout=0.1",))
 
 
 def test_another_server(tmp_path: Path) -> None:

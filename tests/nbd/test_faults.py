@@ -19,16 +19,19 @@ from qedfuse.errors import HostError, ObjectChangedError, RemoteError
 from qedfuse.nbd import attempts, messages
 from qedfuse.nbd.connecting import Tls
 from qedfuse.nbd.connectionpool import MAX_CONNECTIONS
+from qedfuse.nbd.export import open_export
 from qedfuse.nbd.extents import SmallSteps
 from qedfuse.nbd.opening import open_nbd
 from qedfuse.nbd.requests import BlockStatus
 from qedfuse.remote import recentfailures
+from qedfuse.remote.address import parse_address
 from qedfuse.remote.options import Deadlines
 from tests.support.faultynbd import (
     CONNECTION_FAULTS,
     REPLY_FAULTS,
     FaultyServer,
     serving_faulty,
+    serving_nothing,
 )
 
 if TYPE_CHECKING:
@@ -491,6 +494,41 @@ def test_time_of_searches_from_the_middle_does_not_add_up() -> None:
 
     assert not any(map(is_too_slow, [8192, 9216, 8192, 9216, 8192, 9216]))
     assert is_too_slow(10240)
+
+
+def test_a_server_whose_queue_of_connections_is_full_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening waits while the queue of a Unix socket is full, until the server accepts."""
+    sleep = time.sleep
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        if not pauses:
+            busy.start()
+        pauses.append(seconds)
+        sleep(seconds)
+
+    url = f"nbd+unix:///?socket={tmp_path / 'faulty'}"
+    with serving_nothing(tmp_path) as busy:
+        monkeypatch.setattr(time, "sleep", pause)
+        file = open_export(parse_address(url), PATIENT)
+        try:
+            assert read(file) == busy.content
+        finally:
+            file.close()
+    assert pauses
+
+
+def test_a_queue_of_connections_that_stays_full_is_an_error_in_time(tmp_path: Path) -> None:
+    """Opening fails after the time for connecting if the queue of a Unix socket stays full."""
+    url = f"nbd+unix:///?socket={tmp_path / 'faulty'}"
+    deadlines = Deadlines(connect_seconds=0.05, attempt_seconds=20, total_seconds=40)
+    with (
+        serving_nothing(tmp_path),
+        pytest.raises(RemoteError, match=r"faulty: found no connection in time$"),
+    ):
+        open_export(parse_address(url), deadlines)
 
 
 class Readers:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
+
+import pytest
 
 from qedfuse.nbd import messages
 from tests.support.nbdservers import connect_unix
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DRIP_SECONDS: Final = 0.05
+_BACKLOG: Final = 64
 _DATA_AT: Final = messages.STRUCTURED_REPLY.size + messages.DATA_OFFSET.size
 
 REPLY_FAULTS: Final = (
@@ -43,8 +46,14 @@ class FaultyServer:
         released: Set when the replies with the fault ``held`` may go on; it is not a mistake.
     """
 
-    def __init__(self, path: Path, content: bytes) -> None:
-        """Listen on a socket ``path``, and make no mistakes yet."""
+    def __init__(self, path: Path, content: bytes, *, backlog: int = _BACKLOG) -> None:
+        """Listen on a socket ``path``; `start` accepts connections, and makes no mistakes yet.
+
+        Args:
+            path: The path of the socket.
+            content: The export.
+            backlog: The length of the queue of connections, as for listen(2).
+        """
         self.content = content
         self.choose_reply: Callable[[int], str | None] = _none
         self.choose_connection: Callable[[int], str | None] = _none
@@ -55,12 +64,16 @@ class FaultyServer:
         self._flags = messages.FLAG_HAS_FLAGS | messages.FLAG_CAN_MULTI_CONN
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
-        self._listener.listen(64)
+        self._listener.listen(backlog)
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
         self._stopped = threading.Event()
         self._reads = self._connections = 0
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Accept connections from now on."""
+        self._threads.append(threading.Thread(target=self._accept, daemon=True))
         self._threads[0].start()
 
     def break_connections(self) -> None:
@@ -214,9 +227,25 @@ def serving_faulty(directory: Path, content: bytes) -> Iterator[FaultyServer]:
     """Run a server for the block, on a socket in a directory."""
     server = FaultyServer(directory / "faulty", content)
     try:
+        server.start()
         yield server
     finally:
         server.stop()
+
+
+@contextmanager
+def serving_nothing(directory: Path) -> Iterator[FaultyServer]:
+    """Listen for the block on a socket whose queue of connections is full, until `start`."""
+    path = directory / "faulty"
+    server = FaultyServer(path, bytes(range(256)) * 32, backlog=0)
+    with ExitStack() as stack:
+        stack.callback(server.stop)
+        stack.enter_context(server.connect())  # Linux queues one connection more than the backlog
+        refused = stack.enter_context(socket.socket(socket.AF_UNIX))
+        refused.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            refused.connect(str(path))
+        yield server
 
 
 def _none(_number: int) -> str | None:
