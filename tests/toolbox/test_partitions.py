@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from qedfuse.cli.qedimg.main import main
 from tests.support.partitiontables import draw_table, partition
+from tests.support.servers import missing_programs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,20 +77,20 @@ def test_sectors_of_4096_bytes_are_found(tmp_path: Path, capsys: Captured) -> No
 
 
 def test_file_systems_are_named(tmp_path: Path, capsys: Captured) -> None:
-    """A partition has the file system, label and UUID that blkid finds in it."""
+    """A partition has the file system, label and UUID with which it was made."""
     disk, image = tmp_path / "disk.raw", tmp_path / "disk.qed"
     with disk.open("wb") as file:
         file.truncate(100 * MIB)
     partition(disk, ["label: gpt", "size=20M, type=L", "size=20M, type=S", "size=20M, type=U"])
     places = [item["start"] * 512 for item in by_sfdisk(disk)["partitions"]]
     part = tmp_path / "part"
-    expected = []
+    uuid = "8a7e27c9-5d5b-4b7e-a3f3-0c5a3c1b9d10"
     for place, command in zip(
         places,
         (
-            ["mkfs.ext4", "-q", "-L", "root fs"],
-            ["mkswap", "-q", "-L", "swp"],
-            ["mkfs.fat", "-n", "EFI"],
+            ["mkfs.ext4", "-q", "-L", "root fs", "-U", uuid],
+            ["mkswap", "-q", "-L", "swp", "-U", uuid],
+            ["mkfs.fat", "-n", "EFI", "-i", "1234ABCD"],
         ),
         strict=True,
     ):
@@ -96,22 +98,60 @@ def test_file_systems_are_named(tmp_path: Path, capsys: Captured) -> None:
         with part.open("r+b") as file:
             file.truncate(20 * MIB)
         subprocess.run([*command, str(part)], check=True, capture_output=True)
-        values = subprocess.run(
-            ["blkid", "--probe", "--output", "export", str(part)],
-            capture_output=True, text=True, check=True,
-        ).stdout.split("\n")  # fmt: skip
-        known = dict(value.split("=", 1) for value in values if "=" in value)
-        expected.append({"type": known["TYPE"], "label": known["LABEL"], "uuid": known["UUID"]})
         with disk.open("r+b") as file:
             file.seek(place)
             file.write(part.read_bytes())
     subprocess.run(["qemu-img", "convert", "-O", "qed", disk, image], check=True)
     found = by_qedimg(capsys, image)
-    assert [item["file-system"] for item in found["partitions"]] == expected
-    assert [item["type"] for item in expected] == ["ext4", "swap", "vfat"]
+    assert [item["file-system"] for item in found["partitions"]] == [
+        {"type": "ext4", "label": "root fs", "uuid": uuid},
+        {"type": "swap", "label": "swp", "uuid": uuid},
+        {"type": "vfat", "label": "EFI", "uuid": "1234-ABCD"},
+    ]
     assert main(["info", "--partitions", str(image)]) == 0
     text = capsys.readouterr().out
     assert "2: 20 MiB at 22020096, Linux swap, swap labelled swp" in text
+
+
+LABELS: Final[dict[str, tuple[str, str | bytes, str, str]]] = {
+    "space": ("mkfs.ext4", "root fs", "root fs", "root fs"),
+    "quotes": ("mkfs.ext4", "a\"b'c`d", "a\"b'c`d", "a\"b'c`d"),
+    "backslash": ("mkfs.ext4", "a\\b\\x20", "a\\b\\x20", "a\\b\\x20"),
+    "shell": ("mkfs.ext4", "<$HOME>", "<$HOME>", "<$HOME>"),
+    "caret": ("mkfs.ext4", "^A M-^B", "^A M-^B", "^A M-^B"),
+    "umlauts": ("mkfs.ext4", "Grüße", "Grüße", "Grüße"),
+    "newline": ("mkfs.ext4", "a\nTYPE=xfs", "a\nTYPE=xfs", r"a\nTYPE=xfs"),
+    "escape": ("mkfs.ext4", "\x1b[31m", "\x1b[31m", r"\x1b[31m"),
+    "latin-1": ("mkfs.ext4", b"b\xf6se", "b\ufffdse", "b\ufffdse"),
+    "swap": ("mkswap", 'ä "b"', 'ä "b"', 'ä "b"'),
+    "fat": ("mkfs.fat", "A 'B^A", "A 'B^A", "A 'B^A"),
+    "ntfs": ("mkfs.ntfs", 'ü "\\' * 9, 'ü "\\' * 9, 'ü "\\' * 9),
+}
+"""The program, the label that it gets, and the label as JSON and as text."""
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_label_is_what_mkfs_was_given(name: str, tmp_path: Path, capsys: Captured) -> None:
+    """A label has no escapes of blkid, and as text none of its characters is harmful."""
+    program, given, as_json, as_text = LABELS[name]
+    if missing_programs(program):
+        pytest.skip(f"not installed: {program}")
+    options = {
+        "mkfs.ext4": ["-q", "-L"],
+        "mkswap": ["-q", "-L"],
+        "mkfs.fat": ["-n"],
+        "mkfs.ntfs": ["-q", "-Q", "-F", "-L"],
+    }[program]
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(8 * MIB)
+    subprocess.run(
+        [program, *options, given, str(disk)],
+        check=True, capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"},
+    )  # fmt: skip
+    assert by_qedimg(capsys, disk)["file-system"]["label"] == as_json
+    assert main(["info", "--partitions", str(disk)]) == 0
+    assert f" labelled {as_text} (" in capsys.readouterr().out
 
 
 def test_a_disk_without_partitions(tmp_path: Path, capsys: Captured) -> None:

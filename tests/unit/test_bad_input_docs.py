@@ -51,6 +51,7 @@ CLAIMED: Final = {
     "found no name of the account": (URLS, "test_incomplete_variables_of_a_store"),
     "cache directory: File exists": ("tests/remote/test_cache.py", "test_directory_that_is_none"),
     "found no greeting of an NBD server": (EXPORTS, "test_another_server"),
+    "found no connection in time": (EXPORTS, "test_a_server_that_accepts_no_connection"),
     "found the end of the connection": (EXPORTS, "test_a_server_that_does_not_greet"),
     "found no socket, expected socket=": (EXPORTS, "test_a_query_that_is_not_valid"),
     "URL query: found user": (EXPORTS, "test_a_query_that_is_not_valid"),

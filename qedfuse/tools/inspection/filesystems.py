@@ -72,25 +72,38 @@ def _ask_blkid(head: bytes, tail_at: int, tail: bytes, length: int) -> FileSyste
             file.write(head)
             file.seek(tail_at)
             file.write(tail)
-            completed = subprocess.run(  # noqa: S603  a fixed program, which gets a descriptor
-                ["blkid", "--probe", "--output", "export", f"/proc/self/fd/{fd}"],  # noqa: S607
-                pass_fds=(fd,),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                timeout=_TIMEOUT_SECONDS,
-                env={"PATH": _PROGRAM_PATH, "LC_ALL": "C"},
-                check=False,
-            )
+            kind = _value(fd, "TYPE")
+            if not kind:
+                return None
+            return FileSystem(kind, _value(fd, "LABEL"), _value(fd, "UUID"))
     except (OSError, subprocess.SubprocessError):
         return None
-    return _parse(completed.stdout[:_MAX_OUTPUT_BYTES]) if completed.returncode == 0 else None
 
 
-def _parse(output: bytes) -> FileSystem | None:
-    """Return the file system in blkid's lines ``NAME=VALUE``; None if no line has the name TYPE."""
-    lines = output.decode(errors="replace").splitlines()
-    values = dict(line.split("=", 1) for line in lines if "=" in line)
-    if "TYPE" not in values:
-        return None
-    return FileSystem(values["TYPE"], values.get("LABEL", ""), values.get("UUID", ""))
+def _value(fd: int, name: str) -> str:
+    """Return one value that blkid finds in the file ``fd``; empty if blkid does not find it.
+
+    Bytes that are not valid UTF-8 become U+FFFD, for example umlauts in the label of a FAT.
+
+    Raises:
+        OSError: The program cannot be started.
+        SubprocessError: The program takes too long.
+    """
+    # One value per call, because only the format "value" prints the bytes unchanged.  In the format
+    # "export" a control character and "^" with a letter look alike, and "udev" cuts long labels.
+    completed = subprocess.run(  # noqa: S603  a fixed program, which gets a descriptor
+        [
+            *("blkid", "--probe", "--match-tag", name, "--output", "value"),
+            f"/proc/self/fd/{fd}",
+        ],
+        pass_fds=(fd,),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=_TIMEOUT_SECONDS,
+        env={"PATH": _PROGRAM_PATH, "LC_ALL": "C"},
+        check=False,
+    )
+    if completed.returncode != 0:
+        return ""
+    return completed.stdout[:_MAX_OUTPUT_BYTES].removesuffix(b"\n").decode(errors="replace")
