@@ -18,6 +18,7 @@ from qedfuse.foreign.confined import find_program, spawn_confined
 from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR
 from qedfuse.nbd import messages
 from qedfuse.text import printable
+from qedfuse.util.exitstatus import describe_exit
 
 if TYPE_CHECKING:
     from qedfuse.foreign.graph import Graph
@@ -164,14 +165,11 @@ class QemuNbd:
         status = self._process.poll()
         if status is None:
             return "runs, but does not answer as an NBD server"
-        if status < 0:
-            with contextlib.suppress(ValueError):
-                return f"ended by {signal.Signals(-status).name}"
         lines = output.decode(errors="replace").split("\n")
         errors = [line for line in lines if line.strip() and "warning:" not in line]
-        if status and errors:
+        if status > 0 and errors:
             return self._as_readable_line(errors[0].strip())
-        return f"ended with status {status}"
+        return describe_exit(status)
 
     def kill(self) -> None:
         """Kill the program, so that no thread waits for it any longer; the call does not block."""

@@ -19,6 +19,7 @@ import trio
 
 from qedfuse.errors import ForeignError, HostError
 from qedfuse.foreign.confined import end_process, find_program, spawn_confined
+from qedfuse.util.exitstatus import describe_exit
 
 if TYPE_CHECKING:
     from qedfuse.foreign.graph import ChainImage, Graph
@@ -69,7 +70,7 @@ def virtual_size(graph: Graph, image: ChainImage) -> int:
     except OSError as error:
         raise HostError.from_os(error, name, f"cannot run {_PROGRAM}") from error
     if status:
-        msg = f"{name}: {_PROGRAM}: found exit status {status}, expected 0"
+        msg = f"{name}: {_PROGRAM}: {describe_exit(status)}"
         raise ForeignError(msg)
     return _size_in(text, name)
 

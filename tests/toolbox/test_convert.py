@@ -627,6 +627,42 @@ def test_a_qemu_img_that_cannot_be_run(
     assert names(tmp_path) == {"a.raw", "qemu-img"}
 
 
+@pytest.mark.parametrize("step", ["create", "convert"])
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("kill -9 $$", "ended by SIGKILL"),
+        ("echo lost >&2; kill -35 $$", "ended by signal 35"),
+        ("exit 3", "ended with status 3"),
+        ("echo 'qemu-img: warning: x' >&2; exit 3", "ended with status 3"),
+        ("printf '\\n\\nqemu-img: no room\\n' >&2; exit 1", "no room"),
+    ],
+)
+def test_a_qemu_img_that_gives_no_reason(
+    step: str,
+    script: str,
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The line about a qemu-img that fails has a reason, also if qemu-img has printed none."""
+    real = shutil.which("qemu-img")
+    wrapper = tmp_path / "bin" / "qemu-img"
+    wrapper.parent.mkdir()
+    wrapper.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -o help "*) ;; " {step} "*) {script};; esac\n'
+        f'exec {real} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+    (tmp_path / "a.raw").write_bytes(b"x" * 5000)
+    target = tmp_path / "x.qcow2"
+    assert main(["convert", "-O", "qcow2", str(tmp_path / "a.raw"), str(target)]) == 1
+    assert capsys.readouterr().err == f"qedimg: {target}: qemu-img: {expected}\n"
+    assert names(tmp_path) == {"a.raw", "bin"}
+
+
 def test_compare_detects_a_difference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,21 @@ def test_fusermount_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.M
     assert str(caught.value) == f"/mnt: cannot unmount: {reason}"
 
 
+@pytest.mark.parametrize(
+    ("script", "how"), [("kill -9 $$", "ended by SIGKILL"), ("exit 3", "ended with status 3")]
+)
+def test_fusermount_that_prints_no_reason(
+    script: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says how the program has ended."""
+    program = tmp_path / "fusermount3"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(module, "find_fusermount", lambda: str(program))
+    with pytest.raises(FuseError, match=f"^/mnt: cannot unmount: fusermount3 {how}$"):
+        module.unmount_by_fusermount("/mnt", lazy=False)
+
+
 @pytest.mark.parametrize("failure", [PROC_MISSING, NO_DESCRIPTOR])
 def test_umount_keeps_the_first_error(
     failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,6 +23,7 @@ from qedfuse.util.descriptors import (
     discard_standard_streams,
     open_descriptors,
 )
+from qedfuse.util.exitstatus import signal_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -167,8 +168,7 @@ def _wait(child: int, reading: int) -> int:
     code = os.waitstatus_to_exitcode(status)
     if code > 0:
         return code  # the child has printed the reason
-    names = [number.name for number in signal.Signals if number == -code]
-    how = "ended" if code == 0 else f"was killed by {(*names, f'signal {-code}')[0]}"
+    how = "ended" if code == 0 else f"was killed by {signal_name(-code)}"
     sys.stderr.write(f"qedfuse: the process in the background {how} before the disk was ready\n")
     return _MOUNT_FAILED_EXIT_CODE
 

@@ -11,6 +11,7 @@ from typing import Final
 from qedfuse.errors import FuseError, MountpointError, PrivilegeError, QedError
 from qedfuse.mount.system.privileges import find_fusermount
 from qedfuse.text import printable
+from qedfuse.util.exitstatus import describe_exit
 
 _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
@@ -78,7 +79,8 @@ def unmount_by_fusermount(mountpoint: str, *, lazy: bool) -> None:
         # contain one of the words that are searched for.
         words = printed.replace(mountpoint, "")
         number = errno.EBUSY if "busy" in words else errno.EPERM if "permitted" in words else 0
-        raise _error(mountpoint, number, printed or f"exit code {done.returncode}")
+        reason = printed or f"fusermount3 {describe_exit(done.returncode)}"
+        raise _error(mountpoint, number, reason)
 
 
 def _error(mountpoint: str, number: int, reason: str) -> QedError:

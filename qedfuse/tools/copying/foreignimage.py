@@ -12,6 +12,7 @@ import trio
 
 from qedfuse.errors import HostError, UsageError
 from qedfuse.text import printable
+from qedfuse.util.exitstatus import describe_exit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -152,6 +153,9 @@ async def _run(command: list[str], image: str) -> str | None:
         )
     if completed.returncode == 0:
         return None
-    lines = completed.stderr.decode(errors="replace").strip().split("\n")
-    reason = next((line for line in lines if "warning:" not in line), "no reason given")
+    lines = completed.stderr.decode(errors="replace").split("\n")
+    errors = [line.strip() for line in lines if line.strip() and "warning:" not in line]
+    if completed.returncode < 0 or not errors:
+        return describe_exit(completed.returncode)
+    reason = errors[0]
     return printable(reason.removeprefix(f"{_PROGRAM}: ").replace(f"{image}: ", ""))
