@@ -16,7 +16,7 @@ from qedfuse.disk.components import Components
 from qedfuse.disk.guestchanges import GuestChanges
 from qedfuse.disk.lifecycle import Lifecycle
 from qedfuse.disk.lookup.rememberedbase import replace_versions
-from qedfuse.disk.state.backingname import change_backing_name
+from qedfuse.disk.state.backingname import change_backing_name, new_name_offset
 from qedfuse.disk.statistics import DiskStatistics, collect_statistics
 
 if TYPE_CHECKING:
@@ -240,9 +240,12 @@ class Disk(GuestChanges):
                 remembers the versions that it finds.
 
         Raises:
+            UsageError: The name is long, and the old one leaves no space for it
+                (`new_name_offset`); nothing is changed then.
             ReadOnlyError: The disk is open read-only, or became so.
             HostError: A system call failed; the image names the old base or the new one.
         """
+        new_name_offset(self.header, len(name), self.name)
         await self._first_write_guard.prepare_write()
         await change_backing_name(
             *(self._file, self._header_store, self._writeback, self._flusher, name),

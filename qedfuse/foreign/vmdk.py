@@ -26,8 +26,8 @@ _MAX_EMBEDDED_DESCRIPTOR_BYTES: Final = 20 * _SECTOR_BYTES
 """Maximum length of a descriptor inside an image; the descriptor begins at the second sector."""
 _MAX_DESCRIPTOR_BYTES: Final = (1 << 20) - 1
 """Maximum length of a descriptor in a file of its own; QEMU does not read what follows."""
-_MAX_NAME_BYTES: Final = 1023
-"""Maximum length of the name of a parent; the rest of a longer name is cut off."""
+_MAX_PARENT_NAME_BYTES: Final = 4095
+"""Maximum length of the name of a parent; QEMU opens no image with a longer one."""
 _MAX_SHOWN_BYTES: Final = 60
 
 _COMMENT: Final = re.compile(rb"[ \t]*(?:#[^\x00-\x08\x0a-\x1f]*)?")
@@ -148,7 +148,18 @@ def refuse_hidden_descriptor(start: bytes, name: str) -> None:
 
 def _parent(text: bytes, name: str) -> bytes:
     """Return the name of the parent in a descriptor; empty if there is none."""
-    parent = text.partition(_PARENT)[2].partition(b'"')[0][:_MAX_NAME_BYTES]
+    _, key, rest = text.partition(_PARENT)
+    parent, quote, _ = rest.partition(b'"')
+    # The beginning of a name is the name of another file, so a name is not cut off.
+    if len(parent) > _MAX_PARENT_NAME_BYTES:
+        msg = (
+            f"{name}: parentFileNameHint: found a name of {len(parent)} bytes, "
+            f"expected at most {_MAX_PARENT_NAME_BYTES}"
+        )
+        raise ForeignError(msg)
+    if key and not quote:
+        msg = f"{name}: parentFileNameHint: found a name without a quotation mark after it"
+        raise ForeignError(msg)
     identifier = _PARENT_ID.search(text)
     if not parent and identifier and identifier[1].lower() != _NO_PARENT:
         msg = (

@@ -34,8 +34,13 @@ ENTRY_BYTES: Final = 8
 MAX_OFFSET: Final = (1 << 63) - 1
 """Maximum file offset of the kernel (a signed 64-bit ``loff_t``), in bytes."""
 
-MAX_BACKING_NAME: Final = 1023
-"""Maximum length of a backing file name in bytes; QEMU opens no image with a longer name."""
+MAX_BACKING_NAME: Final = 4095
+"""Maximum length in bytes of the backing file name in an image that is opened.  QEMU refuses images
+with longer names."""
+
+MAX_STORED_NAME: Final = 1023
+"""Maximum length in bytes of a backing file name that this program stores in an image.  Early
+versions of QEMU, with a buffer of 1024 bytes for the name, refuse images with longer names."""
 
 UNALLOCATED: Final = 0
 """Table entry: nothing is stored.  The backing file shows, or zeros where there is none."""

@@ -240,6 +240,57 @@ def test_vmdk_parent_without_name(images: Path) -> None:
 
 
 @needs_landlock
+@pytest.mark.parametrize("is_list", [False, True], ids=["image", "list"])
+def test_vmdk_parent_of_any_length(
+    images: Path, monkeypatch: pytest.MonkeyPatch, *, is_list: bool
+) -> None:
+    """A parent's name of up to 4095 bytes is followed, as in QEMU; a longer one is not cut off."""
+    monkeypatch.chdir(images)  # short paths, because the host's limit is 4095 bytes
+    qemu.create("base.vmdk", 1 << 20, image_format="vmdk")
+    qemu.io("base.vmdk", "write -P 9 64k 64k", image_format="vmdk")
+    options = ["-o", "subformat=twoGbMaxExtentSparse"] if is_list else []
+    command = ["qemu-img", "create", "-q", "-f", "vmdk", *options, "-F", "vmdk", "-b"]
+    qemu.run(*command, "base.vmdk", "top.vmdk")
+    path = Path("top.vmdk")
+    image = path.read_bytes()
+    start = image.index(b"# Disk DescriptorFile")
+    text = image[start:].partition(b"\0")[0]
+    assert (start == 0) == is_list
+    for length in (1023, 1024, 4000, 4095, 4096, 5000):
+        name = b"./" * ((length - 9) // 2) + b"/" * ((length - 9) % 2) + b"base.vmdk"
+        assert len(name) == length
+        changed = text.replace(b'"base.vmdk"', b'"%s"' % name)
+        assert len(changed) == len(text) + length - 9
+        path.write_bytes(image[:start] + changed + image[start + len(changed) :])
+        if length > 4095:
+            assert refused(path, 25) == (
+                f"top.vmdk: parentFileNameHint: found a name of {length} bytes, expected at most "
+                "4095"
+            )
+            with pytest.raises(qemu.QemuError, match="Invalid argument"):
+                qemu.info(path)
+            continue
+        assert qemu.info(path)["backing-filename"] == name.decode()
+        copy = Path("copy.raw")
+        assert qedimg("convert", "-O", "raw", str(path), str(copy)) == (0, "", "")
+        assert copy.read_bytes()[65536:131072] == b"\x09" * 65536
+        copy.unlink()
+
+
+def test_vmdk_parent_whose_name_has_no_end(images: Path) -> None:
+    """A name to which the descriptor has no closing quotation mark is refused, as in QEMU."""
+    path = qemu.create(images / "top.vmdk", 1 << 20, image_format="vmdk")
+    found = path.read_bytes()
+    start = found.index(b"# Disk DescriptorFile")
+    end = found.index(b"\0", start)
+    text = b'parentFileNameHint="base.vmdk\n'
+    path.write_bytes(found[:end] + text + found[end + len(text) :])
+    assert "found a name without a quotation mark after it" in refused(path, 25)
+    with pytest.raises(qemu.QemuError, match="Invalid argument"):
+        qemu.info(path)
+
+
+@needs_landlock
 def test_vmdk_with_one_extent_twice(images: Path) -> None:
     """An extent may be named twice, also by two names, as QEMU permits it; the image may not."""
     content = os.urandom(65536)

@@ -308,6 +308,19 @@ def test_tables_of_one_cluster(tmp_path: Path) -> None:
     fails("qemu-img", "info", path)
 
 
+@pytest.mark.parametrize(("length", "opens"), [(1024, True), (4095, True), (4096, False)])
+def test_length_of_the_name_of_a_base(tmp_path: Path, length: int, *, opens: bool) -> None:
+    """A name of any length is stored, but an image with one of more than 4095 bytes not opened."""
+    path = tmp_path / "a.qed"
+    name = "n" * length
+    qemu.run("qemu-img", "create", "-q", "-u", "-f", "qed", "-b", name, "-F", "raw", path, "1M")
+    assert header_of(path.read_bytes()[:64]).backing_filename_size == length
+    if opens:
+        assert qemu.info(path)["backing-filename"] == name
+    else:
+        assert "backing filename" in fails("qemu-img", "info", path)
+
+
 def test_a_base_needs_its_format(tmp_path: Path) -> None:
     """-b demands -F, also for a QED base."""
     base = image(tmp_path / "base.qed", {})

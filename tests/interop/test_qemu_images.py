@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -21,9 +22,7 @@ from tests.support.disks import (
     inspect_image,
     pattern,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.support.programs import qedimg
 
 WRITABLE = OpenOptions(writable=True)
 
@@ -37,6 +36,13 @@ GEOMETRIES = [
     (1 << 20, 2),
     (2 << 20, 4),
 ]
+
+
+def qedimg_output(*words: str) -> str:
+    """Run a command of qedimg that must succeed without a message; return its output."""
+    code, output, complaint = qedimg(*words)
+    assert (code, complaint) == (0, ""), words
+    return output
 
 
 @dataclass
@@ -209,6 +215,36 @@ async def test_chain_of_qemu(tmp_path: Path) -> None:
         top.by_qemu(3, zeros=False)
     await top.check(leaks=True)
     await middle.check(leaks=True)
+
+
+@pytest.mark.parametrize("length", [1024, 1500, 4000])
+async def test_an_overlay_of_qemu_with_a_long_backing_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Commands read such an overlay; after a rebase to a short or long name QEMU reads it."""
+    monkeypatch.chdir(tmp_path)  # short paths, because the host's limit is 4095 bytes
+    content = pattern(1 << 20, 9)
+    (tmp_path / "base.img").write_bytes(content)
+    name = "./" * ((length - 8) // 2) + "base.img"
+    assert len(name) == length
+    made = mirror(Path("top.qed"), 1 << 20, length)
+    qemu.create(made.path, len(made.model), backing=name, backing_format="raw")
+    made.model[:] = content
+    made.by_qemu(2, zeros=False)
+    await made.check()
+    info = json.loads(qedimg_output("info", "--output=json", "top.qed"))
+    assert info["backing-filename"] == name == qemu.info("top.qed")["backing-filename"]
+    assert info["safety"]["safe-to-mount"]
+    assert info["problems"] == []
+    extents = json.loads(qedimg_output("map", "--output=json", "top.qed"))
+    assert sum(extent["length"] for extent in extents if extent["depth"] == 1) > 0
+    assert extents[-1]["start"] + extents[-1]["length"] == len(made.model)
+    qedimg_output("check", "top.qed")
+    await made.by_qedfuse(2)
+    for new in ("./base.img", "./" * 300 + "base.img", "./" * 507 + "/base.img", "base.img"):
+        qedimg_output("rebase", "-q", "-u", "-F", "raw", "-b", new, "top.qed")
+        assert qemu.info("top.qed")["backing-filename"] == new
+        await made.check()
 
 
 async def test_zero_clusters_of_qemu_on_an_overlay(tmp_path: Path) -> None:

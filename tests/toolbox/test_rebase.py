@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
 
 import pytest
 import trio
@@ -18,9 +19,6 @@ from tests.support import qemu
 from tests.support.chains import content, draw_chain, draw_image, failing, kind
 from tests.support.disks import build_image, get_entry, header_of, l2_entry_offset, pattern
 from tests.support.share import share
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CLUSTER_BYTES: Final = 4096
 
@@ -170,7 +168,7 @@ def named(path: Path) -> tuple[str | None, int]:
 
 
 @pytest.mark.parametrize("length", [1, 40, 447, 448, 449, 1000, 1023])
-@pytest.mark.parametrize("old", [5, 448, 449, 1023])
+@pytest.mark.parametrize("old", [5, 448, 449, 1023, 1500])
 def test_names_of_any_length(length: int, old: int, tmp_path: Path) -> None:
     """With -u only the name changes, whether it fits into the header's sector or not."""
     top = tmp_path / "top.qed"
@@ -193,9 +191,48 @@ def test_names_of_any_length(length: int, old: int, tmp_path: Path) -> None:
     assert named(top) == (None, 0)
 
 
+@pytest.mark.parametrize("unsafe", [[], ["-u"]], ids=["safe", "unsafe"])
+def test_a_long_name_beside_an_old_name_that_fills_the_header(
+    unsafe: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A name without space in the header is refused before anything changes; a short one fits."""
+    monkeypatch.chdir(tmp_path)  # short paths, because the host's limit is 4095 bytes
+    top, base = Path("top.qed"), Path("base.raw")
+    base.write_bytes(b"b" * 9000)
+    old = b"./" * 1996 + base.name.encode()
+    features = Feature.BACKING_FORMAT_NO_PROBE
+    image = build_image(
+        1 << 20, {3: b"x"}, table_size=2, backing=old, features=features, autoclear=1
+    )
+    top.write_bytes(image)
+    before = content(top)
+    Path("new.raw").write_bytes(b"n" * 9000)
+    words = ["rebase", "-q", *unsafe, "-F", "raw"]
+    for length in (449, 1023):
+        name = "./" * (length // 2 - 4) + "/" * (length % 2 + 1) + "new.raw"
+        assert len(name) == length
+        assert main([*words, "-b", name, str(top)]) == 1
+        assert capsys.readouterr().err == (
+            f"qedimg: {top}: backing file name: found the present name in bytes 64 to 4063 of the "
+            f"header's 4096 bytes, which leaves no space for a new name of {length} bytes, "
+            "expected a new name of at most 448 bytes\n"
+        )
+        assert top.read_bytes() == image
+    name = "./" * 220 + "/new.raw"
+    assert len(name) == 448
+    assert main([*words, "-b", name, str(top)]) == 0
+    bits = Feature.BACKING_FILE | Feature.BACKING_FORMAT_NO_PROBE
+    assert named(top) == (name, bits)
+    if not unsafe:
+        assert content(top) == before
+
+
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("new", [b"n" * 20, b"n" * 448, b"n" * 449, b""])
-@pytest.mark.parametrize("old", [b"o" * 20, b"o" * 600, b""])
+@pytest.mark.parametrize("old", [b"o" * 20, b"o" * 600, b"o" * 2000, b""])
 @pytest.mark.expect_log("refuses")
 def test_the_name_is_the_old_or_the_new_one(
     old: bytes, new: bytes, tmp_path: Path, *, lasting: bool

@@ -91,9 +91,9 @@ BAD: list[tuple[str, dict[str, int], str, str]] = [
     ("header_size", {"header_size": 0xFFFFFFFF}, "4294967295", "at most 1"),
     (
         "backing_filename_size",
-        {"features": 1, "backing_filename_offset": 64, "backing_filename_size": 1024},
-        "1024",
-        "at most 1023",
+        {"features": 1, "backing_filename_offset": 64, "backing_filename_size": 4096},
+        "4096",
+        "at most 4095",
     ),
     (
         "backing_filename_offset",
@@ -227,7 +227,7 @@ def headers(draw: st.DrawFn) -> Header:
         "autoclear_features": draw(st.integers(0, (1 << 64) - 1)),
     }
     if draw(st.booleans()):
-        length = draw(st.integers(1, 1023))
+        length = draw(st.integers(1, 4095))
         small["features"] |= 1
         small["backing_filename_size"] = length
         last = min(header_size * cluster_size - length, (1 << 32) - 1)

@@ -8,7 +8,7 @@ from qedfuse.disk.lookup.backingpath import has_protocol, lacks_path
 from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import (
     HEADER_BYTES,
-    MAX_BACKING_NAME,
+    MAX_STORED_NAME,
     SECTOR,
     Feature,
 )
@@ -28,17 +28,17 @@ def backing_name(backing: str | None) -> bytes:
     name = os.fsencode(backing or "")
     if backing and is_url(backing):
         shown = parse_address(backing).shown
-        if len(name) > MAX_BACKING_NAME:
-            msg = f"backing file {shown}: expected a URL of at most {MAX_BACKING_NAME} bytes"
+        if len(name) > MAX_STORED_NAME:
+            msg = f"backing file {shown}: expected a URL of at most {MAX_STORED_NAME} bytes"
             raise UsageError(msg)
         return name
     if lacks_path(name):
         msg = f"backing file {printable(name)}: found no path after file:, expected a path"
         raise UsageError(msg)
-    if len(name) > MAX_BACKING_NAME or has_protocol(name) or b"\0" in name:
+    if len(name) > MAX_STORED_NAME or has_protocol(name) or b"\0" in name:
         msg = (
             f"backing file {printable(name)}: expected a plain path of at most "
-            f"{MAX_BACKING_NAME} bytes (a file whose name has a colon is written ./NAME)"
+            f"{MAX_STORED_NAME} bytes (a file whose name has a colon is written ./NAME)"
         )
         raise UsageError(msg)
     return name

@@ -21,6 +21,7 @@ from qedfuse.disk.lookup.foreignopening import driver_of
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
+from qedfuse.disk.state.backingname import new_name_offset
 from qedfuse.errors import BackingError, UsageError
 from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.ondisk.constants import Feature
@@ -81,7 +82,8 @@ async def rebase(
             not called with ``unsafe``.
 
     Raises:
-        UsageError: The image is a URL, the name cannot be stored, or the format is missing.
+        UsageError: The image is a URL, the name cannot be stored, or the format is missing.  The
+            image has not been changed.
         BackingError: A backing file is missing, refused by the policy for bases, or not of the
             given format.  Or the image is among the files of the new chain.
         CorruptImageError: A table entry of the image or of a base is bad, or a check found
@@ -109,6 +111,9 @@ async def rebase(
         open_writable(path, options) as disk,
         _new_chain(disk, backing, backing_format, options) as chain,
     ):
+        # If the name cannot be stored, this is the last moment to refuse it: the copy changes the
+        # image.
+        new_name_offset(disk.header, len(name), disk.name)
         # The versions of the bases are read before the copy: versions that are read later would
         # hide a change during the copy.
         bases = [layer.file for layer in chain.layers[1:]]

@@ -22,7 +22,8 @@ from tests.fuzz.targets.target import Target, assert_line
 from tests.support import qemu
 from tests.support.disks import build_image
 
-_MAX_NAME_BYTES: Final = 1023
+_MAX_NAME_BYTES: Final = 4032
+"""Maximum length of a name directly behind the header in clusters of 4 KiB."""
 
 
 @functools.cache
@@ -116,6 +117,7 @@ def seeds() -> list[bytes]:
         *("sub", "../secret.raw", "/etc/passwd", "file:base.raw", "file:../secret.raw", "./a:b"),
         *("json:{}", "nbd://h/x", "https://h/base.raw", "s3://bucket/k", "image.qed", "sub/../x"),
         *("//proc/self/fd/0", "base.raw/", "sub/../../images/base.raw", "/dev/zero", "fat:rw:x"),
+        "./" * 1000 + "base.raw",
     )
     return [bytes((number % 2 * 4,)) + name.encode() for number, name in enumerate(names)]
 
@@ -138,6 +140,6 @@ TARGET: Final = Target(
         b"secret.raw",
         b"link.raw",
     ),
-    max_bytes=1024,
+    max_bytes=4096,
     ask_peer=ask_qemu,
 )

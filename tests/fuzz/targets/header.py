@@ -15,7 +15,7 @@ from tests.support.disks import build_image
 _FIELDS: Final = struct.Struct("<4I5Q2I")
 _BACKING: Final = 1
 _KNOWN: Final = 7 | 1 << 60
-_MAX_NAME_BYTES: Final = 1023
+_MAX_NAME_BYTES: Final = 4095
 
 
 def _is_valid(raw: bytes, size: int) -> bool:

@@ -50,13 +50,13 @@ def check(data: bytes) -> None:
         else:
             assert _names_for_qemu(data) <= set(descriptor.extents), "QEMU would open more"
             assert all(0 < len(name) < 512 for name in descriptor.extents)
-            assert len(descriptor.parent) < 1024
+            assert len(descriptor.parent) < 4096
         try:
             parent = read_embedded_parent(fd, data[:64], "disk.vmdk")
         except ForeignError as error:
             assert_line(error)
         else:
-            assert len(parent) < 1024
+            assert len(parent) < 4096
     finally:
         os.close(fd)
 
@@ -108,5 +108,5 @@ TARGET: Final = Target(
         b"=",
         b"KDMV",
     ),
-    max_bytes=4096,
+    max_bytes=8192,
 )
