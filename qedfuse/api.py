@@ -5,6 +5,7 @@
     with qedfuse.open("vm.qed", "r+b") as disk:
         disk.seek(446)
         table = disk.read(64)
+        disk.seek(446)
         disk.write(bytes(64))
         disk.flush()  # from here on the write survives power loss
 
@@ -81,7 +82,7 @@ def open(  # noqa: A001  a module's open, like gzip.open
     try:
         portal = Portal(manager, f"qedfuse {shown_name(name)}", before_leaving=Disk.stop_fetching)
     except OSError as error:  # no thread can be started
-        raise HostError.from_os(error, name, "open") from error
+        raise HostError.from_os(error, shown_name(name), "open") from error
     return DiskFile(portal, mode)
 
 
@@ -120,7 +121,7 @@ class DiskFile(io.RawIOBase):
         self._portal = portal
         self._disk = portal.value
         self._position = 0
-        # Held during each operation, which reads and changes the position.
+        # Held during each operation on the disk, because most of them read and change the position.
         self._lock = threading.RLock()
         _files.add(self)
 
@@ -296,7 +297,8 @@ class DiskFile(io.RawIOBase):
         locks are released.  If the file is closed already, nothing is done.
 
         The close waits for no server.  If another thread waits for a server in a read or a write,
-        that operation fails.  If the event loop of the file has failed, its error is raised.
+        that operation fails.  If the event loop of the file has failed, its error is raised.  After
+        a KeyboardInterrupt the close goes on in the background, and another call waits for its end.
 
         Raises:
             HostError: Something could not be made durable.  Even then the file is closed.  If the
@@ -310,8 +312,14 @@ class DiskFile(io.RawIOBase):
             if not self.closed:
                 try:
                     self._portal.close()
-                finally:
+                except KeyboardInterrupt:
+                    # The portal's thread still closes the disk.  Another call waits for it, and
+                    # raises its error.
+                    raise
+                except BaseException:
                     super().close()
+                    raise
+                super().close()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         """If the program has not closed the file, warn, and begin to close it."""

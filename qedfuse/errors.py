@@ -8,6 +8,8 @@
     │   │   └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
     │   ├── CacheError            (host's)  2  the cache for remote files cannot be used
     │   ├── RemoteError           EIO      22  a server cannot be reached, or does not serve a file
+    │   │   │                     ENOENT   26  the server has no such file
+    │   │   │                     EACCES   27  the server refuses access to it
     │   │   └── ObjectChangedError ESTALE  23  the file on the server has changed
     │   └── ForeignError          EIO      25  an image in another format of QEMU cannot be served
     ├── ImageError                EINVAL   12  the base of the errors about an image's content
@@ -24,16 +26,15 @@
     └── FuseError                 EIO      21  libfuse or the kernel's FUSE module failed
 
 The columns are the class, the errno with which a request of a guest fails, the exit code of
-``qedfuse``, and the cause.  A RemoteError can have another errno than EIO, for example EACCES if
-the server refuses.  ``str(error)`` is one line that can be printed unchanged, because the names in
-it are escaped.
+``qedfuse``, and the cause.  ``str(error)`` is one line that can be printed unchanged, because the
+names in it are escaped.
 """
 
 from __future__ import annotations
 
 import errno as errnos
 import os
-from typing import ClassVar, Self
+from typing import Self
 
 from qedfuse.text import printable
 
@@ -47,7 +48,7 @@ class QedError(Exception):
     """
 
     errno: int = errnos.EIO
-    exit_code: ClassVar[int] = 32
+    exit_code: int = 32
 
     def again(self) -> Self:
         """Return a copy with the same attributes and no traceback.
@@ -130,12 +131,19 @@ class CacheError(HostError):
 class RemoteError(HostError):
     """A server cannot be reached, refuses a request, or does not serve a file as needed.
 
+    The error number also decides the exit code, because a script may want to wait for a server, to
+    publish a file that is missing, or to ask for other credentials.
+
     Attributes:
         is_logged: Whether the failure was logged already, so that a request need not log it.
     """
 
     exit_code = 22
     is_logged: bool = False
+
+    def __init__(self, message: str, errno: int = errnos.EIO) -> None:
+        super().__init__(message, errno)
+        self.exit_code = {errnos.ENOENT: 26, errnos.EACCES: 27}.get(errno, self.exit_code)
 
 
 class ObjectChangedError(RemoteError):

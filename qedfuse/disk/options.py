@@ -58,7 +58,7 @@ class OpenOptions:
         writable: Whether to open for writing.  This excludes all other openers that lock the
             image, except readers with ``force_share``.
         force_share: Whether to open even while another process has the image open for writing;
-            reads may then return torn or stale data.  Excludes ``writable``.
+            reads may then return torn or stale data.  Cannot be combined with ``writable``.
         lock: Whether to take locks, which QEMU respects as well.
         backing: Which backing files may be used.
         remote: How URLs are read, and which URLs an image may name as its backing file.

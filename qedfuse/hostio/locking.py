@@ -193,8 +193,9 @@ def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn
 def _lock_table_name(fd: int) -> str:
     """Return ``MAJOR:MINOR:INODE`` of a file, by which the kernel lists its locks.
 
-    It is read from the locks of this process.  If another lock has prevented the first of them, the
-    numbers are those of fstat(2), by which no lock is found on btrfs and overlayfs.
+    It is read from the locks that were taken through ``fd``.  If there is none, because another
+    process had the first one, the numbers are those of fstat(2).  On btrfs and overlayfs the kernel
+    lists other numbers, so the holders of locks are not found then.
     """
     own = _locks(_read(Path(f"/proc/self/fdinfo/{fd}")))
     status = os.fstat(fd)

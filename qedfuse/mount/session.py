@@ -260,7 +260,8 @@ class _Session:
         from qedfuse.mount.sandbox.needs import server_needs  # noqa: PLC0415  late, see above
         from qedfuse.mount.sandbox.sandbox import Sandbox  # noqa: PLC0415  late, see above
 
-        # The sandbox forbids to start programs, so QEMU's programs run now.
+        # The sandbox forbids to start programs.  So qemu-img, which makes a map of each image in
+        # another format, is started now.
         for disk in disks.whole_disks:
             start_maps(disk.chain.layers)
         needs = server_needs(

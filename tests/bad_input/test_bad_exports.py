@@ -145,9 +145,9 @@ def test_what_qemu_refuses(tmp_path: Path) -> None:
     image = tmp_path / "raw"
     image.write_bytes(bytes(MIB))
     with serving_nbd(tmp_path, "qemu-nbd", "-r", "-f", "raw", "-x", "other", image):
-        refused(url_of(tmp_path / "socket"), tmp_path, limits=PATIENT)
+        refused(url_of(tmp_path / "socket"), tmp_path, 26, limits=PATIENT)
         (tmp_path / "mnt").rmdir()
-        refused(url_of(tmp_path / "socket", scheme="nbds+unix"), tmp_path, limits=PATIENT)
+        refused(url_of(tmp_path / "socket", scheme="nbds+unix"), tmp_path, 27, limits=PATIENT)
 
 
 @needs_nbdkit
@@ -161,7 +161,7 @@ def test_tls_is_required_and_verified(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "key.pem").rename(tmp_path / "server-key.pem")
     words = ("--tls=require", f"--tls-certificates={tmp_path}", "memory", "1M")
     with serving_nbd(tmp_path, "nbdkit", *words):
-        refused(url_of(tmp_path / "socket"), tmp_path, limits=PATIENT)
+        refused(url_of(tmp_path / "socket"), tmp_path, 27, limits=PATIENT)
         (tmp_path / "mnt").rmdir()
         refused(url_of(tmp_path / "socket", scheme="nbds+unix"), tmp_path, limits=PATIENT)
 

@@ -209,7 +209,7 @@ def test_unknown_scheme(place: Place) -> None:
 def test_no_such_object(place: Place) -> None:
     """A missing object is named by its URL."""
     place.server.always = "status 404"
-    refused(place)
+    refused(place, 26)
     assert place.server.struck["status 404"] == 2
 
 
@@ -222,7 +222,7 @@ def test_no_such_key_or_bucket(place: Place, code: str, always: str) -> None:
     place.server.always = "status 404" if always else None
     place.server.refusal = 404
     place.server.error_body = f"<Error><Code>{code}</Code></Error>".encode()
-    refused(place)
+    refused(place, 26)
     assert place.server.struck["status 404"] == 2
 
 
@@ -232,7 +232,7 @@ def test_no_credentials_for_a_store(place: Place) -> None:
     del place.variables["AWS_ACCESS_KEY_ID"], place.variables["AWS_SECRET_ACCESS_KEY"]
     place.server.required = "Credential"
     place.server.error_body = b"<Error><Code>AccessDenied</Code></Error>"
-    refused(place)
+    refused(place, 27)
     assert place.server.authorizations
 
 
@@ -244,7 +244,7 @@ def test_wrong_credentials_for_a_store(place: Place) -> None:
         b"<Error><Code>SignatureDoesNotMatch</Code><Message>The request signature we calculated "
         b"does not match the signature you provided. Check your key.</Message></Error>"
     )
-    refused(place)
+    refused(place, 27)
     assert any("Credential=me/" in found for found in place.server.authorizations)
 
 
@@ -253,7 +253,7 @@ def test_expired_credentials_for_a_store(place: Place) -> None:
     place.use_store()
     place.server.required, place.server.refusal = "Credential=another/", 400
     place.server.error_body = EXPIRED
-    refused(place)
+    refused(place, 27)
 
 
 def test_wrong_credentials_for_a_web_server(place: Place) -> None:
@@ -263,14 +263,14 @@ def test_wrong_credentials_for_a_web_server(place: Place) -> None:
     secrets.write_text(f"WEB_HOST=127.0.0.1:{place.server.port}\nWEB_USER=me\nWEB_PASSWORD=hush\n")
     place.options["credentials"] = str(secrets)
     place.server.required, place.server.refusal = "another", 401
-    refused(place)
+    refused(place, 27)
     assert all(found.startswith("Basic ") for found in place.server.authorizations)
 
 
 def test_no_credentials_for_a_web_server(place: Place) -> None:
     """A server that asks for a password: the line says how to give one."""
     place.server.required, place.server.refusal = "Basic", 401
-    refused(place)
+    refused(place, 27)
 
 
 def test_incomplete_credentials(place: Place) -> None:

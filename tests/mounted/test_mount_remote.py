@@ -185,13 +185,13 @@ def test_an_overlay_keeps_writes(server: WebServer, content: bytes, tmp_path: Pa
 
 
 def test_a_server_that_refuses_the_base_is_the_reason(server: WebServer, tmp_path: Path) -> None:
-    """A base that may not be read has the exit code of servers, and no advice about the overlay."""
+    """A base that may not be read has the code of a refusal, and no advice about the overlay."""
     overlay, mnt = tmp_path / "vm1.qed", tmp_path / "mnt"
     with mounted(server.url, mnt, "-o", f"overlay={overlay}"):
         pass
     server.always = "status 403"
     new_cache = f"cache_dir={tmp_path / 'new'}"
-    line = refused(overlay, mnt, "-o", prefix(server), "-o", new_cache, code=22)
+    line = refused(overlay, mnt, "-o", prefix(server), "-o", new_cache, code=27)
     assert "found HTTP status 403" in line
     assert "-o ro" not in line
 

@@ -214,7 +214,8 @@ def test_a_server_of_another_version(
 
 
 @pytest.mark.parametrize(
-    ("version", "shown"), [(7, "7"), ("x" * 70_000, "no number"), (10**4000, f"1{'0' * 99}...")]
+    ("version", "shown"),
+    [(7, "7"), ("x" * 70_000, "another kind of value"), (10**4000, f"1{'0' * 99}...")],
 )
 def test_a_document_of_an_unknown_version(
     mnt: Path,
@@ -228,7 +229,7 @@ def test_a_document_of_an_unknown_version(
     monkeypatch.setattr(statistics, "call_in_child", lambda *_arguments: answer)
     assert main(["stats", str(mnt)]) != 0
     assert capsys.readouterr().err == (
-        f"qedfuse: {mnt}: statistics: found version {shown}, expected 1\n"
+        f"qedfuse: {mnt}: statistics: version: found {shown}, expected 1\n"
     )
 
 

@@ -147,7 +147,7 @@ def test_a_backing_url_needs_a_prefix(golden: Path, tmp_path: Path) -> None:
 
 
 def test_a_server_that_cannot_be_used_is_one_line(golden: Path, tmp_path: Path) -> None:
-    """No server, a closed port, a missing export, and TLS that the server lacks: code 22."""
+    """No server, a closed port, a missing export, TLS that the server lacks: a line and a code."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     gone = f"nbd+unix:///?socket={tmp_path}/gone"
@@ -156,11 +156,11 @@ def test_a_server_that_cannot_be_used_is_one_line(golden: Path, tmp_path: Path) 
     assert refused("-r", gone, mountpoint, code=22) == f"{gone}: No such file or directory"
     if not why_no_server("qemu-nbd"):
         with serving_nbd(tmp_path, "qemu-nbd", "-r", "-f", "raw", "-x", "one", golden):
-            line = qedimg("info", f"nbd+unix:///other?socket={tmp_path}/socket", code=22)
+            line = qedimg("info", f"nbd+unix:///other?socket={tmp_path}/socket", code=26)
         assert "found no such export" in line
         assert line.count("\n") == 1
     with served(tmp_path / "server", "file", golden) as url:
-        line = qedimg("info", url.replace("nbd+unix", "nbds+unix"), code=22)
+        line = qedimg("info", url.replace("nbd+unix", "nbds+unix"), code=27)
     assert "found that the server refuses TLS" in line
 
 

@@ -107,7 +107,7 @@ def test_reads_go_on_after_the_server_was_started_again(exported: Path, tmp_path
 
 
 def test_an_export_that_is_missing_is_refused(exported: Path, tmp_path: Path) -> None:
-    """The error for an export that the server does not have names it, and the exit code is 22."""
+    """The error for an export that the server does not have names it, and the exit code is 26."""
     if reason := why_no_server("qemu-nbd"):
         pytest.skip(reason)
     with (
@@ -115,4 +115,4 @@ def test_an_export_that_is_missing_is_refused(exported: Path, tmp_path: Path) ->
         pytest.raises(RemoteError, match=r"^x: found no such export \(.*\)$") as caught,
     ):
         open_nbd(connect, "other", "x", DEADLINES)
-    assert caught.value.exit_code == 22
+    assert caught.value.exit_code == 26

@@ -256,10 +256,10 @@ def test_store_that_refuses(
     short = image.with_name("short.raw")
     short.write_bytes(b"some bytes")
     for path in (image, short):
-        text = failed(capsys, path, "s3://no-bucket/x", code=22)
+        text = failed(capsys, path, "s3://no-bucket/x", code=26)
         assert text == "qedimg: s3://no-bucket/x: found no such bucket\n"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    assert "refused: found HTTP status 403" in failed(capsys, image, "s3://golden/x", code=22)
+    assert "refused: found HTTP status 403" in failed(capsys, image, "s3://golden/x", code=27)
 
 
 @pytest.mark.expect_log("stopping the upload, for at most 15 s")

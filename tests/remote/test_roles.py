@@ -223,7 +223,7 @@ def test_a_service_that_refuses(
         pass
     assert str(caught.value) == expected
     assert caught.value.errno == errno.EACCES
-    assert main(["info", f"--cache-dir={tmp_path}", role.url]) == 22
+    assert main(["info", f"--cache-dir={tmp_path}", role.url]) == 27
     assert capsys.readouterr().err == f"qedimg: {expected}\n"
     assert role.store.headers == []
 

@@ -419,12 +419,13 @@ def test_faults_at_opening(
 ) -> None:
     """A server that fails from the beginning gets one line and the exit code, and no target."""
     (tmp_path / "work" / "same").write_bytes(bytes(MIB))
+    code = {"status 404": 26, "status 403": 27}.get(fault, 22)
     codes = {"check": 1, "compare": 2}
     with serving(bytes(build_image(MIB))) as server:
         server.elsewhere = "https://example.org/x?token=secret"
         server.always = fault
         words = command(name, f"{server.url}?key=secret", "--remote-timeout", "0.3")
-        line = run(*words, capsys=capsys, code=codes.get(name, 22))
+        line = run(*words, capsys=capsys, code=codes.get(name, code))
         assert server.struck[fault]
     assert line.startswith(f"qedimg: {server.url}?...: ")
     assert AT_OPENING[fault] in line

@@ -33,6 +33,7 @@ from qedfuse.errors import (
 )
 from qedfuse.ondisk.constants import Feature
 from qedfuse.ondisk.header import Header, build_header, parse_header
+from qedfuse.util import portal
 from qedfuse.util.portal import Portal, PortalClosedError
 
 if TYPE_CHECKING:
@@ -328,6 +329,42 @@ def test_threads_share_a_file(image: Path) -> None:
         disk.seek(0)
         records = [disk.read(100) for _ in range(100)]
     assert sorted(records) == [bytes([number]) * 100 for number in range(1, 6) for _ in range(20)]
+
+
+def test_an_interrupted_close_can_be_repeated(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during a close is raised as such; another close waits for the end."""
+    disk = qedfuse.open(image, "r+b")
+    disk.write(b"kept")
+    close = Portal.close
+
+    def interrupted(self: Portal[object]) -> None:
+        monkeypatch.setattr(Portal, "close", close)
+        self.ask_to_close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Portal, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        disk.close()
+    was_closed = disk.closed
+    disk.close()
+    assert (was_closed, disk.closed) == (False, True)
+    assert not header_of(image).need_check
+
+
+def test_no_secret_in_the_error_if_no_thread_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The message names a URL without its user and its query."""
+
+    def refuse(_thread: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(portal, "start", refuse)
+    with pytest.raises(HostError) as caught:
+        qedfuse.open("https://user:password@host/x.qed?signature")
+    assert str(caught.value).startswith("https://...: open: ")
+    assert "password" not in str(caught.value)
+    assert "signature" not in str(caught.value)
 
 
 def test_forgotten_file_is_closed_with_a_warning(image: Path) -> None:

@@ -23,6 +23,7 @@ from qedfuse.errors import (
     CorruptImageError,
     ForeignError,
     FuseError,
+    HostError,
     MountpointError,
     ObjectChangedError,
     PrivilegeError,
@@ -30,6 +31,7 @@ from qedfuse.errors import (
 )
 from qedfuse.mount.fuse import attach
 from qedfuse.mount.fuse.attach import _explain, libfuse_options
+from qedfuse.mount.fuse.attributes import set_times
 from qedfuse.mount.fuse.blocksinvalidator import MIN_INTERVAL_SECONDS, BlocksInvalidator
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.fuse.fallocate import FallocateLseek
@@ -528,6 +530,23 @@ async def test_fallocate_succeeds_if_another_request_grows_the_disk_meanwhile(
         with trio.fail_after(60):
             await answered.wait()
         assert (answers, calls, disk.size) == ([0], [0, 0], grown)
+
+
+@pytest.mark.parametrize("error", [HostError("no thread"), OSError(errno.EPERM, "refused")])
+async def test_times_that_cannot_be_set_are_only_logged(error: Exception, tmp_path: Path) -> None:
+    """The kernel sets the times before an fsync, which must not fail because of them."""
+    image = qemu.create(tmp_path / "vm.qed", 1 << 20)
+    tried: list[int] = []
+    async with open_disk(str(image), OpenOptions(writable=True)) as disk:
+
+        async def refuse(atime_ns: int, mtime_ns: int) -> None:
+            tried.append(atime_ns + mtime_ns)
+            raise error
+
+        disk.set_times = refuse  # type: ignore[method-assign]
+        (exported,) = export(disk).by_inode.values()
+        await set_times(exported, 1, 2)
+    assert tried == [3]
 
 
 @pytest.mark.parametrize("whence", [os.SEEK_DATA, os.SEEK_HOLE])

@@ -106,6 +106,28 @@ def test_an_unreadable_record_is_not_missing(number: int, monkeypatch: pytest.Mo
     file.finish(None, 0)
 
 
+def test_a_record_from_before_the_boot_hides_no_other(directory: Path) -> None:
+    """Of two records for one device number, that of a server that runs is found.
+
+    The times of the other one can be later, because they are counted from another boot.
+    """
+    file = write_record()
+    found = find_record(DEVICE, USER)
+    assert found is not None
+    record = found.record
+    old = replace(record, started=record.started + 10**6, mounted=record.mounted + 10**12)
+    assert has_ended(old)
+    stale = directory / f"{DEVICE}.1"
+    stale.write_bytes(found.path.read_bytes())
+    stale.chmod(found.path.stat().st_mode)
+    content = json.loads(stale.read_bytes())
+    assert content["started"] == record.started
+    content.update(started=old.started, mounted=old.mounted)
+    stale.write_text(json.dumps(content))
+    assert find_record(DEVICE, USER) == found
+    file.finish(None, 0)
+
+
 def test_an_unreadable_record_hides_no_other(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -609,6 +609,17 @@ async def test_a_late_notification_finds_no_closed_descriptor(
         descriptors.clear()
 
 
+@pytest.mark.usefixtures("descriptors")
+async def test_a_queue_can_be_closed_before_its_task_has_run(
+    session: Session, tables: Tables
+) -> None:
+    """A block that fails before its first checkpoint does not wait for the end of the queue."""
+    session.show(*tables.arguments())
+    with trio.fail_after(60), pytest.raises(ZeroDivisionError):
+        async with queued_reads(lambda *_: None):
+            raise ZeroDivisionError
+
+
 async def test_the_end_does_not_wait_for_a_read_that_another_task_has_answered(
     session: Session, tables: Tables, pipes: Pipes, descriptors: list[int]
 ) -> None:

@@ -91,5 +91,6 @@ converts images (see: qedimg --help).
 Exit codes: 0 done; 1 usage; 2 the host's file system or kernel; 12 not a usable QED
 image; 13 corrupt; 14 unknown features; 15 needs a check; 16 in use; 17 backing file;
 18 mountpoint; 19 privileges; 21 FUSE; 22 a server; 23 a file on a server has changed;
-25 QEMU, for its other formats; 32 any other failure; 70 a bug; 130 interrupted.
+25 QEMU, for its other formats; 26 no such file on a server; 27 a server refuses
+access; 32 any other failure; 70 a bug; 130 interrupted.
 """

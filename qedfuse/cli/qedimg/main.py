@@ -60,6 +60,8 @@ EXIT_CODES: Final[Mapping[int, str]] = {
     22: "a server cannot be reached, or does not serve the file",
     23: "the file on the server has changed",
     25: "QEMU cannot read the image, or is missing",
+    26: "the server has no such file",
+    27: "the server refuses access",
     70: "a bug",
     130: "interrupted",
     141: "the reader of the output closed it early",

@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="drop data past the new end, or data that another program left past the old end",
+        help="with a smaller SIZE: drop data past the new end; with a larger one: drop data that "
+        "another program left past the present end",
     )
     common.add_backing(parser)
     common.add_progress(parser)

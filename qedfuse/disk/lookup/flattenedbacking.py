@@ -155,7 +155,7 @@ async def _codes_of_layer(
     found = await _clusters_of_image(layer, starts, size)
     is_data = _is_offset(found)
     # A cluster that the end of the file cuts short is `MIXED`.  So reads look it up in the layer,
-    # which reports it as bad.
+    # which reports the part past the end as bad.
     whole = found + np.uint64(size) <= layer.file.size()
     codes = np.where(whole, found | np.uint64(depth + _DEPTH_BIAS), np.uint64(MIXED))
     return np.where(is_data, codes, found)

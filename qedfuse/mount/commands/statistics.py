@@ -108,8 +108,9 @@ def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
     if document.get("version") != VERSION:
         version = document.get("version")
         # The document is untrusted: it can have anything here, of any length.
-        found = "no number" if type(version) is not int else shortened(str(version), _MAX_SHOWN)
-        msg = f"{shown}: statistics: found version {found}, expected {VERSION}"
+        is_number = type(version) is int
+        found = shortened(str(version), _MAX_SHOWN) if is_number else "another kind of value"
+        msg = f"{shown}: statistics: version: found {found}, expected {VERSION}"
         raise NoStatisticsError(msg)
     return document
 

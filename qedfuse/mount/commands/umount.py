@@ -36,7 +36,7 @@ class UnmountFailedError(QedError):
     def __init__(self, message: str, exit_code: int | None = None) -> None:
         super().__init__(message)
         if exit_code is not None:
-            self.exit_code = exit_code  # type: ignore[misc]
+            self.exit_code = exit_code
 
 
 def unmount_and_wait(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import pyfuse3
 
+from qedfuse.errors import HostError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -33,8 +35,8 @@ _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
 """How long the kernel may cache attributes with ``force_share``, which permits that another program
 changes the image."""
 _ENTRY_TIMEOUT_SECONDS: Final = 300.0
-"""How long the kernel may cache which disk a name stands for; any time is safe, because names of
-disks never change."""
+"""How long the kernel may cache which disk a name stands for.  Any time is safe, because names of
+disks never change; those of partitions do, and are not cached."""
 _BLOCK_BYTES: Final = 4096
 """The block size that programs are advised to use (``st_blksize``)."""
 _TIMES_TOLERANCE_NS: Final = 1_000_000_000
@@ -129,15 +131,12 @@ async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> Non
     """Set the times of the image file to the times that the kernel has for the disk.
 
     Nothing is done if the image is open read-only, or if both times differ by less than a second.
-    A refusal to set the times is only logged.
+    A failure is only logged.
 
     Args:
         exported: The disk.
         atime_ns: Time of the last access, in nanoseconds since 1970.
         mtime_ns: Time of the last change, in nanoseconds since 1970.
-
-    Raises:
-        HostError: The host refused to return the times that the image file has.
     """
     if not exported.disk.writable:
         return
@@ -145,10 +144,10 @@ async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> Non
         status = exported.disk.fstat()
         difference = max(abs(status.st_atime_ns - atime_ns), abs(status.st_mtime_ns - mtime_ns))
         if difference < _TIMES_TOLERANCE_NS:
-            # Before an fsync the kernel sends the time of the last write to the disk.  The write
-            # has given the image file about the same time.
+            # Before an fsync the kernel sends the time at which the disk was last written to.  This
+            # write has given the image file about the same time.
             return
         await exported.disk.set_times(atime_ns, mtime_ns)
-    except OSError as error:
+    except (OSError, HostError) as error:
         # For example, the image file belongs to another user.  No data depends on the times.
         _log.debug("%s: cannot set times: %s", exported.disk.name, error)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SLOW_SECONDS: Final = 8e-3
-"""If passing reads to the kernel takes longer, the event loop has waited for the host's disk.  Then
-threads make the reads of the next second."""
+"""If passing reads to the kernel takes longer because the event loop has slept, it has waited for
+the host's disk.  Then threads make the reads of the next second."""
 _MAX_WAIT_SECONDS: Final = 0.02
 """Time after which `_EndedReads.wait_for_all` looks again whether reads are in the queue."""
 
@@ -75,7 +75,7 @@ class _EndedReads:
         """Start a task that answers the reads of the queue whose descriptor is ``fd``."""
         self._fd = fd
         self._ended = trio.Event()
-        self._is_stopping = False
+        self._stopping = trio.Event()
         self._stopped = trio.Event()
         # A task of a nursery could be cancelled before the last read has ended.
         trio.lowlevel.spawn_system_task(self._answer_when_notified)
@@ -83,10 +83,11 @@ class _EndedReads:
     async def _answer_when_notified(self) -> None:
         """Answer reads that have ended, until `stop` is called."""
         try:
-            while True:
+            # `stop` may have been called before the task ran for the first time.
+            while not self._stopping.is_set():
                 await trio.lowlevel.wait_readable(self._fd)
-                if self._is_stopping:
-                    return
+                if self._stopping.is_set():
+                    break
                 # The descriptor must be emptied, or it would stay readable.  `end_queued_reads`
                 # does this only if a read is in the queue, but `Scheduler` may have answered the
                 # read already.
@@ -103,13 +104,13 @@ class _EndedReads:
     async def wait_for_all(self) -> None:
         """Wait until no read is in the queue."""
         while extraops.queued_reads():
-            # `Scheduler` may answer the last read, and empty the descriptor, when another task asks
-            # it for requests.  Then the event is not set.
+            # A flush asks whether requests wait (`LoopLoad.has_requests`), and then `Scheduler` may
+            # answer the last read and empty the descriptor.  Then the event is not set.
             with trio.move_on_after(_MAX_WAIT_SECONDS):
                 await self._ended.wait()
 
     async def stop(self) -> None:
         """End the task, which may just have been woken; then the descriptor can be closed."""
-        self._is_stopping = True
+        self._stopping.set()
         trio.lowlevel.notify_closing(self._fd)
         await self._stopped.wait()

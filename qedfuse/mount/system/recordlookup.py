@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from qedfuse.errors import HostError, PrivilegeError
-from qedfuse.mount.system.mountrecord import MountRecord, read_record
+from qedfuse.mount.system.mountrecord import MountRecord, has_ended, read_record
 from qedfuse.mount.system.recorddirectory import (
     NO_RECORD,
     open_directory,
@@ -42,7 +42,8 @@ def find_record(device: str, user: int) -> FoundRecord | None:
 
     Returns:
         The record of the mount, or None.  If several records have the device number, it is the one
-        of the latest mount.  Directories to which others than ``user`` can write are not searched.
+        whose server runs, or else that of the latest mount.  Directories to which others than
+        ``user`` can write are not searched.
 
     Raises:
         HostError: A directory or a record cannot be read, and no record of the mount was found.
@@ -63,15 +64,19 @@ def find_record(device: str, user: int) -> FoundRecord | None:
                 failure = HostError.from_os(error, printable(str(directory)), _CANNOT_READ)
     if failure is not None and not records:
         raise failure
-    # The kernel reuses device numbers, so records of earlier mounts may have the same number.  The
-    # start times of the servers decide only if no mount times were recorded: a server may wait for
-    # another machine before it mounts, so servers can mount in another order than they started.
-    return max(records, key=_mount_order, default=None)
+    # The kernel reuses device numbers, so records of earlier mounts may have the same number.
+    return max(records, key=_priority, default=None)
 
 
-def _mount_order(found: FoundRecord) -> tuple[int, int]:
-    """Return the sort key of a record: its mount time, 0 if not recorded, then its start time."""
-    return found.record.mounted, found.record.started
+def _priority(found: FoundRecord) -> tuple[bool, int, int]:
+    """Return the sort key by which the record of the present mount comes last.
+
+    First it counts whether the server runs: the times are those since the boot, and the directory
+    may have a record from before it.  The start times of the servers decide only if no mount times
+    were recorded: a server may wait for another machine before it mounts, so servers can mount in
+    another order than they started.
+    """
+    return not has_ended(found.record), found.record.mounted, found.record.started
 
 
 def _records_in(directory: Path, device: str, user: int) -> Iterator[FoundRecord | HostError]:

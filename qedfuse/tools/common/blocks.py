@@ -69,7 +69,8 @@ def classify(
         return differs & ~zero, differs & zero
     if min_zero_bytes > block_size:
         for first, last in mask_ranges(zero):
-            # A run at an end of the chunk stays zeros, because it may continue in the chunk there.
+            # A run at an end of the chunk stays zeros, because it may continue in the chunk before
+            # or after this one.
             at_an_end = first == 0 or last == len(zero)
             if not at_an_end and (last - first) * block_size < min_zero_bytes:
                 zero[first:last] = False

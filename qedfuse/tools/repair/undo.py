@@ -56,7 +56,7 @@ async def _restore(file: HostFile, backup: BackupReader) -> int:
     """
     bytes_before, bytes_after = backup.bytes_before, backup.bytes_after
     for saved in backup.ranges():
-        await _verify(file, saved)
+        await _verify(file, saved, backup.name)
     header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
     # A repair begins only if the whole L1 table lies in the file.
     header.check_fits(bytes_before, backup.name)
@@ -90,17 +90,16 @@ async def _restore(file: HostFile, backup: BackupReader) -> int:
     return backup.count
 
 
-async def _verify(file: HostFile, saved: SavedRange) -> None:
+async def _verify(file: HostFile, saved: SavedRange, backup_name: str) -> None:
     """Refuse a range if an entry in it has neither its old nor its new value, nor `_POISON_BYTES`.
 
-    Two ranges have no entries.  Of the header (offset 0), only the fields that a repair does not
-    change are compared.  The bytes that describe a free list are compared in pieces as long as an
-    entry.
+    The bytes that describe a free list are no entries, but are compared in pieces as long as an
+    entry.  Of the header (offset 0), only the fields that a repair does not change are compared.
     """
     offset, old, new = saved
     found = bytes(await file.pread(offset, len(old)))
     if not offset:
-        if _without_changed_fields(found, file.name) != _without_changed_fields(old, file.name):
+        if _without_changed_fields(found, file.name) != _without_changed_fields(old, backup_name):
             found_fields, expected = "other values than in the backup", "the same values"
             raise CorruptImageError(_changed_message(file, "header", found_fields, expected))
     elif found not in (old, new):

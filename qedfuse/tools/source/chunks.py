@@ -27,8 +27,8 @@ MAX_CHUNK_BYTES: Final = 4 << 20
 """Maximum length in bytes of a chunk of a copy, unless a block of the target is longer."""
 
 _MAX_BRIDGED_GAP_BYTES: Final = 1 << 18
-"""Maximum length of a gap in a chunk: of what is read although it need not be, between two ranges
-that must be read and were widened to whole blocks."""
+"""Maximum length of a gap in a chunk.  A gap lies between two ranges that must be read, after they
+were widened to whole blocks, and is read with them although it need not be."""
 
 
 class Segment(NamedTuple):

@@ -269,7 +269,7 @@ complete -c qedimg -n '__qedimg_is warm' -s h -l help -d 'show help'
 
 complete -c qedimg -n '__qedimg_is resize' -s f -x -a 'qed' -d 'the only supported format'
 complete -c qedimg -n '__qedimg_is resize' -l shrink -d 'let the disk become smaller'
-complete -c qedimg -n '__qedimg_is resize' -l force -d 'drop data past the new end, or data that another program left past the old end'
+complete -c qedimg -n '__qedimg_is resize' -l force -d 'with a smaller SIZE: drop data past the new end; with a larger one: drop data that another program left past the present end'
 complete -c qedimg -n '__qedimg_is resize' -l backing -x -a 'confined any none' -d 'use backing files only from the directory of the image that names them (confined, the default), from anywhere (any), or not at all (none)'
 complete -c qedimg -n '__qedimg_is resize' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be repeated)'
 complete -c qedimg -n '__qedimg_is resize' -l backing-format -x -a 'raw qed parallels qcow qcow2 vdi vhdx vmdk vpc' -d 'format of all backing files, whatever they contain: raw, qed, or one that QEMU reads (qcow2, vmdk, vdi, vhdx, vpc, parallels, qcow)'
