@@ -12,6 +12,7 @@ from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR
 from qedfuse.foreign.vmdk import refuse_hidden_descriptor
 from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, foreign_format, is_qed
 from qedfuse.text import printable
+from qedfuse.util.deferredclose import close_all
 from qedfuse.util.landlock import landlock_version
 
 if TYPE_CHECKING:
@@ -97,8 +98,7 @@ class _OpenedFiles:
 
     def close(self) -> None:
         """Close the files that were opened for the graph."""
-        for file in self.opened:
-            file.close()
+        close_all(self.opened)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from qedfuse.foreign.process import READY_SECONDS, QemuNbd
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.nbd.opening import open_nbd
 from qedfuse.remote.options import Deadlines
-from qedfuse.util.deferredclose import DeferredClose
+from qedfuse.util.deferredclose import DeferredClose, close_all
 
 if TYPE_CHECKING:
     import socket
@@ -122,8 +122,7 @@ class ForeignOpening:
 
     def _close_files(self) -> None:
         """Close the image and the files that it names."""
-        self._graph.close()
-        self._image.close()
+        close_all([self._graph, self._image])
 
     def _connect(self) -> socket.socket:
         """Return a new connection to qemu-nbd; raise ForeignError if qemu-nbd has ended."""

@@ -62,12 +62,12 @@ class Prefetch:
             for file, units in self._files:
                 await self._add_data(file, units)
                 await self._fill(file, units)
+            for file, units in self._files:
+                await mark_usable_offline(file, units.mask)
         except (CacheError, HostError) as error:
             if not self._is_closed():
                 _log.warning("%s: prefetch ended: %s", self._shown, error)
             return
-        for file, units in self._files:
-            await mark_usable_offline(file, units.mask)
         if self._files:
             needed = sum(units.total_bytes for _, units in self._files)
             fetched = sum(file.fetcher.fetched_bytes for file, _ in self._files)

@@ -277,6 +277,8 @@ class Server:
                         nursery.start_soon(self._prefetch)
                     await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
             finally:
+                # No program gets an answer any more, so no read needs to wait for a server.
+                self._disks.stop_fetching()
                 with trio.CancelScope(shield=True):
                     # Deferred reads must end here: their threads use descriptors that the caller
                     # closes next.

@@ -1,16 +1,31 @@
-"""Closing files that threads may still use: the last user closes them.
+"""Closing files: those that threads may still use, and several of which one may fail to close.
 
 If a thread closed a descriptor that another thread is about to use, the kernel could give its
-number to another file in between.
+number to another file in between.  So the last user closes such files.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+
+class _Closable(Protocol):
+    """A file."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+def close_all(files: Sequence[_Closable]) -> None:
+    """Close files in order, also those after one whose close fails; raise the last error."""
+    with ExitStack() as stack:
+        for file in reversed(files):
+            stack.callback(file.close)
 
 
 class DeferredClose:

@@ -14,6 +14,7 @@ from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.lookup.neededunits import NeededUnits
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import HostError
 from qedfuse.mount import prefetch
 from qedfuse.mount.prefetch import Prefetch
 from qedfuse.remote import cachespace
@@ -325,3 +326,18 @@ async def test_local_disks_need_nothing(tmp_path: Path, caplog: pytest.LogCaptur
     async with open_disk(str(path), OpenOptions()) as disk:
         await Prefetch([disk], "/mnt").run()
     assert not caplog.records
+
+
+@pytest.mark.expect_log("prefetch ended")
+async def test_a_refusal_at_the_end_does_not_end_the_mount(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the host refuses the thread that records the entry as usable offline, a line says so."""
+
+    async def refuse(*_: object) -> None:
+        msg = "cannot start a thread"
+        raise HostError(msg)
+
+    monkeypatch.setattr(prefetch, "mark_usable_offline", refuse)
+    async with opened_disk(server.url, tmp_path / "cache") as (_disk, running):
+        await running.run()

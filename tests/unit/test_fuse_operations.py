@@ -361,9 +361,58 @@ async def test_only_listed_disks_count_as_cached(monkeypatch: pytest.MonkeyPatch
     assert [exported.cached_blocks for exported in disks] == [8, -1, -1]
     cast("Stored", disks.by_inode[4].disk).blocks = None
     with pytest.raises(pyfuse3.FUSEError):
-        await handlers.readdir(1, 1, cast("ReaddirToken", None))
+        await handlers.readdir(1, 2, cast("ReaddirToken", None))
     assert [exported.cached_blocks for exported in disks] == [8, -1, -1]
     assert not list(replies)
+
+
+async def test_a_listing_goes_on_after_the_last_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is removed between two replies of a listing makes it skip no other file."""
+    disks = export(*(Stored(8) for _ in range(4)))
+    handlers = operations(disks)
+    listed: list[tuple[bytes, int]] = []
+
+    def reply(_token: object, name: bytes, _attributes: object, next_id: int) -> bool:
+        if len(listed) == 2:
+            listed.append((b"", 0))
+            return False
+        listed.append((name, next_id))
+        return True
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+    await handlers.readdir(1, 0, cast("ReaddirToken", None))
+    first, second, _full = listed
+    del disks.by_inode[first[1]]
+    listed[:] = [first]
+    await handlers.readdir(1, second[1], cast("ReaddirToken", None))
+    assert [name for name, _ in listed[1:2]] == [b"vm2.raw"]
+
+
+def test_a_loss_in_a_partition_that_was_removed_is_reported() -> None:
+    """A removed file that has lost writes makes the whole disk count as one that has lost some."""
+    disk = Stored(8)
+    disks = export(disk)
+    (whole,) = disks
+    disks.set_partitions(whole, {b"vm.raw.p1": DiskWindow(cast("Disk", disk), 0, 512, "p1")})
+    _, partition = disks
+    partition.has_lost_data = True
+    disks.set_partitions(whole, {})
+    assert list(disks) == [whole]
+    assert whole.has_lost_data
+
+
+async def test_the_size_of_a_partition_that_was_removed_is_not_set() -> None:
+    """Before a size is set, outdated partitions are read again, and a removed one is refused."""
+    disks = export(Stored(8), Stored(8))
+    handlers = operations(disks)
+
+    async def refresh() -> None:
+        del disks.by_inode[3]
+
+    handlers._partition_files.refresh = refresh  # type: ignore[method-assign]
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        await handlers.setattr(3, pyfuse3.EntryAttributes(), to_set("size"), None, context())
+    assert caught.value.errno == errno.ESTALE
 
 
 async def test_errors_are_rate_limited_for_each_disk(

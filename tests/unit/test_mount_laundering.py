@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from qedfuse.mount.fuse.launderer import ANSWER, Launderer, _serve
 from qedfuse.mount.fuse.laundering import Laundering
@@ -49,6 +49,24 @@ async def test_the_session_may_end_while_a_task_waits() -> None:
             laundering.stop()
         assert answers == [False]
         assert await laundering.launder(exported_disk()) is False
+
+
+async def test_a_disk_does_not_wait_for_another_one(autojump_clock: MockClock) -> None:
+    """While pages of a disk are laundered whose host does not answer, others report no hole."""
+    connection, _other = socket.socketpair()
+    process = Launderer.__new__(Launderer)
+    process.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    laundering = Laundering(process)
+    laundering.connect(connection.fileno())
+    with connection, _other, theirs:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(laundering.launder, exported_disk())
+            await wait_all_tasks_blocked()
+            start = trio.current_time()
+            assert await laundering.launder(exported_disk()) is False
+            assert trio.current_time() - start == 1
+            laundering.stop()
+    assert autojump_clock.autojump_threshold == 0
 
 
 def test_the_end_of_the_launderer_needs_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ allowed or refused by its name, before a connection is made.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path
@@ -23,6 +23,7 @@ from qedfuse.errors import (
     CacheError,
     CorruptImageError,
     ForeignError,
+    HostError,
     RemoteError,
     UsageError,
 )
@@ -31,6 +32,7 @@ from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
 from qedfuse.remote.address import is_below, is_url, parse_address, shown_name
 from qedfuse.text import printable
+from qedfuse.util.deferredclose import close_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -138,10 +140,9 @@ async def open_bases(
         files = [layer.file for layer in layers]
         verify_bases(images, files, accept=options.backing.base_changed)
     except BaseException:
-        if base is not None:
-            base.close()
-        for opened in layers:
-            opened.file.close()
+        opened = [layer.file for layer in layers]
+        with suppress(HostError):
+            close_all(opened if base is None else [base, *opened])
         raise
     return layers
 
@@ -152,8 +153,7 @@ def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
     try:
         yield layers
     finally:
-        for layer in layers:
-            layer.file.close()
+        close_all([layer.file for layer in layers])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.disk.lookup.extents import Extent, Kind, joined
 from qedfuse.disk.lookup.filereads import FileReads
 from qedfuse.errors import BackingError, CorruptImageError, HostError
+from qedfuse.util.deferredclose import close_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -173,6 +174,9 @@ class Chain:
         raise HostError(msg)
 
     def close(self) -> None:
-        """Close all files, from the image itself down to the last base."""
-        for layer in self.layers:
-            layer.file.close()
+        """Close all files, from the image itself down to the last base.
+
+        Raises:
+            HostError: The host reports an error for a file.  All files are closed nevertheless.
+        """
+        close_all([layer.file for layer in self.layers])

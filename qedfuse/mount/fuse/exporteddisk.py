@@ -167,6 +167,8 @@ class ExportedDisks:
             ):
                 del self.by_inode[exported.inode], self.by_name[name]
                 files.remove(exported)
+                # The end of the mount still reports the loss.
+                whole.has_lost_data |= exported.has_lost_data
                 is_changed = True
         for name, window in windows.items():
             if name not in self.by_name:

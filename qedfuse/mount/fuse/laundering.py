@@ -33,6 +33,8 @@ _TO_LAST_PAGE: Final = 0
 
 _MAX_DROP_SECONDS: Final = 1.0
 """Maximum time that `Laundering.try_drop_pages` waits for the kernel to drop the pages."""
+_MAX_LOCK_SECONDS: Final = 1.0
+"""Maximum time that `Laundering.launder` waits while pages of another disk are laundered."""
 _MAX_WRITE_CHECKS: Final = 1000
 """Maximum number of checks whether the kernel's writes have ended: for about a second."""
 _WRITE_CHECK_SECONDS: Final = 0.001
@@ -75,11 +77,21 @@ class Laundering:
 
         Returns:
             True if all data that the kernel had cached for the range has reached the disk.  After
-            False the caller must not report any part of the range as a hole.
+            False the caller must not report any part of the range as a hole.  False also if pages
+            of another disk are being laundered for a second: its host may not answer, and
+            until the caller has replied, the kernel lets no program write to this disk.
         """
         length = _TO_LAST_PAGE if end is None else end - start
-        async with self._lock:
+        has_lock = False
+        with trio.move_on_after(_MAX_LOCK_SECONDS):
+            await self._lock.acquire()
+            has_lock = True
+        if not has_lock:
+            return False
+        try:
             error_number = await self._notify(exported, start, length)
+        finally:
+            self._lock.release()
         # ENOENT means that the kernel does not know the inode, so it has no page of the disk.
         return error_number in {0, errno.ENOENT} and await self._wait_for_writes(exported)
 

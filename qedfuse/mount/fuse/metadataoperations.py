@@ -193,6 +193,9 @@ class MetadataOperations(pyfuse3.Operations):
         self.admit(ctx.uid)
         if self._is_root(inode):
             raise FUSEError(errno.EPERM)
+        if fields.update_size:
+            # The range of an outdated partition may be that of another one now.
+            await self._partition_files.refresh()
         exported = self.disk_of(inode)
         present = self._attributes.of_disk(exported)
         if (
@@ -242,11 +245,17 @@ class MetadataOperations(pyfuse3.Operations):
         start_id: int,
         token: ReaddirToken,
     ) -> None:
-        """List the disks from position ``start_id`` on, until the reply to the kernel is full."""
+        """List the disks after position ``start_id``, until the reply to the kernel is full.
+
+        The position of a disk is its inode number, which does not change if files of partitions
+        are added or removed during the listing.
+        """
         sent = []
-        for next_id, exported in enumerate(list(self._exported_disks)[start_id:], start_id + 1):
+        for exported in self._exported_disks:  # by ascending inode number
+            if exported.inode <= start_id:
+                continue
             attributes = self._attributes.of_disk(exported)
-            if not pyfuse3.readdir_reply(token, exported.name, attributes, next_id):
+            if not pyfuse3.readdir_reply(token, exported.name, attributes, exported.inode):
                 break
             sent.append((exported, attributes.st_blocks))
         # `ExportedDisk.cached_blocks` must be the value that the kernel has cached.  So it is set
