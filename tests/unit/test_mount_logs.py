@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 import pytest
 
@@ -177,6 +177,37 @@ def test_a_late_log_daemon_gets_the_number_dropped(tmp_path: Path) -> None:
         listener.bind(str(tmp_path / "log"))
         handler.close()
         assert "1 message was dropped here" in receive(listener)
+
+
+def test_a_pipe_that_another_process_fills_after_the_poll_is_skipped() -> None:
+    """Logging does not block if a pipe becomes full between the poll and the write."""
+    reader, writer = os.pipe()
+    filler = os.open(f"/proc/self/fd/{writer}", os.O_WRONLY | os.O_NONBLOCK)
+    handler = StderrHandler(writer)
+    poll = handler._poll
+
+    class Filling:
+        """Polls, and then fills the pipe."""
+
+        def poll(self, timeout: int) -> object:
+            """Return the result from before the pipe was filled."""
+            found = poll.poll(timeout)
+            fill(filler)
+            return found
+
+    handler._poll = cast("Any", Filling())
+    try:
+        handler.handle(record())  # would wait forever
+        handler._poll = poll
+        os.read(reader, 1 << 20)
+        handler.handle(record())
+        report, message = os.read(reader, 1 << 20).decode().splitlines()
+        assert report.startswith("1 message was dropped here")
+        assert message == "it failed"
+    finally:
+        handler.close()
+        for descriptor in (reader, writer, filler):
+            os.close(descriptor)
 
 
 def test_a_pipe_without_a_reader_is_skipped() -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import socket
+import stat
 import syslog
 from abc import abstractmethod
 from contextlib import suppress
@@ -87,10 +88,11 @@ class StderrHandler(DroppingHandler):
         super().__init__()
         self._descriptor = descriptor
         self._reopened = -1  # a descriptor to close, or -1
-        if os.isatty(descriptor):
-            # A terminal that is writable may block after fewer bytes than a pipe.  So it is opened
-            # again with O_NONBLOCK.  The flag belongs to the new open file description, and does
-            # not affect the shell.  If this fails, polling alone must suffice, as for a pipe.
+        if os.isatty(descriptor) or stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            # A terminal that is writable may block after few bytes, and another process may fill a
+            # pipe between the poll and the write.  So both are opened again with O_NONBLOCK.  The
+            # flag belongs to the new open file description, and does not affect other processes.
+            # If this fails, polling alone must suffice.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             with suppress(OSError):
                 self._reopened = os.open(f"/proc/self/fd/{descriptor}", flags)
@@ -99,7 +101,7 @@ class StderrHandler(DroppingHandler):
         self._poll.register(self._descriptor, select.POLLOUT)
 
     def close(self) -> None:
-        """Close the handler, and the descriptor that the constructor opened for a terminal."""
+        """Close the handler, and the descriptor that the constructor opened."""
         super().close()
         if self._reopened >= 0:
             os.close(self._reopened)
@@ -110,8 +112,7 @@ class StderrHandler(DroppingHandler):
         data = (self.format(record) + "\n").encode(errors="backslashreplace")
         try:
             while data:
-                # A pipe is polled before each write, because O_NONBLOCK would affect the other
-                # processes that share the pipe.
+                # The descriptor may block if it was not opened again.
                 if not self._poll.poll(0):
                     return False
                 data = data[os.write(self._descriptor, data[:_MAX_WRITE_BYTES]) :]
