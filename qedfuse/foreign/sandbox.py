@@ -89,9 +89,25 @@ def launch_command(
 
 
 def _raise_descriptor_limit() -> None:
-    """Raise the limit of open files to the hard limit: a VMDK image can have many extents."""
+    """Raise the limit of open files to the hard limit: a VMDK image can have many extents.
+
+    A refusal by the kernel is ignored.
+    """
     maximum = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
+    except (OSError, ValueError):  # the sysctl fs.nr_open was lowered below the hard limit
+        return
+
+
+def _lower_limit(kind: int, wanted: int) -> None:
+    """Set a limit of this process to ``wanted``, or to the present hard limit if that is lower.
+
+    The hard limit cannot be raised by an ordinary user, and must not be raised by root.
+    """
+    hard = resource.getrlimit(kind)[1]
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(kind, (limit, limit))
 
 
 def _restrict(version: int, files: list[int], programs: list[str]) -> None:
@@ -117,12 +133,10 @@ def _main(text: str) -> None:
     landlock.check_result(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     if os.getppid() != parameters["parent"]:
         return  # the parent ended before prctl, so no signal would come
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_MESSAGE_BYTES, _MAX_MESSAGE_BYTES))
+    _lower_limit(resource.RLIMIT_CORE, 0)
+    _lower_limit(resource.RLIMIT_FSIZE, _MAX_MESSAGE_BYTES)
     if parameters["cpu_seconds"] is not None:
-        resource.setrlimit(
-            resource.RLIMIT_CPU, (parameters["cpu_seconds"], parameters["cpu_seconds"])
-        )
+        _lower_limit(resource.RLIMIT_CPU, parameters["cpu_seconds"])
     landlock.check_result(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     _raise_descriptor_limit()
     listeners = [] if parameters["listener"] is None else [parameters["listener"]]

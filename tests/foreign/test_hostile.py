@@ -447,6 +447,42 @@ def test_sandbox(images: Path, secret: Path) -> None:
     assert lines[7:9] == [tcp, "['LISTEN_FDS', 'LISTEN_PID']"]
 
 
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ([], [(0, 0), (65536, 65536), (30, 30)]),
+        (["--cpu=20:20", "--fsize=5000:5000"], [(0, 0), (5000, 5000), (20, 20)]),
+        (["--cpu=20:40", "--fsize=5000:unlimited"], [(0, 0), (65536, 65536), (30, 30)]),
+    ],
+)
+def test_lower_limits_of_the_user_stay(
+    limits: list[str], expected: list[tuple[int, int]], images: Path
+) -> None:
+    """A program starts where the user has lower limits than the sandbox, which stay in force."""
+    script = (
+        "from resource import *\n"
+        "print([getrlimit(each) for each in (RLIMIT_CORE, RLIMIT_FSIZE, RLIMIT_CPU)])"
+    )
+    (images / "given").touch()
+    with (images / "given").open("rb") as given:
+        command = launch_command(
+            [str(Path(sys.executable).resolve()), "-I", "-S", "-c", script],
+            [given.fileno()],
+            None,
+            cpu_seconds=30,
+        )
+        # An ordinary user cannot raise a hard limit.  Root can.
+        drop = ["setpriv", "--bounding-set=-sys_resource"] if not os.geteuid() else []
+        done = subprocess.run(
+            ["prlimit", *limits, "--", *drop, *command],
+            pass_fds=[given.fileno()],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert (done.stdout, done.stderr) == (f"{expected}\n", "")
+
+
 def test_encrypted(images: Path) -> None:
     """An encrypted image is refused with the reason."""
     path = images / "image.qcow2"
