@@ -79,7 +79,7 @@ class ForeignOpening:
         except ImageInUseError:
             self._name_holder()
             raise
-        self._graph.refuse_changes()
+        self._refuse_changes()
         deadlines = Deadlines(READY_SECONDS, READ_SECONDS, READ_SECONDS)
         disk = open_nbd(self._connect, "", self._image.name, deadlines)
         local = LocalReads(
@@ -91,8 +91,7 @@ class ForeignOpening:
                 self._file = file
                 return file
         file.disconnect()  # all else is closed by `abandon`
-        msg = f"{self._image.name}: the opening was abandoned"
-        raise ForeignError(msg)
+        raise self._abandoned_error()
 
     def abandon(self) -> None:
         """End qemu-nbd and close all files, also while `finish` runs in another thread."""
@@ -105,6 +104,19 @@ class ForeignOpening:
             return
         self._server.close()
         self._open_files.close()
+
+    def _refuse_changes(self) -> None:
+        """Call `Graph.refuse_changes`; raise ForeignError if `abandon` was called before."""
+        if not self._open_files.enter():
+            raise self._abandoned_error()
+        try:
+            self._graph.refuse_changes()
+        finally:
+            self._open_files.leave()
+
+    def _abandoned_error(self) -> ForeignError:
+        """Return the error for an opening that was abandoned."""
+        return ForeignError(f"{self._image.name}: the opening was abandoned")
 
     def _name_holder(self) -> None:
         """Lock the files of the chain, to get an error that names the file and the process.

@@ -27,7 +27,7 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import ForeignError, HostError, ImageInUseError
 from qedfuse.foreign import opening, process, sandbox
 from qedfuse.foreign.foreignfile import ForeignFile
-from qedfuse.foreign.graph import Limits, open_graph
+from qedfuse.foreign.graph import Graph, Limits, open_graph
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util import landlock
@@ -312,6 +312,53 @@ def test_abandoned_at_the_end(image: Path, monkeypatch: pytest.MonkeyPatch) -> N
             finished.result(20)
     assert processes(image.parent) == []
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208  the names alone
+
+
+def test_abandoned_while_the_names_are_compared(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An opening that is abandoned while the images are read again keeps their files open."""
+    real = Graph.refuse_changes
+    used: list[bool] = []
+
+    def abandon(chain: Graph) -> None:
+        opened.abandon()
+        used.extend(os.path.samestat(os.fstat(file.fd), image.stat()) for file in chain.files)
+        real(chain)
+
+    monkeypatch.setattr(Graph, "refuse_changes", abandon)
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208  the names alone
+    opened = opening.ForeignOpening(
+        PosixFile.open(str(image)), "qcow2", Limits(lambda _name, file: file)
+    )
+    with pytest.raises(ForeignError):  # the server has ended
+        opened.finish()
+    assert used == [True]
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208  the names alone
+
+
+def test_abandoned_before_the_names_are_compared(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An opening that is abandoned when the server is ready reads no file that it has closed."""
+    wait = process.QemuNbd.wait_ready
+    read: list[Graph] = []
+
+    def refuse(chain: Graph) -> None:
+        read.append(chain)
+
+    def abandon(server: process.QemuNbd) -> None:
+        wait(server)
+        opened.abandon()
+
+    monkeypatch.setattr(process.QemuNbd, "wait_ready", abandon)
+    monkeypatch.setattr(Graph, "refuse_changes", refuse)
+    opened = opening.ForeignOpening(
+        PosixFile.open(str(image)), "qcow2", Limits(lambda _name, file: file)
+    )
+    with pytest.raises(ForeignError, match="abandoned"):
+        opened.finish()
+    assert not read
 
 
 def test_abandoned_after_the_end(image: Path) -> None:
