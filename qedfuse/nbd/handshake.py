@@ -115,7 +115,7 @@ def handshake(name: str, *, use_tls: bool) -> Steps:
         if kind & messages.REP_IS_ERROR:
             raise RefusedError(*_refusal("TLS", kind, data))
         if kind != messages.REP_ACK or data:
-            raise ProtocolError(_unexpected("STARTTLS", kind))
+            raise ProtocolError(_unexpected("STARTTLS", kind, data))
         yield StartTls()
     is_structured, context = yield from _choose_replies(name)
     return (yield from _go(name, is_structured=is_structured, context=context))
@@ -128,7 +128,7 @@ def _choose_replies(name: str) -> Generator[Step, bytes, tuple[bool, int | None]
     if kind & messages.REP_IS_ERROR:
         return False, None
     if kind != messages.REP_ACK or data:
-        raise ProtocolError(_unexpected("STRUCTURED_REPLY", kind))
+        raise ProtocolError(_unexpected("STRUCTURED_REPLY", kind, data))
     query = _string(messages.ALLOCATION)
     yield Send(
         messages.option(
@@ -143,9 +143,12 @@ def _choose_replies(name: str) -> Generator[Step, bytes, tuple[bool, int | None]
         if kind == messages.REP_ACK and not data:
             return True, context
         if kind != messages.REP_META_CONTEXT or len(data) < 4:  # noqa: PLR2004  identifier
-            raise ProtocolError(_unexpected("SET_META_CONTEXT", kind))
-        if data[4:] != messages.ALLOCATION or context is not None:
+            raise ProtocolError(_unexpected("SET_META_CONTEXT", kind, data))
+        if data[4:] != messages.ALLOCATION:
             msg = "found another metadata context than the one that was asked for"
+            raise ProtocolError(msg)
+        if context is not None:
+            msg = "found two replies with the metadata context, expected one"
             raise ProtocolError(msg)
         context = int.from_bytes(data[:4], "big")
     raise ProtocolError(_too_many("SET_META_CONTEXT"))
@@ -173,7 +176,7 @@ def _go(name: str, *, is_structured: bool, context: int | None) -> Steps:
                 context=context,
             )
         if kind != messages.REP_INFO or len(data) < 2:  # noqa: PLR2004  the type of information
-            raise ProtocolError(_unexpected("GO", kind))
+            raise ProtocolError(_unexpected("GO", kind, data))
         info = int.from_bytes(data[:2], "big")
         if info == messages.INFO_EXPORT:
             size, flags = _parse_export(data)
@@ -247,8 +250,9 @@ def _refusal(feature: str, kind: int, data: bytes) -> tuple[str, int]:
     return f"{message} ({text})" if text else message, number
 
 
-def _unexpected(option: str, kind: int) -> str:
-    return f"found a reply of type {kind} to {option}, expected another one"
+def _unexpected(option: str, kind: int, data: bytes) -> str:
+    """Return the message about a reply whose type or length does not fit its option."""
+    return f"found an invalid reply to {option} (type {kind}, {len(data)} bytes of data)"
 
 
 def _too_many(option: str) -> str:

@@ -202,3 +202,13 @@ def test_every_cut_is_noticed() -> None:
     for length in range(len(whole)):
         with pytest.raises(EOFError):
             shake(whole[:length])
+
+
+def test_the_message_about_an_invalid_reply_is_true() -> None:
+    """A reply of the right type with wrong data, and a context that is sent twice, are named."""
+    twice = CONTEXT[: len(CONTEXT) - messages.OPTION_REPLY.size] * 2
+    with pytest.raises(ProtocolError, match="found two replies with the metadata context"):
+        shake(GREETING + STRUCTURED + twice)
+    long = reply(messages.OPT_STRUCTURED_REPLY, messages.REP_ACK, b"xyz")
+    with pytest.raises(ProtocolError, match=r"STRUCTURED_REPLY \(type 1, 3 bytes of data\)$"):
+        shake(GREETING + long)
