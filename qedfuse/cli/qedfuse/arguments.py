@@ -143,7 +143,7 @@ def _parse(
 def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
     """Parse the words after ``qedfuse umount``.
 
-    With ``--help`` neither the operands nor the values of later options are checked.
+    With ``--help`` the values of later options are not checked, nor the number of operands.
 
     Raises:
         UsageError: An option or its value is wrong, or there is no mountpoint or more than one.
@@ -163,7 +163,7 @@ def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
 def parse_stats_arguments(words: Sequence[str]) -> StatsArguments:
     """Parse the words after ``qedfuse stats``.
 
-    With ``--help`` neither the operands nor the values of later options are checked.
+    With ``--help`` the values of later options are not checked, nor the number of operands.
 
     Raises:
         UsageError: An option or its value is wrong, two options exclude each other, or there is
