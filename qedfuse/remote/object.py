@@ -52,7 +52,7 @@ class RemoteObject:
     Attributes:
         address: The address of the object.
         version: The version that is read.
-        attempt_seconds: Maximum time of an attempt until the first MiB of its answer has arrived.
+        attempt_seconds: Maximum time of an attempt until its first part has arrived.
         max_seconds: Maximum duration of a call of `get`, and of each part of `get_parts`.
         max_brief_seconds: The same for each part of `get_parts` with ``is_brief``.
     """
@@ -64,10 +64,10 @@ class RemoteObject:
         self.address = address
         self.version = version
         self._client = client
-        # Three attempts can add their full time: one that stalls after a part has arrived, when the
-        # total time begins again; one that begins at the very end of the total time; and one with
-        # renewed credentials.  Each may be followed by a query of the object's version, with the
-        # same limit (`WebClient.get`).
+        # Three attempts can add their full time: one that stalls after a part has arrived, because
+        # the total time begins again at its end; one that begins at the very end of the total time;
+        # and one with renewed credentials.  Each may be followed by a query of the object's
+        # version, with the same limit (`WebClient.get`).
         spare_seconds = 3 * 2 * deadlines.attempt_seconds
         self.attempt_seconds = deadlines.attempt_seconds
         self.max_seconds = deadlines.total_seconds + spare_seconds

@@ -33,7 +33,7 @@ end
 """The functions that find the subcommand; COMMANDS stands for the names of all subcommands."""
 
 _MOUNT_OPTIONS_FUNCTION: Final = """\
-function __PROGRAM_mount_options -d 'Mount options, each after the options that are already typed'
+function __PROGRAM_mount_options -d 'Add one mount option to those that are already typed'
     set -l typed (commandline -ct)
     set -l before (string match -r '^.*,' -- $typed)
     for word in WORDS

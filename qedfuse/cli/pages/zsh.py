@@ -118,7 +118,8 @@ def _mount_options(program: str) -> Iterator[str]:
 
 
 def _plain(name: str) -> str:
-    """Return a name without the characters that are special in a specification."""
+    """Return a name in lower case, without a part in brackets, with letters, digits and ``_-+``."""
+    name = name.partition("[")[0]
     return "".join(char for char in name if char.isalnum() or char in " _-+").lower()
 
 

@@ -248,11 +248,11 @@ static PyMethodDef module_methods[] = {
     {"set_read_views", set_read_views, METH_VARARGS,
      "Set the ReadViews by inode number, and the mask that takes this number from a file handle."},
     {"set_counters", set_counters, METH_VARARGS,
-     "Set the first inode number, and the arrays that count the requests to it and to the next ones."},
+     "Set the inode number of the first counted file, and the arrays of counts from this file on."},
     {"stop_blocking", stop_blocking, METH_NOARGS,
      "Make reads of the session's device non-blocking; return whether that was possible."},
     {"take_burst_count", take_burst_count, METH_NOARGS,
-     "Return how many requests were taken in bursts since the last call."},
+     "Return how many requests the extension itself has read since the last call."},
     {"permit_polling", permit_polling, METH_VARARGS,
      "Let bursts poll for requests.  The arguments are the maximum seconds for one request, the\n"
      "seconds after which the permission ends, and a function that returns whether a call on a\n"

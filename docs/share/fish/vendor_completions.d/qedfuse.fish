@@ -19,7 +19,7 @@ function __qedfuse_is -a name -d 'Test whether the line has this subcommand'
     test (__qedfuse_command; or echo) = "$name"
 end
 
-function __qedfuse_mount_options -d 'Mount options, each after the options that are already typed'
+function __qedfuse_mount_options -d 'Add one mount option to those that are already typed'
     set -l typed (commandline -ct)
     set -l before (string match -r '^.*,' -- $typed)
     for word in allow_http allow_other allow_root allow_unpinned backing=confined backing=any backing=none backing_dir= backing_format=raw backing_format=qed backing_format=parallels backing_format=qcow backing_format=qcow2 backing_format=vdi backing_format=vhdx backing_format=vmdk backing_format=vpc backing_url= base_changed cache_dir= cache_size= commit= compact=auto compact=off compact=full compact_size= compact_time= credentials= detect_zeroes=off detect_zeroes=on detect_zeroes=unmap direct_io dirsync discard force_share foreign=off foreign=qemu freelist=on freelist=off gid= growable memory_limit= metrics= noatime nodev nodiscard noexec nonempty nosuid overlay= partition= partitions poll= prefetch=off prefetch=all readahead= remote_attempt_timeout= remote_cache_size= remote_connect_timeout= remote_timeout= ro rw sandbox=on sandbox=off sandbox=strict snapshot sync truncate=refuse truncate=zero uid= umask=
