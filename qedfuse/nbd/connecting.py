@@ -75,8 +75,8 @@ def make_connection(
             raise
     except ssl.SSLCertVerificationError as error:
         msg = (
-            f"TLS: certificate: found {error.verify_message}, expected one that is trusted "
-            "(set SSL_CERT_FILE to a file with further certificates)"
+            f"TLS: certificate: found {error.verify_message}, expected one that is trusted and "
+            "valid for the host (SSL_CERT_FILE can name a file with further certificates)"
         )
         raise BrokenError(msg) from error
     except TimeoutError as error:

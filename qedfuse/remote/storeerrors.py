@@ -236,8 +236,8 @@ def _for_no_answer(text: str, details: str) -> Exception:
     cause = next((found[1] for each in _CAUSES if (found := each.search(details))), None)
     if "InvalidCertificate" in details:
         msg = (
-            f"TLS: certificate: found {cause}, expected one that is trusted (set SSL_CERT_FILE to "
-            "a file with further certificates)"
+            f"TLS: certificate: found {cause}, expected one that is trusted and valid for the host "
+            "(SSL_CERT_FILE can name a file with further certificates)"
         )
         return UnusableError(msg)
     kind = UnreachableError if _NO_CONNECTION.search(details) else AttemptError

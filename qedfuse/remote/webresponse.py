@@ -187,8 +187,8 @@ def _tls_failure(error: SSLError, about: str) -> Exception:
     if isinstance(cause, ssl.SSLCertVerificationError):
         found = printable(str(cause.verify_message).rstrip("."))
         return UnusableError(
-            f"{about}TLS: certificate: found {found}, expected one that is trusted (set "
-            "SSL_CERT_FILE to a file with further certificates)"
+            f"{about}TLS: certificate: found {found}, expected one that is trusted and valid for "
+            "the host (SSL_CERT_FILE can name a file with further certificates)"
         )
     return UnreachableError(f"{about}TLS: {_reason(error)}")
 
