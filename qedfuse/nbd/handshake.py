@@ -23,6 +23,8 @@ _MAX_BLOCK_BYTES: Final = 1 << 16
 """The largest minimum block size that the protocol allows."""
 _DEFAULT_MAX_PAYLOAD_BYTES: Final = 32 << 20
 """Maximum length of a read if the server does not state one."""
+_MIN_PAYLOAD_BYTES: Final = 512
+"""The smallest maximum length of a read that the protocol allows, unless the export is shorter."""
 _SIZE_LIMIT: Final = 1 << 63
 """The size of an export in bytes must be below this."""
 
@@ -45,7 +47,8 @@ class Export:
     Attributes:
         size: Length in bytes.
         min_block_bytes: Offsets and lengths of requests must be multiples of this power of two.
-        max_payload_bytes: Maximum length of a read, at least ``min_block_bytes``.
+        max_payload_bytes: Maximum length of a read, at least ``min_block_bytes``, and at least 512
+            or the size of the export.
         can_multi_conn: Whether several connections to the export are allowed.
         is_structured: Whether replies are structured.
         context: The number of the metadata context ``base:allocation`` in replies; None if the
@@ -184,6 +187,14 @@ def _go(name: str, *, is_structured: bool, context: int | None) -> Steps:
             min_block, max_payload = _parse_blocks(data)
         if size is not None and size % min_block:
             msg = f"found a size of {size} bytes, expected a multiple of its block size {min_block}"
+            raise RefusedError(msg, errno.EINVAL)
+        # A smaller maximum would split each read into many requests: memory, and time in the event
+        # loop.
+        if size is not None and max_payload < min(_MIN_PAYLOAD_BYTES, size):
+            msg = (
+                f"found a maximum payload of {max_payload} bytes, expected at least "
+                f"{min(_MIN_PAYLOAD_BYTES, size)}"
+            )
             raise RefusedError(msg, errno.EINVAL)
     raise ProtocolError(_too_many("GO"))
 

@@ -81,6 +81,15 @@ def test_a_plain_server_is_enough() -> None:
     assert (export.is_structured, export.context) == (True, None)
 
 
+@pytest.mark.parametrize(("size", "payload"), [(1 << 30, 512), (100, 100), (0, 1)])
+def test_the_smallest_payload_of_the_protocol_is_accepted(size: int, payload: int) -> None:
+    """A server may limit reads to 512 bytes, and to less only if its export is shorter."""
+    described = info(messages.INFO_EXPORT, size, messages.FLAG_HAS_FLAGS)
+    blocks = info(messages.INFO_BLOCK_SIZE, 1, 512, payload)
+    export, _ = shake(GREETING + NO_STRUCTURED + described + blocks + GO)
+    assert export == Export(size, max_payload_bytes=payload)
+
+
 def test_tls_begins_before_any_name_is_sent() -> None:
     """With TLS the name of the export is sent encrypted."""
     tls = reply(messages.OPT_STARTTLS, messages.REP_ACK)
@@ -166,6 +175,14 @@ BAD: Final[dict[str, tuple[bytes, type[Exception]]]] = {
     ),
     "payload below a block": (
         GREETING + NO_STRUCTURED + info(messages.INFO_BLOCK_SIZE, 4096, 4096, 512),
+        RefusedError,
+    ),
+    "payload of a byte, before the size": (
+        GREETING + NO_STRUCTURED + info(messages.INFO_BLOCK_SIZE, 1, 512, 1) + SIZE,
+        RefusedError,
+    ),
+    "payload below 512 bytes, after the size": (
+        GREETING + NO_STRUCTURED + SIZE + info(messages.INFO_BLOCK_SIZE, 1, 512, 511),
         RefusedError,
     ),
     "size that is not a multiple of the block": (

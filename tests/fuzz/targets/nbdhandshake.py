@@ -38,6 +38,7 @@ def check(data: bytes) -> None:
         assert 0 <= export.size < 1 << 63
         assert not export.size % export.min_block_bytes
         assert export.min_block_bytes <= export.max_payload_bytes
+        assert min(512, export.size) <= export.max_payload_bytes
         assert export.is_structured or export.context is None
     except (BrokenError, RefusedError) as error:
         assert_line(error)
