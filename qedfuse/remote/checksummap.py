@@ -30,7 +30,7 @@ class ChecksumMap:
     """Reads and writes the checksums in an open map; each call that fails raises OSError.
 
     Attributes:
-        fd: The descriptor of the map, which `close` closes.
+        fd: The descriptor of the map, which the caller closes.
     """
 
     def __init__(self, fd: int) -> None:
@@ -69,10 +69,6 @@ class ChecksumMap:
     def has_any(self, first: int, last: int) -> bool:
         """Return whether the map has an entry for any of the units ``first`` to ``last``."""
         return _PRESENT in self._marks(first, last + 1 - first)
-
-    def close(self) -> None:
-        """Close the map."""
-        os.close(self.fd)
 
     def _marks(self, first: int, count: int) -> tuple[int, ...]:
         """Return the marks of adjacent entries; fewer if the map was truncated."""

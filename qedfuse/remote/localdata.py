@@ -45,6 +45,7 @@ from qedfuse.remote.sharing import ALONE_BYTES, SHARED_BYTES, has_length
 from qedfuse.remote.unitfile import UNIT_BYTES
 from qedfuse.remote.zeroblocks import BLOCK_BYTES
 from qedfuse.util.deferredclose import DeferredClose
+from qedfuse.util.descriptors import close_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +82,7 @@ class LocalData:
             # The mapping comes last, because a failure must not leave it behind.
             self._residency = Residency(self._fd, self._size + SHARED_BYTES)
         except BaseException:
-            os.close(self._fd)
+            close_descriptors((self._fd,))
             raise
         self._use = DeferredClose(self._close_files)
         self.is_readable = not self._waits_for_server and self._space.f_bsize >= BLOCK_BYTES
@@ -185,5 +186,6 @@ class LocalData:
         self._use.close()
 
     def _close_files(self) -> None:
+        """Close the files; errors are ignored, as in `UnitFile`."""
         self._residency.close()
-        os.close(self._fd)
+        close_descriptors((self._fd,))

@@ -30,6 +30,7 @@ from qedfuse.hostio.systemcalls import write_all
 from qedfuse.remote.checksummap import ChecksumMap, map_bytes
 from qedfuse.remote.sharing import ALONE_BYTES, SHARED_BYTES, has_length, join
 from qedfuse.util.deferredclose import DeferredClose
+from qedfuse.util.descriptors import close_descriptors
 from qedfuse.util.extensions import try_import_extension
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class UnitFile:
             _require_file(data_fd)
             map_fd = os.open(MAP_NAME, flags, dir_fd=directory)
         except BaseException:
-            os.close(data_fd)
+            close_descriptors((data_fd,))
             raise
         try:
             _require_file(map_fd, map_bytes(units_of(size)))
@@ -115,8 +116,7 @@ class UnitFile:
             os.posix_fadvise(data_fd, 0, 0, os.POSIX_FADV_RANDOM)
             return cls(path, data_fd, map_fd, size)
         except BaseException:
-            os.close(data_fd)
-            os.close(map_fd)
+            close_descriptors((data_fd, map_fd))
             raise
 
     def load(self, unit: int) -> bytes | None:
@@ -242,11 +242,15 @@ class UnitFile:
         self.close()
 
     def _close_files(self) -> None:
+        """Close the files; errors are ignored.
+
+        On NFS close(2) writes the data back, and fails if the server is full.  What the cache loses
+        then is found by its checksum.
+        """
         self._residency.close()
-        os.close(self.data_fd)
-        self._map.close()
+        close_descriptors((self.data_fd, self._map.fd))
         if self._direct_fd >= 0:
-            os.close(self._direct_fd)
+            close_descriptors((self._direct_fd,))
 
     def _may_cache(self, unit: int, checksum: int) -> bool:
         """Return False if a unit is damaged, so that it must not enter the page cache.
