@@ -188,10 +188,17 @@ def _rename_aside(path: str, directory: int) -> str:
     Since ``directory`` was opened as ``path``, other processes may have removed the entry and made
     another one at ``path``, which they use.  Then EWOULDBLOCK is raised.
     """
-    if not os.path.samestat(os.lstat(path), os.fstat(directory)):
+    opened = os.fstat(directory)
+    if not os.path.samestat(os.lstat(path), opened):
         raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
     aside = _new_path(os.path.dirname(path))  # noqa: PTH120  str paths
     os.rename(path, aside)  # noqa: PTH104  str paths
+    if not os.path.samestat(os.lstat(aside), opened):
+        # Another process has replaced the entry since the comparison.  The renaming fails if there
+        # is a third entry at `path`, because no entry is an empty directory.
+        with suppress(OSError):
+            os.rename(aside, path)  # noqa: PTH104  str paths
+        raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
     return aside
 
 

@@ -26,13 +26,14 @@ from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.remote import cacheentry, localdata
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions
+from qedfuse.remote.cacheentry import discard_entry
 from qedfuse.remote.cachemetadata import entry_name, read_metadata
 from qedfuse.remote.cacheroot import default_directory
 from qedfuse.remote.client import Version
 from qedfuse.remote.localdata import LocalData
 from qedfuse.remote.opening import open_remote
 from qedfuse.remote.options import RemoteOptions
-from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile, make_files
+from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile, make_files, open_directory
 from qedfuse.remote.unitstore import UnitStore
 from qedfuse.remote.zeroblocks import ZeroBlocks
 from tests.support import forkserver
@@ -1164,6 +1165,61 @@ def test_a_failed_open_leaves_nothing(
         assert in_use() == (before[0] + 1, before[1] + 1)
         local.close()
         assert in_use() == before
+
+
+def test_errors_of_a_close_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If close(2) fails, as on a full NFS server, all files are closed and the lock is released."""
+    close = os.close
+
+    def close_with_error(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    descriptors = Path("/proc/self/fd")
+    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+        assert read(file, 0, len(CONTENT)) == CONTENT
+        path = entry_of(tmp_path)
+
+        def open_files() -> list[str]:
+            found = []
+            for link in descriptors.iterdir():
+                with suppress(OSError):
+                    found.append(str(link.readlink()))
+            return [name for name in found if name.startswith(str(path))]
+
+        assert len(open_files()) == 4  # the data three times, and the map
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", close_with_error)
+            file.stop_fetching()
+            assert open_files() == [str(path / "data")]  # of `LocalData`
+            file.close()
+        assert not open_files()
+    with path.joinpath("data").open() as data:
+        fcntl.flock(data, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_an_entry_that_replaces_a_damaged_one_during_its_renaming_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processes that discard a damaged entry, one does not rename the other's new entry."""
+    directory, version = CacheDirectory(CacheOptions(str(tmp_path))), Version(UNIT_BYTES, '"one"')
+    directory.open_entry(ADDRESS, version).close()
+    path = entry_of(tmp_path)
+    new_path, made = cacheentry._new_path, list[UnitFile]()
+
+    def replace(parent: str) -> str:
+        monkeypatch.undo()
+        path.rename(new_path(parent))
+        made.append(directory.open_entry(ADDRESS, version))
+        return new_path(parent)
+
+    monkeypatch.setattr(cacheentry, "_new_path", replace)
+    damaged = open_directory(str(path))
+    with pytest.raises(BlockingIOError):
+        discard_entry(str(path), damaged)
+    os.close(damaged)
+    with made[0] as entry, directory.open_entry(ADDRESS, version) as found:
+        assert os.path.samestat(os.fstat(found.data_fd), os.fstat(entry.data_fd))
 
 
 def test_space_of_a_cache_after_a_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
