@@ -157,7 +157,12 @@ def _cut(blocks: Iterator[memoryview], lengths: Sequence[int]) -> Iterator[Buffe
 
 def version_of(meta: ObjectMeta) -> Version:
     """Return the version that the metadata of an object describe."""
-    etag = meta["e_tag"] or ""
-    if etag.startswith("W/"):  # a weak tag can be equal for contents that differ
-        etag = ""
-    return Version(meta["size"], etag, meta["last_modified"].timestamp())
+    return Version(meta["size"], strong_etag(meta["e_tag"]), meta["last_modified"].timestamp())
+
+
+def strong_etag(etag: str | None) -> str:
+    """Return an entity tag; an empty string for no tag or a weak tag.
+
+    A weak tag can be equal for contents that differ.
+    """
+    return "" if etag is None or etag.startswith("W/") else etag

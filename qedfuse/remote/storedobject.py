@@ -139,15 +139,16 @@ class StoredObject:
         self._remains = Remains.OBJECT
 
     def _delete(self, store: Store, etag: str) -> None:
-        """Delete the object if its entity tag is ``etag``; delete nothing if ``etag`` is empty.
+        """Delete the object if its entity tag is ``etag``; delete nothing if a tag is unknown.
 
         Another tag means that another program has stored the object.
         """
         self._remains = Remains.UNKNOWN
         try:
-            if not etag:
+            found = self._check.open().version.etag if etag else ""
+            if not found:
                 return
-            if self._check.open().version.etag == etag:
+            if found == etag:
                 with panics_translated():
                     obstore.delete(store.handle, self._key)
         except RemoteError as error:

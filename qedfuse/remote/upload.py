@@ -13,6 +13,7 @@ from obstore.exceptions import AlreadyExistsError
 
 from qedfuse.errors import RemoteError, UsageError
 from qedfuse.remote.object import retry
+from qedfuse.remote.storeclient import strong_etag
 from qedfuse.remote.storedobject import StoredObject
 from qedfuse.remote.storeerrors import (
     ERRORS,
@@ -158,7 +159,7 @@ class Upload:
                 self._stored.raise_failure(error, has_parts=self._has_sent_parts)
             self._stored.verify_after_failure(store, error, has_parts=self._has_sent_parts)
             return Uploaded(self._size, "")
-        self._stored.compare_or_delete(store, result["e_tag"] or "")
+        self._stored.compare_or_delete(store, strong_etag(result["e_tag"]))
         return Uploaded(self._size, result["version"] or "")
 
     @property

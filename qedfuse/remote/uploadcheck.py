@@ -91,7 +91,8 @@ class UploadCheck:
         object is read and compared.
 
         Args:
-            etag: The entity tag that the store has returned for the upload; empty if unknown.
+            etag: The entity tag that the store has returned for the upload; empty if unknown, or if
+                the tag is weak.
             is_stoppable: Whether to raise StoppedError if ``stopped`` is set.
 
         Raises:
@@ -106,7 +107,7 @@ class UploadCheck:
         if found.size != self._size:
             msg = f"{self._address.shown}: found {found.size} bytes stored, expected {self._size}"
             raise DifferentError(msg)
-        if found.etag != etag and etag and not etag.startswith("W/"):
+        if etag and found.etag not in {etag, ""}:
             msg = f"{self._address.shown}: found another object than the one that was stored"
             raise DifferentError(msg)
         if found.etag.strip('"') not in self._expected_etags():

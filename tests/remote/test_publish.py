@@ -608,6 +608,38 @@ def test_object_with_other_bytes_is_deleted(
     assert parts(store, "damaged.qed") == []
 
 
+@pytest.mark.parametrize("weak", ["upload", "metadata"])
+def test_an_object_with_a_weak_tag_is_not_said_to_be_deleted(
+    store: Swift,
+    image: Path,
+    damaging: list[str],
+    weak: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No weak entity tag shows who stored an object that differs: it stays, and the error says so.
+
+    The store gives weak tags for the upload, or for the metadata only.
+    """
+    put = obstore.put
+
+    def put_weak(*arguments: Any, **options: Any) -> dict[str, Any]:  # noqa: ANN401
+        result = put(*arguments, **options)
+        return {**result, "e_tag": f"W/{result['e_tag']}"}
+
+    if weak == "upload":
+        monkeypatch.setattr(obstore, "put", put_weak)
+    else:
+        monkeypatch.setattr("qedfuse.remote.storeclient.strong_etag", lambda _: "")
+    text = failed(capsys, image, f"s3://golden/weak-{weak}.qed", code=22)
+    assert damaging == [f"weak-{weak}.qed"]
+    assert text.endswith(
+        ": found other bytes stored at 0, expected the content of the file; the store may still "
+        "have the object or parts of it\n"
+    )
+    assert f"weak-{weak}.qed" in store.keys("golden")
+
+
 class PanicException(BaseException):
     """Stands for the exception of a panic inside obstore."""
 
