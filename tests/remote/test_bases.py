@@ -334,7 +334,7 @@ def test_a_record_that_cannot_be_read_stays(
 
 @pytest.mark.parametrize(
     ("fault", "code", "number"),
-    [("status 503", 22, errno.EIO), ("status 404", 22, errno.ENOENT)],
+    [("status 503", 22, errno.EIO), ("status 404", 26, errno.ENOENT)],
 )
 def test_an_outage_is_no_fault_of_the_image(
     server: WebServer,

@@ -337,7 +337,7 @@ def test_a_key_that_is_not_replaced(
 ) -> None:
     """If the key expires, and there is no other, the file is not sent a second time."""
     google.on_request = keys.expire
-    assert publish_with(keys, source, "--force") == 22
+    assert publish_with(keys, source, "--force") == 27
     assert "refused: found HTTP status 400 (ExpiredToken" in capsys.readouterr().err
     assert google.log.count("start") == 1
     assert not google.objects
@@ -349,6 +349,6 @@ def test_a_key_that_has_expired_before(
 ) -> None:
     """If the first request is refused, nothing was sent, and the message is the only line."""
     google.expired.add("first")
-    assert publish_with(keys, source, "--force") == 22
+    assert publish_with(keys, source, "--force") == 27
     assert capsys.readouterr().err.count("\n") == 1
     assert set(google.log) == {"refused 400"}
