@@ -14,7 +14,7 @@ import pyfuse3
 import pytest
 import trio
 import trio.testing
-from pyfuse3 import FUSEError
+from pyfuse3 import ROOT_INODE, FUSEError
 
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
@@ -46,7 +46,7 @@ from qedfuse.mount.options import MountOptions
 from tests.support import qemu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from pyfuse3 import ReaddirToken, RequestContext, SetattrFields
@@ -406,10 +406,10 @@ async def test_the_size_of_a_partition_that_was_removed_is_not_set() -> None:
     disks = export(Stored(8), Stored(8))
     handlers = operations(disks)
 
-    async def refresh() -> None:
-        del disks.by_inode[3]
+    async def refresh(exported: ExportedDisk) -> None:
+        del disks.by_inode[exported.inode]
 
-    handlers._partition_files.refresh = refresh  # type: ignore[method-assign]
+    handlers._partition_files.refresh_disk = refresh  # type: ignore[method-assign]
     with pytest.raises(pyfuse3.FUSEError) as caught:
         await handlers.setattr(3, pyfuse3.EntryAttributes(), to_set("size"), None, context())
     assert caught.value.errno == errno.ESTALE
@@ -786,3 +786,56 @@ async def test_a_partition_table_is_read_again_after_an_outage(
     disks.handle_closed(whole, writer=True)
     assert await refresh() == 1
     assert (list(disks.by_name), len(caplog.messages)) == ([b"vm.raw"], 2)
+
+
+async def test_a_table_that_is_being_read_delays_only_its_own_disk(
+    autojump_clock: MockClock,  # noqa: ARG001  a fixture, for `trio.fail_after`
+) -> None:
+    """Lookups, opens and changes of size of another disk end before the table has been read."""
+    answered = trio.Event()
+    silent, answering = Outage(), Outage()
+    silent.error = answering.error = None
+    disks = ExportedDisks(
+        [
+            ExportedDisk(cast("Disk", silent), b"a.raw", 2),
+            ExportedDisk(cast("Disk", answering), b"b.raw", 3),
+        ],
+        with_partitions=True,
+    )
+    handlers = operations(disks)
+    handlers._attributes = cast("Any", SimpleNamespace(for_reply=id, of_disk=id))
+    read = silent.read
+
+    async def read_late(start: int, length: int) -> bytes:
+        await answered.wait()
+        return await read(start, length)
+
+    silent.read = read_late  # type: ignore[method-assign]
+    ended: list[str] = []
+
+    async def run(name: str, request: Callable[[], Awaitable[object]]) -> None:
+        await request()
+        ended.append(name)
+
+    user = context()
+    async with trio.open_nursery() as nursery:
+        requests: dict[str, Callable[[], Awaitable[object]]] = {
+            "lookup": partial(handlers.lookup, ROOT_INODE, b"a.raw.p1", user),
+            "open": partial(handlers.open, 2, os.O_RDONLY, user),
+            "opendir": partial(handlers.opendir, ROOT_INODE, user),
+        }
+        for key, request in requests.items():
+            nursery.start_soon(run, key, request)
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(60):
+            for name in (b"b.raw.p1", b"b.raw"):
+                await handlers.lookup(ROOT_INODE, name, user)
+            with pytest.raises(FUSEError):
+                await handlers.lookup(ROOT_INODE, b"absent", user)
+            await handlers.open(3, os.O_RDONLY, user)
+            size = cast("Any", SimpleNamespace(st_size=1 << 20))
+            await handlers.setattr(3, size, to_set("size"), None, user)
+        assert not ended, "these requests need the table"
+        answered.set()
+    assert sorted(ended) == ["lookup", "open", "opendir"]
+    assert {b"a.raw.p1", b"b.raw.p1"} <= set(disks.by_name)

@@ -113,6 +113,16 @@ class MetadataOperations(pyfuse3.Operations):
             raise FUSEError(errno.ESTALE if is_removed else errno.ENOENT)
         return exported
 
+    async def refresh_partitions(self, inode: int) -> None:
+        """Bring the partitions of the disk that has the file ``inode`` up to date.
+
+        Afterwards `disk_of` raises ESTALE if the file was that of a partition that has changed.
+        Do nothing if no disk has the inode.
+        """
+        exported = self.disks.get(inode)
+        if exported is not None:
+            await self._partition_files.refresh_disk(exported)
+
     def may_grow(self, exported: ExportedDisk) -> bool:
         """Return whether requests may enlarge a disk; False for a partition, of fixed size."""
         return self.growable and not exported.is_partition
@@ -147,7 +157,7 @@ class MetadataOperations(pyfuse3.Operations):
             raise FUSEError(errno.ENOTDIR)
         if name in (b".", b".."):
             return self._attributes.of_root(self._exported_disks)
-        await self._partition_files.refresh()
+        await self._partition_files.refresh_name(name)
         exported = self._exported_disks.by_name.get(name)
         if exported is None:
             raise FUSEError(errno.ENOENT)
@@ -195,7 +205,7 @@ class MetadataOperations(pyfuse3.Operations):
             raise FUSEError(errno.EPERM)
         if fields.update_size:
             # The range of an outdated partition may be that of another one now.
-            await self._partition_files.refresh()
+            await self.refresh_partitions(inode)
         exported = self.disk_of(inode)
         present = self._attributes.of_disk(exported)
         if (

@@ -86,7 +86,7 @@ class Operations(MetadataOperations):
                 ``flags`` ask to write to a disk that is read-only.
         """
         self.admit(ctx.uid)
-        await self._partition_files.refresh()
+        await self.refresh_partitions(inode)
         exported = self.disk_of(inode)
         writer = flags & os.O_ACCMODE != os.O_RDONLY
         if writer and (self._read_only or exported.read_only):

@@ -22,6 +22,8 @@ _EXPORT: Final = "export"
 """The name of the disk, without its suffix, if the URL of an NBD export has no path."""
 MAX_NAME_BYTES: Final = 255
 """Maximum length of the file name of a disk, as in other file systems."""
+PARTITION_INFIX: Final = b".p"
+"""What separates the file name of a disk from the number in the file name of a partition."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.window import DiskWindow
 from qedfuse.errors import UsageError
-from qedfuse.mount.images.naming import MAX_NAME_BYTES
+from qedfuse.mount.images.naming import MAX_NAME_BYTES, PARTITION_INFIX
 from qedfuse.partitions.table import read_table
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _MAX_SHOWN_PROBLEMS: Final = 3
 
 def partition_name(name: bytes, number: int) -> bytes:
     """Return the name of the file of a partition; ``name`` is that of the disk's file."""
-    return b"%s.p%d" % (name, number)
+    return b"%s%s%d" % (name, PARTITION_INFIX, number)
 
 
 async def read_windows(disk: Disk, name: bytes) -> dict[bytes, DiskWindow]:
