@@ -130,7 +130,7 @@ class Lifecycle:
         """Cut off and punch out all free clusters that are known.
 
         Clusters that have lost their reference are in quarantine first.  `Reclaim.run` frees them
-        only after the scan for free clusters has ended.  So this method waits for the scan if
+        only after the scan for free clusters has ended.  So this method completes the scan if
         clusters are in quarantine, or if the free list needs the scan.
         """
         components = self._components

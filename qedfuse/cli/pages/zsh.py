@@ -106,7 +106,7 @@ def _mount_options(program: str) -> Iterator[str]:
     yield "    _values -s , option \\"
     words = list(mount_option_values().items())
     for number, (word, choices) in enumerate(words, 1):
-        # `choices` is None if the option takes no value, and empty if the value is free.
+        # `choices` is None if the option takes no value, and empty if it takes any text or a path.
         if choices is None:
             spec = word
         elif choices:
