@@ -140,6 +140,7 @@ def _mark(path: str) -> None:
             # Another program's file keeps its content.
             if found != _TAG and _TAG.startswith(found.rstrip(b"\0")):
                 os.pwrite(fd, _TAG, 0)
+                os.ftruncate(fd, len(_TAG))
         finally:
             os.close(fd)
 

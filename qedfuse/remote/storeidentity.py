@@ -296,8 +296,8 @@ def _has_machine_role(variables: Variables, *, allow_http: bool) -> bool:
 def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
     """Return key, secret and token from the credentials file of Amazon's tools, or empty texts.
 
-    A missing file is an error only if a variable names the file or a profile; a missing profile, or
-    one without a key, only if a variable names the profile.
+    A missing file is an error only if a variable names the file or a profile; a missing profile
+    only if a variable names the profile.
 
     Raises:
         UnusableError: The file cannot be read, or has only half of a key.  A mount then keeps its
@@ -331,11 +331,11 @@ def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
         raise UnusableError(msg)
     found = parser[section]
     key, secret = found.get(_PROFILE_KEY, ""), found.get(_PROFILE_SECRET, "")
-    if bool(key) != bool(secret) or (not key and profile is not None):
-        what = f"{_PROFILE_KEY if key else _PROFILE_SECRET} alone" if key or secret else "no key"
+    if bool(key) != bool(secret):
         msg = (
-            f"credentials: {shown}: profile {printable(section)}: found {what}, expected "
-            f"{_PROFILE_KEY} and {_PROFILE_SECRET}"
+            f"credentials: {shown}: profile {printable(section)}: found "
+            f"{_PROFILE_KEY if key else _PROFILE_SECRET} alone, expected {_PROFILE_KEY} and "
+            f"{_PROFILE_SECRET}"
         )
         raise UnusableError(msg)
     return key, secret, found.get("aws_session_token", "")

@@ -112,7 +112,6 @@ def test_profile_of_amazons_tools(
     for lines, found in (
         ("aws_access_key_id = test:tester", "aws_access_key_id alone"),
         ("aws_secret_access_key = testing", "aws_secret_access_key alone"),
-        ("role_arn = arn:aws:iam::1:role/x", "no key"),
     ):
         for profile in ("lab", "default"):
             monkeypatch.setenv("AWS_PROFILE", profile)

@@ -63,7 +63,7 @@ async def test_a_disk_does_not_wait_for_another_one(autojump_clock: MockClock) -
             nursery.start_soon(laundering.launder, exported_disk())
             await wait_all_tasks_blocked()
             start = trio.current_time()
-            assert await laundering.launder(exported_disk()) is False
+            assert await laundering.launder(exported_disk(), lock_seconds=1) is False
             assert trio.current_time() - start == 1
             laundering.stop()
     assert autojump_clock.autojump_threshold == 0

@@ -6,7 +6,7 @@ locks, the check of each image and the kernel's write-back cache are decided whe
 
 The kernel ignores ``dirsync`` in a remount.  With ``direct_io`` it leaves the flag ``sync`` to the
 server, which knows only the value with which the mount began.  So a remount cannot change
-``dirsync``, and with ``direct_io`` it cannot change ``sync``.
+``dirsync``, which stays as it was, and with ``direct_io`` it cannot change ``sync``.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def _refuse_changes(
     if old.direct_io:
         fixed["sync"] = " with direct_io"
     for flag, reason in fixed.items():
-        if (flag in flags) != (flag in old.kernel_flags):
+        # A missing dirsync only stays set, which must not prevent a change to read-only.
+        is_kept = flag == "dirsync" and flag not in flags
+        if not is_kept and (flag in flags) != (flag in old.kernel_flags):
             change, hint = ("set", "") if flag in flags else ("cleared", f"repeat {flag}, or ")
             msg = (
                 f"{shown}: option {flag}: cannot be {change} by remount{reason} ({hint}unmount, "

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_MAX_LOCK_SECONDS: Final = 1.0
+"""Maximum time that a search waits while the kernel writes back pages for another search."""
+
 # Modes of fallocate(2), from linux/falloc.h.
 _ALLOCATE: Final = 0
 _KEEP_SIZE: Final = 0x01
@@ -184,7 +187,10 @@ class FallocateLseek:
             if end is not None and hole >= end:
                 # The gap is empty, so the answer reports no range as a hole and skips none.
                 break
-            if not await self._laundering.launder(exported, hole, end):
+            # Until the reply, the kernel lets no program write to this disk.
+            if not await self._laundering.launder(
+                exported, hole, end, lock_seconds=_MAX_LOCK_SECONDS
+            ):
                 return self._assume_data(exported, whence, start)
             written_back = gap
         hole, data = gap

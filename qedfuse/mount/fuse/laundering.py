@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import select
 import socket
 import struct
@@ -33,8 +34,7 @@ _TO_LAST_PAGE: Final = 0
 
 _MAX_DROP_SECONDS: Final = 1.0
 """Maximum time that `Laundering.try_drop_pages` waits for the kernel to drop the pages."""
-_MAX_LOCK_SECONDS: Final = 1.0
-"""Maximum time that `Laundering.launder` waits while pages of another disk are laundered."""
+
 _MAX_WRITE_CHECKS: Final = 1000
 """Maximum number of checks whether the kernel's writes have ended: for about a second."""
 _WRITE_CHECK_SECONDS: Final = 0.001
@@ -66,7 +66,14 @@ class Laundering:
         self._fuse_connection = fuse_connection
         self._request_poll.register(fuse_connection, select.POLLIN)
 
-    async def launder(self, exported: ExportedDisk, start: int = 0, end: int | None = None) -> bool:
+    async def launder(
+        self,
+        exported: ExportedDisk,
+        start: int = 0,
+        end: int | None = None,
+        *,
+        lock_seconds: float = math.inf,
+    ) -> bool:
         """Make the kernel write back and drop its cached pages of a range.
 
         Args:
@@ -74,16 +81,16 @@ class Laundering:
             start: Guest offset of the range.
             end: Guest offset of the end of the range, more than ``start``; None for the end of the
                 last page that the kernel has cached, which can lie past the end of the disk.
+            lock_seconds: Maximum time to wait while other pages are laundered.  They may be those
+                of another disk, whose host does not answer.
 
         Returns:
             True if all data that the kernel had cached for the range has reached the disk.  After
-            False the caller must not report any part of the range as a hole.  False also if pages
-            of another disk are being laundered for a second: its host may not answer, and
-            until the caller has replied, the kernel lets no program write to this disk.
+            False the caller must not report any part of the range as a hole.
         """
         length = _TO_LAST_PAGE if end is None else end - start
         has_lock = False
-        with trio.move_on_after(_MAX_LOCK_SECONDS):
+        with trio.move_on_after(lock_seconds):
             await self._lock.acquire()
             has_lock = True
         if not has_lock:

@@ -108,6 +108,7 @@ class _EndedReads:
             # answer the last read and empty the descriptor.  Then the event is not set.
             with trio.move_on_after(_MAX_WAIT_SECONDS):
                 await self._ended.wait()
+            extraops.end_queued_reads()  # even if the task has failed
 
     async def stop(self) -> None:
         """End the task, which may just have been woken; then the descriptor can be closed."""

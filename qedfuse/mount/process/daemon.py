@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from qedfuse.errors import HostError, QedError
-from qedfuse.text import printable
+from qedfuse.text import printable, without_queries
 from qedfuse.util.descriptors import (
     STANDARD,
     close_descriptors,
@@ -147,8 +147,8 @@ def _be_child(
         sys.stderr.flush()
     except BaseException as error:  # noqa: BLE001  the parent prints nothing
         with suppress(OSError, ValueError):
-            kind = type(error).__name__
-            sys.stderr.write(f"qedfuse: internal error: {kind}: {printable(str(error))}\n")
+            reason = f"{type(error).__name__}: {without_queries(printable(str(error)))}"
+            sys.stderr.write(f"qedfuse: internal error: {reason}\n")
             sys.stderr.flush()
     finally:
         os._exit(code)

@@ -76,7 +76,11 @@ def _priority(found: FoundRecord) -> tuple[bool, int, int]:
     were recorded: a server may wait for another machine before it mounts, so servers can mount in
     another order than they started.
     """
-    return not has_ended(found.record), found.record.mounted, found.record.started
+    try:
+        runs = not has_ended(found.record)
+    except HostError:
+        runs = True  # not known
+    return runs, found.record.mounted, found.record.started
 
 
 def _records_in(directory: Path, device: str, user: int) -> Iterator[FoundRecord | HostError]:
