@@ -16,6 +16,7 @@ from qedfuse.nbd.failures import BrokenError, RefusedError
 from qedfuse.nbd.handshake import Receive, Send, handshake
 from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, NO_CONNECTION, check_wanted
 from qedfuse.nbd.wire import PlainWire, TlsWire
+from qedfuse.remote.client import certificate_message
 from qedfuse.text import printable
 from qedfuse.util.threads import start_thread
 
@@ -74,11 +75,7 @@ def make_connection(
             sock.close()
             raise
     except ssl.SSLCertVerificationError as error:
-        msg = (
-            f"TLS: certificate: found {error.verify_message}, expected one that is trusted and "
-            "valid for the host (SSL_CERT_FILE can name a file with further certificates)"
-        )
-        raise BrokenError(msg) from error
+        raise BrokenError(certificate_message(error.verify_message)) from error
     except TimeoutError as error:
         raise BrokenError(NO_CONNECTION) from error
     except OSError as error:

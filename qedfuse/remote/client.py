@@ -112,6 +112,14 @@ class UnusableError(Exception):
     """The server or the configuration makes the object unreadable; retries do not help."""
 
 
+def certificate_message(found: str) -> str:
+    """Return the message about a server's certificate; ``found`` says what is wrong with it."""
+    return (
+        f"TLS: certificate: found {found}, expected one that is trusted and valid for the host "
+        "(SSL_CERT_FILE can name a file with further certificates)"
+    )
+
+
 class Client(Protocol):
     """Reads one object.  Threads may use a client concurrently.
 

@@ -32,6 +32,7 @@ from qedfuse.remote.client import (
     RefusedError,
     UnreachableError,
     UnusableError,
+    certificate_message,
 )
 from qedfuse.remote.urlsyntax import hide_secrets, server_part
 from qedfuse.text import printable
@@ -235,11 +236,7 @@ def _for_no_answer(text: str, details: str) -> Exception:
     """Return the exception for a request without a response, from obstore's debugging output."""
     cause = next((found[1] for each in _CAUSES if (found := each.search(details))), None)
     if "InvalidCertificate" in details:
-        msg = (
-            f"TLS: certificate: found {cause}, expected one that is trusted and valid for the host "
-            "(SSL_CERT_FILE can name a file with further certificates)"
-        )
-        return UnusableError(msg)
+        return UnusableError(certificate_message(f"{cause}"))
     kind = UnreachableError if _NO_CONNECTION.search(details) else AttemptError
     tunnel = _TUNNEL.search(details)
     if tunnel is not None:

@@ -24,7 +24,13 @@ from urllib3.exceptions import (
 )
 from urllib3.response import HTTPResponse
 
-from qedfuse.remote.client import AttemptError, UnreachableError, UnusableError, Version
+from qedfuse.remote.client import (
+    AttemptError,
+    UnreachableError,
+    UnusableError,
+    Version,
+    certificate_message,
+)
 from qedfuse.remote.deadline import TimedResponse
 from qedfuse.text import printable
 
@@ -186,10 +192,7 @@ def _tls_failure(error: SSLError, about: str) -> Exception:
     cause = error.args[0] if error.args else None
     if isinstance(cause, ssl.SSLCertVerificationError):
         found = printable(str(cause.verify_message).rstrip("."))
-        return UnusableError(
-            f"{about}TLS: certificate: found {found}, expected one that is trusted and valid for "
-            "the host (SSL_CERT_FILE can name a file with further certificates)"
-        )
+        return UnusableError(f"{about}{certificate_message(found)}")
     return UnreachableError(f"{about}TLS: {_reason(error)}")
 
 

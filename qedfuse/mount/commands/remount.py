@@ -130,19 +130,17 @@ def _refuse_changes(
             "and mount again with rw)"
         )
         raise UsageError(msg)
-    fixed = {"dirsync": ""}  # the flags that cannot be changed, each with the reason
-    if old.direct_io:
-        fixed["sync"] = " with direct_io"
-    for flag, reason in fixed.items():
-        # A missing dirsync only stays set, which must not prevent a change to read-only.
-        is_kept = flag == "dirsync" and flag not in flags
-        if not is_kept and (flag in flags) != (flag in old.kernel_flags):
-            change, hint = ("set", "") if flag in flags else ("cleared", f"repeat {flag}, or ")
-            msg = (
-                f"{shown}: option {flag}: cannot be {change} by remount{reason} ({hint}unmount, "
-                "and mount again)"
-            )
-            raise UsageError(msg)
+    # A missing dirsync only stays set, which must not prevent a change to read-only.
+    if "dirsync" in flags and "dirsync" not in old.kernel_flags:
+        msg = f"{shown}: option dirsync: cannot be set by remount (unmount, and mount again)"
+        raise UsageError(msg)
+    if old.direct_io and ("sync" in flags) != ("sync" in old.kernel_flags):
+        change, hint = ("set", "") if "sync" in flags else ("cleared", "repeat sync, or ")
+        msg = (
+            f"{shown}: option sync: cannot be {change} by remount with direct_io ({hint}unmount, "
+            "and mount again)"
+        )
+        raise UsageError(msg)
     for option in others:
         if option == "allow_other" and old.allow_root:
             # The mount table shows allow_root as allow_other, and mount(8) copies it from there.

@@ -34,7 +34,6 @@ _TO_LAST_PAGE: Final = 0
 
 _MAX_DROP_SECONDS: Final = 1.0
 """Maximum time that `Laundering.try_drop_pages` waits for the kernel to drop the pages."""
-
 _MAX_WRITE_CHECKS: Final = 1000
 """Maximum number of checks whether the kernel's writes have ended: for about a second."""
 _WRITE_CHECK_SECONDS: Final = 0.001
