@@ -67,10 +67,10 @@ def fails(*numbers: int) -> Iterator[None]:
     assert caught.value.errno in numbers
 
 
-def corrected_size(disk: Path) -> int:
+def corrected_size(disk: Path, expected: int = DISK_BYTES) -> int:
     """Return the size once the server has corrected it after a write past the end."""
     deadline = time.monotonic() + 60
-    while (size := disk.stat().st_size) != DISK_BYTES and time.monotonic() < deadline:
+    while (size := disk.stat().st_size) != expected and time.monotonic() < deadline:
         os.sched_yield()
     return size
 
@@ -257,6 +257,30 @@ def test_growable(image: Path, tmp_path: Path) -> None:
     assert content[DISK_BYTES * 3 : DISK_BYTES * 3 + 70000] == b"n" * 70000
     assert not any(content[DISK_BYTES : DISK_BYTES * 3])
     assert qemu.check(image).code == 0
+
+
+def test_a_cached_write_that_cannot_grow_a_disk_leaves_its_size(tmp_path: Path) -> None:
+    """If a disk cannot grow for a cached write past its end, the kernel's size is corrected.
+
+    The writer gets the error, writes that the disk can grow for stay, and copies have no zeros
+    past the end.
+    """
+    image = qemu.create(tmp_path / "vm.qed", 1 << 20, cluster_size=4096, table_size=2)
+    largest = 1024 * 1024 * 4096  # bytes that the tables can address
+    with mounted(image, tmp_path / "mnt", "-o", "growable") as directory:
+        disk = directory / "vm.raw"
+        with opened(disk) as fd:
+            os.pwrite(fd, b"in", 3 << 20)
+            os.pwrite(fd, b"out", largest + 4096)
+            assert os.fstat(fd).st_size == largest + 4099
+            with fails(errno.EFBIG):
+                os.fsync(fd)
+        grown = (3 << 20) + 4096  # the kernel sends the whole page
+        assert corrected_size(disk, grown) == grown
+        content = disk.read_bytes()
+        assert len(content) == grown
+        assert content[3 << 20 :][:3] == b"in\0"
+    assert qemu.check(image).errors == 0
 
 
 def write_last(disk: Path, end: int) -> None:

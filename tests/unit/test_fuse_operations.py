@@ -722,6 +722,44 @@ async def test_a_failed_write_makes_its_file_stale_if_another_has_its_bytes(
     assert dropped == [whole.inode]
 
 
+@pytest.mark.expect_log("full")
+async def test_a_write_that_fails_while_pages_are_dropped_keeps_its_file_stale() -> None:
+    """Its page may be newer than the drop, so the opens under way and the next one drop pages."""
+    disk = Broken(HostError("full", errno.ENOSPC))
+    disks = export(disk)
+    (whole,) = disks
+    disks.set_partitions(whole, {b"vm.raw.p1": DiskWindow(cast("Disk", disk), 0, 512, "p1")})
+    handlers = operations(disks)
+    has_failed = trio.Event()
+    drops = 0
+
+    async def drop(_exported: ExportedDisk) -> bool:
+        nonlocal drops
+        drops += 1
+        await has_failed.wait()
+        return True
+
+    files = PartitionFiles(disks, drop, lambda: None)
+    disks.write_failed(whole)
+    current: list[bool] = []
+
+    async def open_file() -> None:
+        current.append(await files.drop_stale_pages(whole))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(open_file)
+        nursery.start_soon(open_file)
+        await trio.testing.wait_all_tasks_blocked()
+        assert drops == 2
+        with pytest.raises(FUSEError):
+            await handlers.write(whole.inode, 0, b"data")
+        has_failed.set()
+    assert current == [False, False]
+    assert whole.is_stale
+    assert await files.drop_stale_pages(whole)
+    assert not whole.is_stale
+
+
 class Outage:
     """A disk with a partition whose reads fail on demand."""
 

@@ -53,7 +53,9 @@ class ExportedDisk:
             server or QEMU serves could not be read.
         fixup_size: The size in bytes that `SizeFixup` is making the kernel cache; -1 for none.
         counters: Counts the requests to the file; a partition shares this object with its disk.
-        is_stale: Whether pages that the kernel has cached of the file may differ from the disk.
+        stale_marks: How often `mark_stale` was called.
+        dropped_marks: The value that ``stale_marks`` had when the kernel was last made to drop its
+            pages of the file.
     """
 
     disk: Disk | DiskWindow
@@ -68,7 +70,19 @@ class ExportedDisk:
     has_lost_data: bool = False
     fixup_size: int = -1
     counters: RequestCounters = field(default_factory=RequestCounters)
-    is_stale: bool = False
+    stale_marks: int = 0
+    dropped_marks: int = 0
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether pages that the kernel has cached of the file may differ from the disk."""
+        return self.stale_marks > self.dropped_marks
+
+    def mark_stale(self) -> None:
+        """Record that pages that the kernel has cached of the file may differ from the disk."""
+        # The marks are counted, because a write can fail while the kernel drops pages for an
+        # earlier mark.  Then the page of this write may stay.
+        self.stale_marks += 1
 
     @property
     def is_partition(self) -> bool:
@@ -229,15 +243,17 @@ class ExportedDisks:
                     f"which has the same bytes, {state}"
                 )
                 raise FileInUseError(msg)
-        for other in others:
-            other.is_stale = other.is_stale or writer
+        if writer:
+            for other in others:
+                other.mark_stale()
 
     def write_failed(self, exported: ExportedDisk) -> None:
         """Mark a file as stale after a failed write, if another file has bytes in common with it.
 
         The kernel may keep a page with bytes that the disk, and so the other file, does not have.
         """
-        exported.is_stale = exported.is_stale or bool(self._sharing_bytes(exported))
+        if self._sharing_bytes(exported):
+            exported.mark_stale()
 
     def _sharing_bytes(self, exported: ExportedDisk) -> list[ExportedDisk]:
         """Return the other files that have bytes in common with a file."""

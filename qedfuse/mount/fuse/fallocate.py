@@ -154,7 +154,7 @@ class FallocateLseek:
             await carry_out(start, length)
         except QedError:
             # The disk stays larger, but the kernel increases its cached size only after a success.
-            self._size_fixup.request(exported)
+            self._size_fixup.request(exported, may_shrink=False)
             with suppress(OSError):  # the kernel may have forgotten the inode
                 pyfuse3.invalidate_inode(exported.inode, attr_only=True)
             raise

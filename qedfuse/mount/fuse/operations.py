@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pyfuse3
 from pyfuse3 import FUSEError
 
-from qedfuse.errors import ForeignError, RemoteError
+from qedfuse.errors import ForeignError, QedError, RemoteError
 from qedfuse.mount.fuse.fastrequests import FastRequests
 from qedfuse.mount.fuse.handles import HANDLE_DIRECT, HANDLE_FLAGS, HANDLE_SYNC, HANDLE_WRITER
 from qedfuse.mount.fuse.metadataoperations import MetadataOperations
@@ -221,17 +221,24 @@ class Operations(MetadataOperations):
         """Prepare for a write past the end: grow the disk, or note that bytes will be lost.
 
         With the write-back cache the kernel accepts a write past the end without a request,
-        increases the size that it has cached, and sends the write later.  If the disk cannot grow,
-        the cached size must be corrected.  For a write that starts at or past the end, the kernel
+        increases the size that it has cached, and sends the write later.  If the disk does not grow
+        to this size, the cached size must be corrected.  If it cannot grow at all, also the writer
+        must get an error.  For a write that starts at or past the end, the kernel
         reports the error reply.  For a write that starts before the end, the reply is a smaller
         number of bytes, which the kernel ignores.  So ``overrun`` is set, and the next flush or
         fsync of a handle that may write reports the error.
 
         A ``direct`` write does not come from the kernel's cache, so the program gets the reply.
         """
+        is_size_cached = self.enable_writeback_cache and not direct
         if self.may_grow(exported) and exported.disk.writable:
-            await self.grow(exported, end)
-        elif self.enable_writeback_cache and not direct:
+            try:
+                await self.grow(exported, end)
+            except (QedError, FUSEError):
+                if is_size_cached:
+                    self._size_fixup.request(exported)
+                raise
+        elif is_size_cached:
             exported.overrun = exported.overrun or start < exported.disk.size
             self._size_fixup.request(exported)
 

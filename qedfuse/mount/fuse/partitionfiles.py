@@ -144,7 +144,8 @@ class PartitionFiles:
         """
         if not exported.is_stale:
             return True
-        if not await self._try_drop_pages(exported):
-            return False
-        exported.is_stale = False
-        return True
+        marks = exported.stale_marks
+        if await self._try_drop_pages(exported):
+            exported.dropped_marks = max(exported.dropped_marks, marks)
+        # A write that has failed meanwhile has marked the file again.
+        return not exported.is_stale
