@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -112,15 +113,18 @@ class Graph(_OpenedFiles):
     options: Options
 
     def refuse_changes(self) -> None:
-        """Refuse the chain if an image names other files than when the graph was made.
+        """Refuse the chain if an image has other links or another format than in the graph.
 
-        QEMU reads the names later than `open_graph`.  Without Landlock, a program that changes an
-        image in between could make QEMU open other files.  So the caller must call this method
-        after QEMU has opened all images.  A program that restores the names before this call is not
-        detected.
+        QEMU reads the links later than `open_graph`, and locks the files later.  Without Landlock,
+        a program that changes an image in between could make QEMU open other files.  A base that
+        gets its header in between would be shown in its former format, for example as raw.  So the
+        caller must call this method after QEMU has opened all images.  A program that restores the
+        links before this call is not detected.
 
         Raises:
-            ForeignError: An image names other files, or cannot be used any more.
+            ForeignError: An image names other files, has another format, or cannot be used any
+                more.
+            BackingError: An image states an unknown format of its base.
             ImageError: The header of a QED image is not valid any more.
             HostError: A file cannot be read.
         """
@@ -129,6 +133,14 @@ class Graph(_OpenedFiles):
                 msg = (
                     f"{image.file.name}: found other names of files than when it was opened, "
                     "expected an image that no program changes"
+                )
+                raise ForeignError(msg)
+        for image, base in pairwise(self.images):
+            found = _base_driver(base.file, image.file, image.links)
+            if found != base.driver:
+                msg = (
+                    f"{base.file.name}: found format {found}, expected {base.driver} as when it "
+                    "was opened"
                 )
                 raise ForeignError(msg)
         for extent in self.extents:

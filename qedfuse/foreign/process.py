@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -99,10 +100,10 @@ class QemuNbd:
     def connect(self) -> socket.socket:
         """Return a new connection, which the program accepts later.
 
-        The call blocks only while the queue of the listener is full.
+        The call blocks only while the queue of the listener is full, at most `READY_SECONDS`.
 
         Raises:
-            OSError: The program has ended, or a system call failed.
+            OSError: The program has ended, does not accept connections, or a system call failed.
         """
         with self._lock:
             if self._is_closed:
@@ -111,7 +112,10 @@ class QemuNbd:
         try:
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
+                # Not `settimeout`: on a full queue connect(2) of a non-blocking socket fails.
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(READY_SECONDS))
                 client.connect(f"/proc/self/fd/{path_fd}")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
             except BaseException:
                 client.close()
                 raise
@@ -259,6 +263,11 @@ def _private_listener() -> tuple[socket.socket, int]:
         listener.close()
         raise
     return listener, path_fd
+
+
+def _timeval(seconds: float) -> bytes:
+    """Return a ``struct timeval``, as setsockopt(2) takes it; 0 stands for no limit."""
+    return struct.pack("@ll", *divmod(round(seconds * 1e6), 1_000_000))
 
 
 def _negotiate(client: socket.socket) -> None:

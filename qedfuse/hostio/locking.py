@@ -67,12 +67,10 @@ class LockMode(enum.Enum):
     """Read and change the file; other openers can use it in the mode SHARE only (100, 101, 103,
     201, 203)."""
     READ = "read"
-    """Read the file; other openers can read the file too, but cannot change it (100, 201, 203)."""
+    """Read the file; other openers can read the file too, but cannot change it (100, 201, 203).
+    QEMU itself locks only byte 100 of a raw base, which excludes no opener."""
     SHARE = "share"
     """Read the file; another opener can change the file meanwhile (100)."""
-    BASE = "base"
-    """Read the file as a raw base.  The locks are those of READ, which exclude writers.  QEMU
-    itself locks only byte 100 of a raw base, which excludes none."""
 
     @classmethod
     def to_read(cls, *, share: bool) -> LockMode:

@@ -82,15 +82,8 @@ class StoreClient:
         # The server may ignore the condition, so the version in the response is compared as well.
         if not self._version(result).is_same(version):
             raise ChangedError
-        if len(lengths) > 1:
-            yield from _cut(self._blocks(result, lengths[0]), lengths)
-            return
-        with translating(self._store.identity):
-            content = result.bytes()
-        if len(content) != lengths[0]:
-            msg = f"found {len(content)} bytes, expected {lengths[0]}"
-            raise AttemptError(msg)
-        yield memoryview(content)
+        # Also for one part not `GetResult.bytes`, which collects a response of any length.
+        yield from _cut(self._blocks(result, lengths[0]), lengths)
 
     def _blocks(self, result: GetResult, min_bytes: int) -> Iterator[memoryview]:
         """Yield the content of a response in blocks, as they arrive.

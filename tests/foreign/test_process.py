@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -374,6 +375,27 @@ def test_abandoned_after_the_end(image: Path) -> None:
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208  the names alone
 
 
+def test_a_program_that_accepts_no_connection_delays_nothing_without_limit(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the queue for connections is full, another one fails after a limited time."""
+    program = tmp_path / "bin" / "qemu-nbd"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexec /usr/bin/sleep 1000\n", "utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr(process, "find_program", lambda *_names: str(program))
+    monkeypatch.setattr(process, "READY_SECONDS", 0.1)
+    limits = Limits(lambda name, _image: PosixFile.open(os.fsdecode(name)), lock=False)
+    opened = opening.ForeignOpening(PosixFile.open(str(image)), "qcow2", limits)
+    clients: list[socket.socket] = []
+    with pytest.raises(BlockingIOError):
+        clients.extend(opened._server.connect() for _ in range(process._BACKLOG + 2))
+    for client in clients:
+        client.close()
+    opened.abandon()
+    assert processes(image.parent) == []
+
+
 @pytest.mark.parametrize("below", [False, True])
 def test_changed_while_it_is_opened(
     image: Path, monkeypatch: pytest.MonkeyPatch, *, below: bool
@@ -398,6 +420,41 @@ def test_changed_while_it_is_opened(
     limits = Limits(open_named, lock=False)
     opened = opening.ForeignOpening(PosixFile.open(str(top)), "qcow2", limits)
     with pytest.raises(ForeignError, match=f"{changed.name}: found other names of files"):
+        opened.finish()
+    opened.abandon()
+    assert processes(image.parent) == []
+
+
+def test_a_base_that_gets_a_header_while_it_is_opened(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base whose detected format has changed when QEMU has locked it is refused.
+
+    Otherwise its header and tables would be shown as the content of a raw disk.
+    """
+    base = image.parent / "base.img"
+    base.write_bytes(bytes(1 << 20))
+    top = qemu.create(
+        image.parent / "top.qcow2", image_format="qcow2", backing=base, backing_format="raw"
+    )
+    # Without a stated format, qedfuse and QEMU detect it.
+    content = top.read_bytes()
+    stated = content.index(bytes.fromhex("e2792aca"))
+    top.write_bytes(content[:stated] + bytes.fromhex("6803f858") + content[stated + 4 :])
+
+    def open_named(name: bytes, _image: PosixFile) -> PosixFile:
+        return PosixFile.open(os.fsdecode(name))
+
+    limits = Limits(open_named, lock=False)
+    opened = opening.ForeignOpening(PosixFile.open(str(top)), "qcow2", limits)
+    wait = process.QemuNbd.wait_ready
+
+    def change(server: process.QemuNbd) -> None:
+        wait(server)
+        qemu.create(base, 1 << 20, image_format="qcow2")
+
+    monkeypatch.setattr(process.QemuNbd, "wait_ready", change)
+    with pytest.raises(ForeignError, match=f"{base.name}: found format qcow2, expected raw"):
         opened.finish()
     opened.abandon()
     assert processes(image.parent) == []

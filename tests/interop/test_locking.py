@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import qedfuse
+from qedfuse.disk.lookup import backing
 from qedfuse.errors import ImageInUseError
 from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.ondisk.formats import is_qed
 from tests.support import qemu
 
 if TYPE_CHECKING:
@@ -103,7 +106,7 @@ def test_raw_base_is_protected(tmp_path: Path) -> None:
     base = tmp_path / "base.raw"
     base.write_bytes(b"\xaa" * DISK_BYTES)
     overlay = qemu.create(tmp_path / "overlay.qed", backing=base, backing_format="raw")
-    with locked(base, LockMode.BASE):
+    with locked(base, LockMode.READ):
         assert qemu.content(overlay) == b"\xaa" * DISK_BYTES
         qemu.io(overlay, "write -P 1 0 512")
         write = partial(qemu.io, image_format="raw")
@@ -116,11 +119,38 @@ def test_raw_base_in_use_by_qemu_s_chain(tmp_path: Path) -> None:
     base = tmp_path / "base.raw"
     base.write_bytes(bytes(DISK_BYTES))
     overlay = qemu.create(tmp_path / "overlay.qed", backing=base, backing_format="raw")
-    with qemu.hold(overlay), locked(base, LockMode.BASE):
+    with qemu.hold(overlay), locked(base, LockMode.READ):
         pass
 
 
-@pytest.mark.parametrize("mode", [LockMode.WRITE, LockMode.READ, LockMode.BASE])
+def test_a_base_is_locked_before_its_format_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base cannot get a header between the look at its format and the lock.
+
+    Otherwise its header and tables would be shown as the content of a raw disk.
+    """
+    base = tmp_path / "base.img"
+    base.write_bytes(b"\xaa" * DISK_BYTES)
+    overlay = qemu.create(tmp_path / "overlay.qed", backing=base, backing_format="raw")
+    # Without BACKING_FORMAT_NO_PROBE the format is read from the base.
+    with overlay.open("r+b") as file:
+        file.seek(16)
+        file.write((1).to_bytes(8, "little"))
+    attempts: list[bool] = []
+
+    def attempt(start: bytes) -> bool:
+        write = partial(qemu.io, image_format="raw")
+        attempts.append(is_locked_out(lambda path: write(path, "write 0 512"), base))
+        return is_qed(start)
+
+    monkeypatch.setattr(backing, "is_qed", attempt)
+    with qedfuse.open(overlay) as disk:
+        assert disk.read(4) == b"\xaa" * 4
+    assert attempts == [True]
+
+
+@pytest.mark.parametrize("mode", [LockMode.WRITE, LockMode.READ])
 def test_qemu_s_writer_excludes_us(image: Path, mode: LockMode) -> None:
     """An image that QEMU writes is refused with a message that names the process."""
     with qemu.hold(image) as writer:

@@ -50,7 +50,6 @@ def locked_bytes(fd: int) -> set[int]:
         (LockMode.WRITE, {100, 101, 103, 201, 203}),
         (LockMode.READ, {100, 201, 203}),
         (LockMode.SHARE, {100}),
-        (LockMode.BASE, {100, 201, 203}),
     ],
 )
 def test_bytes_are_those_of_the_protocol(
@@ -70,7 +69,7 @@ def test_which_modes_exclude_each_other(
     """Two opens in one process exclude each other like two processes."""
     lock_image(opened(), first, "image")
     fd = opened()
-    readers = {LockMode.READ, LockMode.BASE, LockMode.SHARE}
+    readers = {LockMode.READ, LockMode.SHARE}
     if LockMode.SHARE in (first, second) or {first, second} <= readers:
         lock_image(fd, second, "image")
         assert locked_bytes(fd) == set(second.taken)

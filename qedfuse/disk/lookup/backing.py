@@ -119,12 +119,12 @@ async def open_bases(
             trusted = name = None
             _extend_chain(base, file.name, seen)
             with _prefixing_errors(file):
+                # First, because another program could change the format until then.
+                if options.lock and base.fileno() >= 0:
+                    lock_image(base.fileno(), LockMode.READ, base.name)
                 found = await _format_of(
                     base, file.name, header, options.backing, is_trusted=is_trusted
                 )
-                if options.lock and base.fileno() >= 0:
-                    mode = LockMode.BASE if found == "raw" else LockMode.READ
-                    lock_image(base.fileno(), mode, base.name)
                 if found != "qed":
                     if found != "raw":
                         # The call owns the base.  After a cancellation a thread may still use it.
