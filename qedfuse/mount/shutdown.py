@@ -1,9 +1,13 @@
-"""Unmounting on signals: the first signal unmounts when the mount is idle, the second by force.
+"""Unmounting on signals: the first unmounts when the mount is idle, a second SIGTERM by force.
 
 While a loop device or a program has a disk open, the kernel refuses to unmount, and a forced
 unmount would cause I/O errors in the file system on that disk.  So after the first signal the
-server makes all data durable, and serves the disks until the last close.  After the second signal
-it unmounts even if disks are open.
+server makes all data durable, and serves the disks until the last close.  After a second SIGTERM
+or SIGINT it unmounts even if disks are open.
+
+A SIGHUP never counts as the second signal.  At the end of a login session, logind has systemd send
+SIGTERM and SIGHUP to each process of the session (``SendSIGHUP=`` in systemd.kill(5)), while the
+file systems on the disks are still being unmounted.  A closed terminal sends it after Ctrl-C.
 
 Each signal starts a task in the nursery of the mount.  These tasks call `pyfuse3.terminate`, which
 needs the session of libfuse.  They also flush disks, which must not happen during a close.  So the
@@ -78,15 +82,25 @@ class Shutdown:
         self._device = device
         self._unmounter = unmounter
         self._nursery = nursery
-        self._signals = 0
+        self._is_ending = False
+        # Number of signals that count for the end by force.
+        self._requests_to_end = 0
 
     def receive(self, name: str) -> None:
-        """Start to act on the signal ``name``; signals after the second have no effect."""
-        self._signals += 1
-        if self._signals == 1:
+        """Start to act on the signal ``name``.
+
+        The first signal starts the unmount, and the second one that is not SIGHUP the unmount by
+        force.  Any other signal has no effect.
+        """
+        if not self._is_ending:
+            self._is_ending = True
             self._nursery.start_soon(self._unmount_when_idle, name)
-        elif self._signals == 2:  # noqa: PLR2004
-            self._nursery.start_soon(self._force)
+        # The order in which SIGTERM and SIGHUP arrive is undefined, so a SIGHUP that came first
+        # does not count either.
+        if name != "SIGHUP":
+            self._requests_to_end += 1
+            if self._requests_to_end == 2:  # noqa: PLR2004
+                self._nursery.start_soon(self._force)
 
     def _is_mounted(self) -> bool:
         """Return whether the topmost mount on the mountpoint is this mount."""
@@ -117,7 +131,7 @@ class Shutdown:
                     durable = await self._flush()
                     _log.warning(
                         "%s: %s: still in use: %s; the mount goes on until the last close; a "
-                        "second signal ends the mount by force",
+                        "second SIGTERM or SIGINT ends the mount by force",
                         printable(self._mountpoint),
                         signal_name,
                         "everything is durable now" if durable else "not everything is durable",
@@ -150,7 +164,7 @@ class Shutdown:
         if mounts is not None:
             _log.warning(
                 "%s: %s: unmounted here, but %s; the server goes on until no mount is left; a "
-                "second signal ends the server by force",
+                "second SIGTERM or SIGINT ends the server by force",
                 *(shown, signal_name, mounts),
             )
 

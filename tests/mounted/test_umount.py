@@ -185,7 +185,7 @@ def test_a_busy_loop_device_goes_on_until_it_is_detached(image: Path, tmp_path: 
 def test_a_second_signal_ends_a_busy_mount_and_keeps_what_was_written(
     image: Path, tmp_path: Path
 ) -> None:
-    """A second signal detaches the mount and still closes the image cleanly."""
+    """A second SIGTERM detaches the mount and still closes the image cleanly."""
     with front(image, tmp_path / "mnt") as mount:
         disk = os.open(mount.mountpoint / "vm.raw", os.O_RDWR)
         os.write(disk, b"x" * 70000)
@@ -200,6 +200,26 @@ def test_a_second_signal_ends_a_busy_mount_and_keeps_what_was_written(
         assert not is_mounted(mount.mountpoint)
     assert not has_need_check(image)
     assert qemu.content(image)[:70000] == b"x" * 70000
+
+
+def test_the_end_of_a_login_session_does_not_force_a_busy_mount(
+    image: Path, tmp_path: Path
+) -> None:
+    """SIGTERM and SIGHUP, which systemd sends together, leave an open disk usable."""
+    with front(image, tmp_path / "mnt") as mount:
+        with (mount.mountpoint / "vm.raw").open("r+b", buffering=0) as disk:
+            mount.signal(signal.SIGTERM)
+            assert "still in use" in mount.read_line()
+            mount.signal(signal.SIGHUP)
+            # After the second line the server has taken notice of the SIGHUP.
+            for _ in range(2):
+                mount.signal(signal.SIGUSR1)
+                assert "open handles 1" in mount.read_line()
+            assert disk.write(b"x" * 100) == 100
+            os.fsync(disk)
+        code, log = mount.finish()
+        assert code == 0, log
+    assert qemu.content(image)[:100] == b"x" * 100
 
 
 HELD_FLUSH = """
@@ -234,7 +254,7 @@ def test_tasks_of_signals_end_before_the_session(image: Path, tmp_path: Path) ->
     with front(image, tmp_path / "mnt", prelude=HELD_FLUSH) as mount:
         put(mount.mountpoint / "vm.raw", b"x" * (4 << 20))
         mount.signal(signal.SIGTERM)
-        mount.signal(signal.SIGHUP)
+        mount.signal(signal.SIGINT)
         code, log = mount.finish()
         assert code == 0, log
         assert "the flush returns\n" in log

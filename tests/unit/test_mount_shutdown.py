@@ -309,6 +309,36 @@ async def test_a_lack_of_descriptors_does_not_end_the_server(
     assert not lack
 
 
+@pytest.mark.parametrize(
+    ("names", "forced_by"),
+    [
+        (["SIGTERM", "SIGHUP", "SIGHUP"], None),
+        (["SIGHUP", "SIGTERM"], None),
+        (["SIGHUP", "SIGHUP"], None),
+        (["SIGINT", "SIGHUP"], None),
+        (["SIGTERM", "SIGTERM", "SIGTERM"], 1),
+        (["SIGINT", "SIGTERM"], 1),
+        (["SIGTERM", "SIGHUP", "SIGTERM"], 2),
+        (["SIGHUP", "SIGTERM", "SIGINT", "SIGINT"], 2),
+    ],
+)
+def test_a_hangup_never_forces_the_end(names: list[str], forced_by: int | None) -> None:
+    """Only SIGTERM and SIGINT count for the end by force; any signal starts the unmount."""
+    started: list[str] = []
+    nursery = SimpleNamespace(start_soon=lambda task, *_args: started.append(task.__name__))
+    ending = Shutdown(
+        export(), None, "/mnt", "0:99", DirectUnmounter("/mnt"), cast("trio.Nursery", nursery)
+    )
+    expected: list[str] = []
+    for number, name in enumerate(names):
+        ending.receive(name)
+        if number == 0:
+            expected.append("_unmount_when_idle")
+        if number == forced_by:
+            expected.append("_force")
+        assert started == expected
+
+
 @pytest.mark.expect_log("second signal: ending while in use")
 @pytest.mark.expect_log("/mnt: ended by force before everything was durable")
 async def test_a_forced_unmount_that_loses_data_is_a_failure(
@@ -328,7 +358,7 @@ async def test_a_forced_unmount_that_loses_data_is_a_failure(
         disk = SimpleNamespace(flush=never_flush, stop_fetching=lambda: stopped.append(True))
         disks = export(disk)
         ending = Shutdown(disks, None, "/mnt", "0:99", DirectUnmounter("/mnt"), nursery)
-        ending._signals = 1
+        ending._is_ending, ending._requests_to_end = True, 1
         ending.receive("SIGTERM")
     assert terminated
     assert stopped

@@ -102,10 +102,11 @@ unknown options.
 QEDFUSE_SIGNALS: Final = """\
 After `SIGTERM`, `SIGINT` or `SIGHUP` the process makes everything durable immediately and
 unmounts.  If a program has the disk open, the process serves the disk until the last
-close.  After a second signal the process does not wait for the last close, but tries for at
-most 10 seconds to make everything durable.  A write to the image that is in progress after
-these 10 seconds is completed before the mount ends.  If the mount ends before everything is
-durable, the log says so and the exit code is 2.
+close.  After a second `SIGTERM` or `SIGINT` the process does not wait for the last close, but
+tries for at most 10 seconds to make everything durable.  `SIGHUP` does not count as the second
+signal, because the end of a login session sends it together with `SIGTERM`.  A write to the
+image that is in progress after these 10 seconds is completed before the mount ends.  If the mount
+ends before everything is durable, the log says so and the exit code is 2.
 
 After `SIGUSR1` the process logs a summary of its statistics in one line.  After `SIGUSR2` it also
 logs what each of its tasks waits for, which helps in a bug report.
