@@ -683,6 +683,44 @@ def test_the_sandbox_lets_the_key_of_amazons_tools_be_replaced(
     assert all("Credential=" in text for text in server.authorizations)
 
 
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_the_sandbox_lets_the_file_of_credentials_be_replaced(
+    server: WebServer, content: bytes, tmp_path: Path, *, is_linked: bool
+) -> None:
+    """A mount whose key is refused reads the present one in the file, also through links.
+
+    The links are those of a volume with secrets in Kubernetes, and one that leads there.
+    """
+    line = f"AWS_ENDPOINT_URL=http://127.0.0.1:{server.port}\nAWS_SECRET_ACCESS_KEY=secret\n"
+    named, volume = tmp_path / "named", tmp_path / "volume"
+    for directory in (named, volume):
+        directory.mkdir()
+    for number in (1, 2):
+        file = volume / f"version{number}" / "key"
+        file.parent.mkdir()
+        file.touch(0o600)
+        file.write_text(f"{line}AWS_ACCESS_KEY_ID=KEY{number}\n")
+    (volume / "now").symlink_to("version1")
+    (volume / "key").symlink_to("now/key")
+    secrets = named / "key"
+    if is_linked:
+        secrets.symlink_to(volume / "key")
+    else:
+        (volume / "version1" / "key").rename(secrets)
+    server.required = "Credential=KEY1/"
+    words = ("-r", "-o", f"credentials={secrets}", "s3://images/disk.qed")
+    with front(*words, tmp_path / "mnt") as mount:
+        mount.wait_for_sandbox()
+        if is_linked:
+            (volume / "new").symlink_to("version2")
+            (volume / "new").rename(volume / "now")
+        else:
+            (volume / "version2" / "key").rename(secrets)
+        server.required = "Credential=KEY2/"
+        assert read(mount.mountpoint / "disk.raw", FAR) == content[FAR : FAR + BLOCK]
+        stop(mount)
+
+
 def test_an_overlay_remembers_its_base(
     server: WebServer, content: bytes, tmp_path: Path, mnt: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from qedfuse.mount.options import MountOptions
 from qedfuse.mount.sandbox import sandbox as module
 from qedfuse.mount.sandbox import seccomp
+from qedfuse.mount.sandbox.allowedfiles import key_directories
 from qedfuse.mount.sandbox.needs import ServerNeeds, server_needs
 from qedfuse.mount.sandbox.privileges import removing_needs_override
 from qedfuse.mount.sandbox.sandbox import Sandbox
@@ -115,6 +116,21 @@ def test_a_user_without_a_home_directory_has_no_cache(
 def test_the_port_of_a_service_is_permitted(name: str) -> None:
     """A server may connect to the port of each address that obstore reads from a variable."""
     assert 41111 in module._ports((), [(name, "http://127.0.0.1:41111/msi")])
+
+
+def test_the_directory_of_each_link_to_a_key_may_be_read(tmp_path: Path) -> None:
+    """A key is found again whichever of the links that lead to it is replaced."""
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "first/key").symlink_to("../second/key")
+    (tmp_path / "second/key").symlink_to(tmp_path / "third/key")
+    found = [path for path, _rights in key_directories([str(tmp_path / "first/key")])]
+    assert [os.path.realpath(path) for path in found] == [
+        str(tmp_path / name) for name in ("first", "second", "third")
+    ]
+    # A loop of links, which the kernel refuses to follow.
+    (tmp_path / "third/key").symlink_to(tmp_path / "first/key")
+    assert len(list(key_directories([str(tmp_path / "first/key")]))) == 40, "endless"
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ _CERTIFICATES: Final = (
     *("/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/usr/share/ca-certificates"),
     *("/usr/local/share/ca-certificates", "/usr/share/ssl", "/etc/crypto-policies"),
 )
+_MAX_LINKS: Final = 40
+"""Maximum number of symbolic links that the kernel follows in a path (path_resolution(7))."""
 _CERTIFICATE_VARIABLES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
@@ -91,9 +93,24 @@ def key_directories(files: Iterable[str]) -> Iterator[tuple[str, int]]:
     """Yield the directories of files with keys or tokens, and the rights on them.
 
     Another program replaces such a file before the key expires, and Landlock would not permit the
-    new file.  So the whole directory may be read.
+    new file.  So the whole directory may be read.  If the file is a symbolic link, the link or its
+    target may be replaced, so the directories of both are included, and of each link between.
     """
     for path in files:
-        # In Kubernetes the file is a symbolic link, and a new token is a new target of the link.
-        for found in (str(Path(path).absolute()), os.path.realpath(path)):
+        for found in _linked_paths(str(Path(path).absolute())):
             yield os.path.dirname(found), READ_FILE  # noqa: PTH120  str paths
+
+
+def _linked_paths(path: str) -> Iterator[str]:
+    """Yield an absolute path, and if it is a symbolic link, each further path to which it leads.
+
+    A path that is relative to a link is not normalized, because ``..`` after a directory that is a
+    link itself does not lead back.
+    """
+    for _ in range(_MAX_LINKS):
+        yield path
+        try:
+            target = os.readlink(path)  # noqa: PTH115  str paths
+        except OSError:  # no link, or missing
+            return
+        path = os.path.join(os.path.dirname(path), target)  # noqa: PTH118, PTH120  str paths

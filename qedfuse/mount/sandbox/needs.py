@@ -31,11 +31,9 @@ class ServerNeeds:
         addresses: The addresses of the sources that are URLs, and the prefixes of the URLs that
             images may name as backing files.
         variables: The variables of the environment and of a file with credentials.
-        key_files: The files with keys or tokens that the clients of object stores may read, and
-            that may be replaced during the mount.
+        key_files: The file with credentials, and the files with keys or tokens that the clients of
+            object stores may read; all of them may be replaced during the mount.
         cache_directory: The directory of the cache for remote files; None for no cache.
-        credentials_file: A file with credentials, which may be replaced during the mount; None for
-            no such file.
         socket_directory: The descriptor of the directory of the socket for metrics; None for no
             socket.
     """
@@ -49,7 +47,6 @@ class ServerNeeds:
     variables: Sequence[tuple[str, str]] = field(default=(), repr=False)
     key_files: Sequence[str] = ()
     cache_directory: str | None = None
-    credentials_file: str | None = None
     socket_directory: int | None = None
 
 
@@ -97,10 +94,10 @@ def server_needs(
         uses_servers=True,
         addresses=addresses,
         variables=(*os.environ.items(), *options.credentials),
-        key_files=tuple(
-            key_files(Variables(dict(options.credentials)), {each.scheme for each in addresses})
+        key_files=(
+            *key_files(Variables(dict(options.credentials)), {each.scheme for each in addresses}),
+            *(() if options.credentials_file is None else (options.credentials_file,)),
         ),
-        credentials_file=options.credentials_file,
         cache_directory=options.remote_cache_directory or _default_cache_directory(),
     )
 

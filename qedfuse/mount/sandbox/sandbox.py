@@ -21,7 +21,6 @@ from qedfuse.mount.sandbox import allowedfiles, privileges
 from qedfuse.mount.sandbox.seccomp import CallFilter, CallNeeds
 from qedfuse.util.landlock import (
     NETWORK_VERSION,
-    READ_FILE,
     REMOVE_FILE,
     SCOPE_ABSTRACT_SOCKETS,
     Ruleset,
@@ -147,9 +146,6 @@ class Sandbox:
                 rules.try_allow_path(path, rights)
             for port in _ports(needs.addresses, needs.variables):
                 rules.allow_connect(port)
-            if needs.credentials_file is not None:
-                directory = os.path.dirname(needs.credentials_file)  # noqa: PTH120  str paths
-                rules.try_allow_path(directory, READ_FILE)
             if needs.cache_directory is not None:
                 rules.try_allow_path(needs.cache_directory, allowedfiles.CHANGE_TREE)
 
