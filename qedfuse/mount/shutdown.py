@@ -2,8 +2,9 @@
 
 While a loop device or a program has a disk open, the kernel refuses to unmount, and a forced
 unmount would cause I/O errors in the file system on that disk.  So after the first signal the
-server makes all data durable, and serves the disks until the last close.  After a second SIGTERM
-or SIGINT it unmounts even if disks are open.
+server makes all data durable, and serves the disks until the last close.  It does the same if the
+mount was detached before (``umount -l``), or if the file system is mounted elsewhere as well.
+After a second SIGTERM or SIGINT it unmounts even if disks are open.
 
 A SIGHUP never counts as the second signal.  At the end of a login session, logind has systemd send
 SIGTERM and SIGHUP to each process of the session (``SendSIGHUP=`` in systemd.kill(5)), while the
@@ -111,7 +112,9 @@ class Shutdown:
         """Unmount when the mount is not in use, which ends `pyfuse3.main`.
 
         If the file system is mounted elsewhere as well, `pyfuse3.main` goes on.  If the mountpoint
-        does not show this mount any more, `pyfuse3.main` ends when no disk is open.
+        does not show this mount any more, `pyfuse3.main` ends when no disk is open.  A mount that
+        is in use is made durable once, whatever the reason for which it is not unmounted: a service
+        manager may kill the server some time after its signal.
         """
         has_tried_flush = is_failure_logged = False
         while True:
@@ -125,32 +128,33 @@ class Shutdown:
                 if not self._disks.open_handles:
                     self._terminate()
                     return
+                in_use = True
             except BusyError:
-                if not has_tried_flush:
-                    has_tried_flush = True
-                    durable = await self._flush()
-                    _log.warning(
-                        "%s: %s: still in use: %s; the mount goes on until the last close; a "
-                        "second SIGTERM or SIGINT ends the mount by force",
-                        printable(self._mountpoint),
-                        signal_name,
-                        "everything is durable now" if durable else "not everything is durable",
-                    )
+                in_use = True
             except _FAILURES as error:
+                in_use = self._disks.open_handles > 0
                 if not is_failure_logged:
                     is_failure_logged = True
                     _log.warning("%s: %s", signal_name, error)
+            if in_use and not has_tried_flush:
+                has_tried_flush = True
+                _log.warning(
+                    "%s: %s: still in use: %s; the mount goes on until the last close; a second "
+                    "SIGTERM or SIGINT ends the mount by force",
+                    *(printable(self._mountpoint), signal_name, await self._flush_for_log()),
+                )
             with trio.move_on_after(_RETRY_SECONDS):
                 await all_closed.wait()
         await self._report_other_mounts(signal_name)
 
     async def _report_other_mounts(self, signal_name: str) -> None:
-        """Log where else the file system is mounted, if the server goes on after the unmount.
+        """Make everything durable and log where the file system is mounted after the unmount.
 
         Normally the server ends within `_RETRY_SECONDS`, which cancels this task.
         """
         shown = printable(self._mountpoint)
         await trio.sleep(_RETRY_SECONDS)
+        durability = await self._flush_for_log()
         try:
             mounts = await run_in_thread(
                 self._unmounter.describe_visible_mounts, self._device, abandon_on_cancel=True
@@ -161,12 +165,19 @@ class Shutdown:
                 *(shown, signal_name, error),
             )
             return
+        if mounts is None and self._disks.open_handles:
+            mounts = "still in use"  # through a mount that is not visible here
         if mounts is not None:
             _log.warning(
-                "%s: %s: unmounted here, but %s; the server goes on until no mount is left; a "
+                "%s: %s: unmounted here, but %s; %s; the server goes on until no mount is left; a "
                 "second SIGTERM or SIGINT ends the server by force",
-                *(shown, signal_name, mounts),
+                *(shown, signal_name, mounts, durability),
             )
+
+    async def _flush_for_log(self) -> str:
+        """Make everything durable as `_flush` does; return in words for the log whether it is."""
+        durable = await self._flush()
+        return "everything is durable now" if durable else "not everything is durable"
 
     async def _flush(self) -> bool:
         """Make the kernel write back its dirty pages, and make all disks durable.

@@ -95,6 +95,19 @@ def test_a_busy_mount_is_flushed_and_goes_on_until_the_last_close(
     assert qemu.content(image)[100:300] == b"y" * 100 + b"x" * 100
 
 
+def test_a_detached_mount_in_use_is_flushed(image: Path, tmp_path: Path) -> None:
+    """A signal after ``umount -l`` makes the disks durable that programs still have open."""
+    with front(image, tmp_path / "mnt") as mount:
+        with (mount.mountpoint / "vm.raw").open("r+b", buffering=0) as disk:
+            subprocess.run(["umount", "-l", mount.mountpoint], check=True)
+            disk.write(b"x" * 70000)
+            mount.signal(signal.SIGTERM)
+            assert "still in use: everything is durable now" in mount.read_line()
+            assert b"x" * 70000 in image.read_bytes()
+        assert mount.finish()[0] == 0
+    assert not has_need_check(image)
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EPERM, errno.ENOSYS])
 def test_nothing_is_unmounted_if_the_process_cannot_be_waited_for(
     image: Path, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch

@@ -220,6 +220,26 @@ def test_a_signal_logs_the_copy_and_a_second_one_ends_the_mount(
     assert qemu.check(image).code == 0
 
 
+def test_a_signal_makes_disks_durable_that_are_in_use_through_a_bind_mount(
+    image: Path, tmp_path: Path
+) -> None:
+    """What a program has written through another mount is durable when SIGTERM is logged."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with front(image, tmp_path / "mnt") as mount:
+        subprocess.run(["mount", "--bind", mount.mountpoint, elsewhere], check=True)
+        try:
+            with (elsewhere / "vm.raw").open("r+b", buffering=0) as disk:
+                disk.write(b"x" * 70000)
+                mount.signal(signal.SIGTERM)
+                line = mount.read_line()
+                assert f"still mounted at {elsewhere}; everything is durable now; " in line
+                assert b"x" * 70000 in image.read_bytes()
+        finally:
+            clean_up(elsewhere)
+        assert mount.finish()[0] == 0
+
+
 def test_umount_prints_the_copy(image: Path, tmp_path: Path) -> None:
     """An unmount by the command with a short timeout prints one line and exits with 32."""
     with front(image, tmp_path / "mnt") as mount, other_namespace() as other:

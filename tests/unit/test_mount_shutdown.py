@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from qedfuse.disk.maintenance import datacompaction
-from qedfuse.errors import HostError
+from qedfuse.errors import HostError, PrivilegeError
 from qedfuse.mount import shutdown
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.process import unmounter
@@ -144,6 +144,39 @@ async def test_durable_after_a_failed_attempt(
         lack = [OSError(errno.EMFILE, os.strerror(errno.EMFILE)) for _ in range(2)]
         await end_while_in_use(monkeypatch, disk, before=lack)
         assert file.counts["datasync"] == 1
+
+
+@pytest.mark.expect_log("SIGTERM: fusermount3 is not installed")
+@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; the mount goes on")
+async def test_durable_although_the_mount_cannot_be_unmounted(
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
+) -> None:
+    """A mount in use is flushed also if every attempt to unmount fails."""
+    msg = "fusermount3 is not installed"
+    attempts = 0
+
+    def unmount(_mountpoint: str, *, lazy: bool) -> None:
+        nonlocal attempts
+        assert not lazy
+        attempts += 1
+        if attempts < 3:
+            raise PrivilegeError(msg)
+        assert file.counts["datasync"] == 1
+
+    monkeypatch.setattr(unmounter, "unmount", unmount)
+    monkeypatch.setattr(shutdown, "sync_mount", lambda _mountpoint: None)
+    monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
+    monkeypatch.setattr(unmounter, "describe_visible_mounts", lambda _device: None)
+    file = MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
+    async with opened(file) as disk, trio.open_nursery() as nursery:
+        await disk.write(0, pattern(CLUSTER, 1))
+        exports = export(disk)
+        Shutdown(exports, None, "/mnt", "0:99", DirectUnmounter("/mnt"), nursery).receive("SIGTERM")
+        await trio.testing.wait_all_tasks_blocked()
+        for exported in exports:
+            exports.handle_closed(exported, writer=True)
+    assert attempts == 3
 
 
 @pytest.mark.expect_log("cannot start a thread")
