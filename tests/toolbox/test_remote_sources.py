@@ -179,6 +179,18 @@ def test_a_damaged_image_on_a_server(
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.expect_log("although the name ends with .raw")
+def test_an_image_in_a_raw_object_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A URL whose path ends with .raw, and whose content is an image, is not read silently."""
+    with serving(bytes(build_image(MIB))) as server:
+        for url in (server.url, server.url.replace("disk.qed", "disk.raw?signature=secret")):
+            assert not caplog.messages
+            assert main(["measure", url]) == 0
+    (line,) = caplog.messages
+    assert "/disk.raw?...: found a QED image" in line
+    assert "secret" not in line
+
+
 # --- making overlays ------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import trio
 
+from qedfuse.cli.qedimg.main import main
 from qedfuse.disk.creation.create import create_image
 from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.disk.options import BackingPolicy, OpenOptions
@@ -252,3 +253,47 @@ def test_batches_are_of_whole_blocks(
             assert position == max(at, min(batch.end, len(content)))
         at = batch.end
     assert at == len(contents[0])
+
+
+@pytest.mark.expect_log("although the name ends with .raw")
+@pytest.mark.parametrize("form", ["qed", "qcow2"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "-O", "raw", "{}", "copy"],
+        ["compare", "{}", "twin"],
+        ["compare", "twin", "{}"],
+        ["measure", "{}"],
+        ["info", "--partitions", "{}"],
+    ],
+)
+def test_an_image_in_a_raw_file_is_logged(
+    words: list[str],
+    form: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An image that a guest wrote to its raw disk is not read without a line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "twin").write_bytes(bytes(1 << 20))
+    for name, logged in (("backup.raw", True), ("VM.RAW", True), ("vm.img", False)):
+        qemu.convert(tmp_path / "twin", tmp_path / name, source_format="raw", target_format=form)
+        caplog.clear()
+        assert main([word.format(name) for word in words]) == 0
+        (tmp_path / "copy").unlink(missing_ok=True)
+        shown = form.upper() if form == "qed" else form
+        line = f"{name}: found a {shown} image, although the name ends with .raw; "
+        line += "it is read as an image (to read the bytes unchanged, state the format raw)"
+        assert caplog.messages == [line] * logged
+
+
+@pytest.mark.expect_log("although the name ends with .raw")
+def test_a_stated_format_is_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The line is only about a format that was detected: -f avoids it, for both formats."""
+    path = qemu.create(tmp_path / "a.raw", 1 << 20)
+    open_and_close(path, "raw")
+    open_and_close(path, "qed")
+    assert not caplog.messages
+    open_and_close(path)
+    assert len(caplog.messages) == 1

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import qedfuse
 from qedfuse.cli.qedfuse.usage import USAGE
-from qedfuse.cli.qedimg.main import COMMANDS
+from qedfuse.cli.qedimg.main import COMMANDS, command, make_parser
 from qedfuse.mount.optionparser import KERNEL_FLAGS, known_options
 
 ROOT = Path(qedfuse.__file__).parents[1]
@@ -63,3 +64,19 @@ def test_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_raw_sources_have_a_stated_format() -> None:
+    """No documented command lets the guest of a raw disk choose the format of the source."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.sh")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    text += "\n" + "\n".join(command(name).EXAMPLE for name in COMMANDS)
+    found = re.findall(r"\bqedimg (convert|compare|measure) ([^`#\n]*\.raw\b[^`#\n]*)", text)
+    stated = 0
+    for name, words in found:
+        given = vars(make_parser(name).parse(shlex.split(words)))
+        for operand in ("source", "first", "second"):
+            if given.get(operand, "").endswith(".raw"):
+                assert given[f"{operand}_format"] == "raw", words
+                stated += 1
+    assert stated > len(found) / 2

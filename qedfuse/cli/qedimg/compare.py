@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.copying.compare import Comparison
     from qedfuse.util.backgroundtasks import Progress
 
-EXAMPLE: Final = "qedimg compare disk.raw disk.qed"
+EXAMPLE: Final = "qedimg compare -f raw disk.raw disk.qed"
 DESCRIPTION: Final = """\
 Compare the content of two disks: QED images with their chains, raw files, or block
 devices.  How the content is stored does not matter.  If one disk is longer, its content

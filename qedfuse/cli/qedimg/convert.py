@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.copying.conversion import ConvertResult
     from qedfuse.tools.copying.imagespec import ImageSpec
 
-EXAMPLE: Final = "qedimg convert -p disk.raw vm.qed"
+EXAMPLE: Final = "qedimg convert -p -f raw disk.raw vm.qed"
 DESCRIPTION: Final = """\
 Copy the disk of SOURCE into a new file TARGET.  A source with backing files becomes
 one image, unless -B names a base for the new image.  SOURCE is an image, a raw file or a

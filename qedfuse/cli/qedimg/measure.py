@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.copying.imagespec import ImageSpec
     from qedfuse.tools.copying.measure import Measurement
 
-EXAMPLE: Final = "qedimg measure --cluster-size 1M disk.raw"
+EXAMPLE: Final = "qedimg measure -f raw --cluster-size 1M disk.raw"
 DESCRIPTION: Final = """\
 Compute two sizes of the file that "qedimg convert" would make from SOURCE with the same
 options: its size after the conversion, and its size after the whole disk has been written

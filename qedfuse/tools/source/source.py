@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from contextlib import asynccontextmanager
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.common.formatprobe import FormatChoice, ImageFormat
     from qedfuse.tools.source.qedsource import QedSource
 
+_log = logging.getLogger(__name__)
 
 _EXTENTS_PER_CALL: Final = 1 << 14
 """`RawSource.extents` stops at this number of extents, or one extent later."""
@@ -140,7 +142,8 @@ async def open_source(
 ) -> AsyncIterator[Source]:
     """Open and lock a disk for reading; close it at the end of the ``async with`` block.
 
-    A block device or a URL is not locked.
+    A block device or a URL is not locked.  An image that is detected in a file with the name of raw
+    content is logged, because the guest of a raw disk can write the header of an image.
 
     Args:
         path: An image, a file or block device with raw content, or a URL.
@@ -157,6 +160,7 @@ async def open_source(
     options = options or OpenOptions()
     if format == "auto" and (driver := foreign_driver_of(path)) is not None:
         with open_image_file(path, options.read_lock) as file:
+            _warn_if_named_raw(path, file.name, driver)
             async with foreign_disk(file, driver, options) as disk:
                 yield RawSource(disk, disk.size())
         return
@@ -165,6 +169,7 @@ async def open_source(
             if format == "auto":
                 signature = await remote_file.pread(0, SIGNATURE_BYTES)
                 format = format_of(signature, remote_file.name)  # noqa: A001
+                _warn_if_named_raw(path, remote_file.name, format)
             if format == "raw":
                 yield RawSource(remote_file, remote_file.size())
                 return
@@ -173,6 +178,7 @@ async def open_source(
         return
     if format == "auto":
         format = probe_format(path)  # noqa: A001
+        _warn_if_named_raw(path, printable(path), format)
     if format == "qed":
         if foreign_driver_of(path) is not None:  # the user has stated the format QED
             msg = f"{printable(path)}: not a QED image: found no QED magic at the file's beginning"
@@ -190,6 +196,26 @@ async def open_source(
         yield RawSource(file, length_of(file.fd, file.name), is_device=is_device)
     finally:
         file.close()
+
+
+def _warn_if_named_raw(path: str, name: str, found: str) -> None:
+    """Log that a file is read as an image, if it is one and its name ends with ``.raw``.
+
+    The guest of a raw disk can write the header of an image to the disk, and name another file of
+    the host in it as the base.  It cannot choose the name of the disk's file.
+
+    Args:
+        path: Path or URL of the file.
+        name: Name of the file in the message.
+        found: Format that was detected, ``raw`` included.
+    """
+    if found != "raw" and path.split("?", 1)[0].casefold().endswith(".raw"):
+        _log.warning(
+            "%s: found a %s image, although the name ends with .raw; it is read as an image "
+            "(to read the bytes unchanged, state the format raw)",
+            name,
+            "QED" if found == "qed" else found,
+        )
 
 
 @asynccontextmanager
