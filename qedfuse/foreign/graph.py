@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import BackingError, ForeignError
-from qedfuse.foreign.links import Links, read_links
+from qedfuse.foreign.links import MAX_EXTENTS, RAW_DRIVERS, Links, read_links
 from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR
 from qedfuse.foreign.vmdk import refuse_hidden_descriptor
 from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, foreign_format, is_qed
@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 
 _MAX_FILES: Final = 64
 """Maximum number of files in a chain, not counting the extents of VMDK images."""
-_MAX_EXTENTS: Final = 512
-"""Maximum number of extents in a chain: enough for 1 TiB in files of 2 GiB."""
 
-_RAW_DRIVERS: Final = ("raw", "file", "host_device")
-"""Names of formats by which images state that their backing file is raw."""
 _DRIVERS: Final = ("raw", "qed", *DRIVERS.values())
 _OVERLAY_DRIVERS: Final = ("qed", "qcow", "qcow2", "vmdk")
 """The formats whose images can have a base.  Unless the options say otherwise, QEMU opens the base
@@ -195,8 +191,8 @@ def _add_image(graph: _OpenedFiles, file: PosixFile, driver: str, limits: Limits
     path = str(Path(file.path).absolute()) if links.extents else _inherited_path(graph)
     options = _image_options(driver, _file_options(path, limits), limits)
     for name in links.extents:
-        if len(graph.extents) >= _MAX_EXTENTS:
-            msg = f"{file.name}: found more than {_MAX_EXTENTS} extents in the chain"
+        if len(graph.extents) >= MAX_EXTENTS:
+            msg = f"{file.name}: found more than {MAX_EXTENTS} extents in the chain"
             raise ForeignError(msg)
         # An image may name an extent twice, even by two spellings.  So the extents that are open
         # already do not count as taken.
@@ -275,7 +271,7 @@ def _open_counted(
 def _base_driver(base: PosixFile, image: PosixFile, links: Links) -> str:
     """Return the format of a backing file as QEMU calls it."""
     stated = links.backing_driver
-    if stated in _RAW_DRIVERS:
+    if stated in RAW_DRIVERS:
         return "raw"
     if stated in _DRIVERS:
         return stated

@@ -22,6 +22,11 @@ from qedfuse.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MAX_EXTENTS: Final = 512
+"""Maximum number of extents in a chain: enough for 1 TiB in files of 2 GiB."""
+RAW_DRIVERS: Final = ("raw", "file", "host_device")
+"""Names of formats by which images state that their backing file is raw."""
+
 _START_BYTES: Final = 4096
 """Number of bytes that are read at the start of a file, enough for the header fields used here."""
 

@@ -74,6 +74,27 @@ def test_bases_are_read_only_beside_their_overlays(images: Path, tmp_path: Path)
     assert qemu.check(images / "a-top.qed").code == 0
 
 
+def test_a_base_below_a_format_of_qemu_is_read_only(images: Path, tmp_path: Path) -> None:
+    """A base that QEMU reads for an overlay is found through the image in between."""
+    middle = images / "middle.qcow2"
+    qemu.create(middle, image_format="qcow2", backing="single.qed", backing_format="qed")
+    for name in ("a-top", "m-middle", "n-top", "zz-golden"):
+        (images / f"{name}.qed").unlink()
+    top = images / "top.qed"
+    qemu.create(top, backing="middle.qcow2", backing_format="qcow2")
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+    done = qedfuse(images, mnt, "-o", "foreign=qemu")
+    try:
+        expected = f"{images}/single.qed: read-only, because it is a backing file of {top}"
+        assert (done.returncode, done.stderr) == (0, f"qedfuse: {expected}\n")
+        with (mnt / "top.raw").open("r+b") as disk:
+            disk.write(b"new")
+        assert qedfuse("umount", mnt).returncode == 0
+    finally:
+        clean_up(mnt)
+
+
 def test_a_named_base_is_refused_beside_its_overlay(images: Path, tmp_path: Path) -> None:
     """A base and its overlay are not mounted for writing together; each alone or read-only is."""
     golden, top = images / "zz-golden.qed", images / "a-top.qed"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path
 from qedfuse.disk.lookup.basepolicy import checked_name, is_named, is_same_url, open_local_base
-from qedfuse.disk.lookup.foreignopening import foreign_driver, open_foreign
+from qedfuse.disk.lookup.foreignopening import foreign_driver, open_foreign, refuse_loop
 from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.rememberedbase import remembered_version, verify_bases
@@ -130,6 +130,7 @@ async def open_bases(
                         # The call owns the base.  After a cancellation a thread may still use it.
                         image, base = base, None
                         base = await _open_foreign_base(image, file.name, found, options)
+                        refuse_loop(base, file.name, seen)
                     layers.append(RawLayer(base))
                     break
                 header = await read_header(base)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.errors import QedError
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import HEADER_BYTES
-from qedfuse.ondisk.formats import is_qed
+from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, foreign_format, is_qed
 from qedfuse.ondisk.header import parse_header
 from qedfuse.remote.address import is_url
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 MAX_CHAIN_DEPTH: Final = 64
 """Maximum number of backing files in a chain."""
@@ -53,46 +53,97 @@ def backing_path(image: str, name: str, directory: str = "") -> str:
 
 
 def chain_paths(image: str, directory: str = "") -> Iterator[str]:
-    """Yield the paths of the bases of an image, from the first down, by reading headers only.
+    """Yield the paths of the files from which an image is read, from the top, by headers only.
+
+    These are its bases, and of an image in a format of QEMU also the files that have its data.  The
+    image itself is left out, unless the chain is a loop.
 
     The chain ends with a file that is raw, has no base, cannot be read or parsed, or is a URL.  The
-    last path may lead to no file.  At most `MAX_CHAIN_DEPTH` + 1 paths are yielded, even if the
-    chain is a loop.
+    last path may lead to no file.  At most `MAX_CHAIN_DEPTH` + 1 paths of bases are yielded, even
+    if the chain is a loop, and at most `MAX_EXTENTS` other paths for each base.
 
     Names after ``file:`` are relative to ``directory``, as for `backing_path`.
     """
-    path = image
+    path, stated = image, None
     for _ in range(MAX_CHAIN_DEPTH + 1):
-        name, is_raw = _base_of(path)
-        if not name:
+        named = _files_named_by(path, stated)
+        for other in named.data:
+            yield backing_path(path, other, directory)
+        if not named.base:
             return
-        path = backing_path(path, name, directory)
+        path, stated = backing_path(path, named.base, directory), named.base_driver
         yield path
-        if is_raw:
+        if stated == "raw":
             return
 
 
-def _base_of(path: str) -> tuple[str, bool]:
-    """Return the name of an image's base, and whether the header says that the base is raw.
+class _NamedFiles(NamedTuple):
+    """The names of files in the header of an image.
 
-    The name is empty if there is none, or if the file cannot be used.
+    Attributes:
+        base: Name of the base; empty if there is none, or if the file cannot be used.
+        base_driver: Format of the base, as QEMU calls it; None if the header does not state it.
+        data: Names of the files that have the image's own data, if these are separate files.
+    """
+
+    base: str
+    base_driver: str | None = None
+    data: Sequence[str] = ()
+
+
+_NO_FILES: Final = _NamedFiles("")
+
+
+def _files_named_by(path: str, driver: str | None) -> _NamedFiles:
+    """Return the names in the header of an image.
+
+    ``driver`` is the format, as QEMU calls it; None to detect the format from the first bytes.
     """
     if is_url(path):  # a URL is not opened here
-        return "", True
+        return _NO_FILES
     try:
         fd = open_regular(path, os.O_RDONLY)
     except (OSError, QedError):
-        return "", True
+        return _NO_FILES
     try:
-        header_bytes = os.pread(fd, HEADER_BYTES, 0)
-        if not is_qed(header_bytes):
-            return "", True
-        header = parse_header(header_bytes, path)
-        if not header.has_backing:
-            return "", True
-        raw = os.pread(fd, header.backing_filename_size, header.backing_filename_offset)
-        return os.fsdecode(raw) if b"\0" not in raw else "", header.backing_is_raw
+        start = os.pread(fd, SIGNATURE_BYTES, 0)
+        if driver is None and is_qed(start):
+            driver = "qed"
+        elif driver is None and (found := foreign_format(start)) is not None:
+            driver = DRIVERS[found]
+        if driver == "qed":
+            return _names_in_qed(fd, path)
+        return _NO_FILES if driver is None else _names_in_foreign(fd, path, driver)
     except (OSError, QedError):
-        return "", True
+        return _NO_FILES
     finally:
         os.close(fd)
+
+
+def _names_in_qed(fd: int, path: str) -> _NamedFiles:
+    """Return the name in the header of a QED image."""
+    header = parse_header(os.pread(fd, HEADER_BYTES, 0), path)
+    if not header.has_backing:
+        return _NO_FILES
+    raw = os.pread(fd, header.backing_filename_size, header.backing_filename_offset)
+    return _NamedFiles(_usable_name(raw), "raw" if header.backing_is_raw else None)
+
+
+def _names_in_foreign(fd: int, path: str, driver: str) -> _NamedFiles:
+    """Return the names in the header of an image in a format of QEMU."""
+    # Imported late, because loading the module takes time, and most chains have no such image.
+    from qedfuse.foreign.links import MAX_EXTENTS, RAW_DRIVERS, read_links  # noqa: PLC0415
+
+    links = read_links(fd, driver, path)
+    stated = links.backing_driver
+    data = [_usable_name(name) for name in (links.data_file, *links.extents[:MAX_EXTENTS])]
+    return _NamedFiles(
+        _usable_name(links.backing),
+        "raw" if stated in RAW_DRIVERS else stated,
+        [name for name in data if name],
+    )
+
+
+def _usable_name(raw: bytes) -> str:
+    """Return a stored name as a string; empty for a name that no file can have."""
+    return "" if b"\0" in raw else os.fsdecode(raw)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.basepolicy import checked_name, open_local_base
-from qedfuse.errors import BackingRefusedError, UsageError
+from qedfuse.errors import BackingError, BackingRefusedError, UsageError
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.formats import DRIVERS, foreign_format
 from qedfuse.remote.address import is_url, shown_name
 from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
 
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.disk.options import BackingPolicy, OpenOptions
@@ -113,6 +113,34 @@ def graph_of(file: ReadableFile) -> Graph | None:
     """Return the files from which QEMU serves a disk, bases included; None for other disks."""
     graph: Graph | None = getattr(file, "graph", None)
     return graph
+
+
+def files_of(file: ReadableFile) -> Sequence[ReadableFile]:
+    """Return the open files that have the bytes of a file of a chain, the file itself first.
+
+    If QEMU serves the file, these are the image and all files that it and its bases name.
+    """
+    graph = graph_of(file)
+    return [file] if graph is None else [*graph.files, *graph.extents]
+
+
+def refuse_loop(disk: ReadableFile, image: str, above: Container[FileIdentity]) -> None:
+    """Refuse a base that is read from an image above it.
+
+    The chain below a disk that QEMU serves is known only when QEMU has opened the disk.
+
+    Args:
+        disk: The open base; only a disk that QEMU serves can be refused.
+        image: Name in messages of the image whose base it is.
+        above: The identities of the images above the base.
+
+    Raises:
+        BackingError: The base is read from one of these images.
+    """
+    for file in files_of(disk)[1:]:
+        if file.identity in above:
+            msg = f"{image}: backing file {disk.name}: found a loop in the chain through "
+            raise BackingError(msg + file.name)
 
 
 def start_maps(layers: Iterable[Layer]) -> None:

@@ -6,6 +6,7 @@ import os
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+from qedfuse.disk.lookup.foreignopening import files_of
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import UsageError
 from qedfuse.hostio.regular import identity_of
@@ -66,8 +67,9 @@ async def convert(
 
     Raises:
         UsageError: The arguments contradict each other, or do not fit the source or the target.  Or
-            the target is a URL, is the source or one of its bases, or cannot hold a disk of this
-            size.  Or it exists, and neither ``overwrite`` nor ``into_existing`` is set.
+            the target is a URL, is the source or a file from which the source is read, or cannot
+            hold a disk of this size.  Or it exists, and neither ``overwrite`` nor
+            ``into_existing`` is set.
         ImageInUseError: The source, the target or the file to replace is in use by another
             program.  Or another file has taken the name of the target during the copy.
         BackingError: The backing file cannot be used.
@@ -112,13 +114,17 @@ async def convert(
 
 
 def _refuse_same_file(source: Source, target_path: str) -> None:
-    """Refuse a target that is the source or one of its bases; ignore one that does not exist."""
+    """Refuse a target from which the source is read; ignore one that does not exist."""
     try:
         target = os.stat(target_path)  # noqa: PTH116  a name, not a Path
     except OSError:
         return
-    for depth, file in enumerate(source.layer_files()):
-        if file.identity == identity_of(target):
+    for depth, layer in enumerate(source.layer_files()):
+        for number, file in enumerate(files_of(layer)):
+            if file.identity != identity_of(target):
+                continue
             found = "a base of the source" if depth else "the source itself"
+            if number:
+                found = "a file from which the source is read"
             msg = f"{printable(target_path)}: target: found {found}, expected another file"
             raise UsageError(msg)
