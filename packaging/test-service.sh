@@ -111,6 +111,29 @@ first_boot() {
     ! journalctl -q -u qedfuse@vm -p warning --no-pager | grep . || say "note: warnings of the service, see above"
     journalctl -u qedfuse@vm --no-pager -o cat
 
+    say "A disk that stays in use for longer than a stop may take"
+    qedimg create -q /srv/images/busy.qed 64M
+    printf 'IMAGE=/srv/images/busy.qed\nMOUNTPOINT=/mnt/file\n' >/etc/qedfuse/busy.conf
+    mkdir -p /run/systemd/system/qedfuse@busy.service.d
+    printf '[Service]\nTimeoutStopSec=5\n' >/run/systemd/system/qedfuse@busy.service.d/limit.conf
+    systemctl daemon-reload
+    systemctl start qedfuse@busy
+    exec 5<>/mnt/file/busy.raw
+    systemctl stop --no-block qedfuse@busy
+    # shellcheck disable=SC2016  # expanded by wait_for
+    wait_for '[ "$(systemctl show -P SubState qedfuse@busy)" = stop-sigterm ]'
+    printf later | dd of=/mnt/file/busy.raw bs=4096 seek=1 conv=notrunc status=none # not durable yet
+    # shellcheck disable=SC2016  # expanded by wait_for
+    wait_for '[ "$(systemctl is-active qedfuse@busy)" = failed ]'
+    exec 5>&-
+    expect "$(systemctl show -P Result qedfuse@busy)" timeout
+    is_clean /srv/images/busy.qed
+    systemctl start qedfuse@busy
+    expect "$(get /mnt/file/busy.raw)" later
+    systemctl stop qedfuse@busy
+    rm -r /etc/qedfuse/busy.conf /run/systemd/system/qedfuse@busy.service.d
+    systemctl daemon-reload
+
     say "Messages of a service that cannot start"
     printf 'IMAGE=/srv/images/none.qed\nMOUNTPOINT=/mnt/file\n' >/etc/qedfuse/none.conf
     ! systemctl start qedfuse@none 2>/dev/null || die "started without an image"

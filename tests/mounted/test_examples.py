@@ -233,6 +233,22 @@ def read_unit(name: str) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "packaging/qedfuse@.service",
+        "examples/systemd/qedfuse-vm.service",
+        "examples/systemd/mnt-vm.mount",
+    ],
+)
+def test_no_unit_lets_a_stop_kill_the_server(unit: str) -> None:
+    """The last signal of a stop is a second SIGTERM, after which everything is made durable."""
+    lines = (ROOT / unit).read_text(encoding="utf-8").splitlines()
+    assert "FinalKillSignal=SIGTERM" in lines
+    # Without a limit of its own a stop would end with that signal after 90 seconds.
+    assert {"TimeoutStopSec=10min", "TimeoutSec=10min"} & set(lines)
+
+
 def test_mount_units_do_what_the_fstab_does(installation: Path, image: Path) -> None:
     """mount(8), run as systemd runs it for the mount units, mounts the disk and its file system."""
     commands = []
