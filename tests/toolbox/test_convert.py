@@ -699,6 +699,30 @@ def test_a_bad_entry_ends_the_conversion(
     assert names(tmp_path) == {"a.qed"}
 
 
+@pytest.mark.expect_log("the copy ended early")
+@pytest.mark.parametrize("form", ["qed", "raw"])
+def test_a_failed_copy_into_an_existing_disk_is_reported(
+    form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If the source cannot be read to its end, a line says that the target may be mixed."""
+    image = qemu.create(tmp_path / "a.qed", 16 << 20)
+    qemu.io(image, "write -P 1 0 16M")
+    target = qemu.create(tmp_path / "target", 16 << 20, image_format=form)
+    words = ["convert", "-n", "-O", form, str(image), str(target)]
+    assert main(words) == 0
+    assert not caplog.messages
+    content = bytearray(image.read_bytes())
+    put_entry(content, l2_entry_offset(content, 255), 1 << 40)
+    image.write_bytes(content)
+    assert main(words) == 13
+    partial = f"{target}: the copy ended early: old and new content may be mixed"
+    assert caplog.messages == [partial]
+    # A target that is refused has not been written to.
+    os.truncate(image, 65536)
+    assert main([*words[:-1], str(tmp_path / "missing")]) > 0
+    assert caplog.messages == [partial]
+
+
 def test_large_clusters_and_disks_take_little_memory(tmp_path: Path) -> None:
     """Neither clusters of 64 MiB nor a sparse disk of 64 TiB take more than 256 MiB of memory."""
     raw = tmp_path / "a.raw"

@@ -254,3 +254,38 @@ def test_interrupted_at_any_moment(name: str, kind: str, tmp_path: Path) -> None
             assert run(case, directory, 0, kind)[0] == DONE
             assert_left_sound(case, directory, disk, before, DONE)
     assert interrupted > 0
+
+
+_SECOND_CHUNK: Final = """
+import os, signal
+from qedfuse.tools.target.qedtarget import ExistingQedTarget
+from qedfuse.tools.target.rawtarget import ExistingRawTarget
+
+def interrupting(write_chunk):
+    async def write(self, start, *arguments):
+        await write_chunk(self, start, *arguments)
+        if start:
+            os.kill(os.getpid(), signal.SIGINT)
+    return write
+
+for kind in (ExistingQedTarget, ExistingRawTarget):
+    kind.write_chunk = interrupting(kind.write_chunk)
+"""
+
+
+@pytest.mark.parametrize("form", ["qed", "raw"])
+def test_a_partial_copy_into_an_existing_disk_is_reported(form: str, tmp_path: Path) -> None:
+    """After an interruption of -n a line names the target, and the same command completes it."""
+    old, new = b"o" * (16 << 20), b"n" * (16 << 20)
+    (tmp_path / "old").write_bytes(old)
+    (tmp_path / "new").write_bytes(new)
+    target, flat = tmp_path / "target", tmp_path / "flat"
+    qemu.convert(tmp_path / "old", target, source_format="raw", target_format=form)
+    words = ["convert", "-n", "-f", "raw", "-O", form, "new", "target"]
+    done = programs.run("qedimg", *words, timeout=60, patch=_SECOND_CHUNK, cwd=tmp_path)
+    assert done.returncode == INTERRUPTED
+    partial = "qedimg: target: the copy ended early: old and new content may be mixed\n"
+    assert done.stderr == partial + "qedimg: interrupted\n"
+    assert set(qemu.convert(target, flat, source_format=form).read_bytes()) == set(b"on")
+    assert programs.qedimg(*words, cwd=tmp_path) == (DONE, "", "")
+    assert qemu.convert(target, flat, source_format=form).read_bytes() == new

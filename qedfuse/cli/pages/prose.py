@@ -37,7 +37,10 @@ never opens a base.
 
 QEDIMG_SIGNALS: Final = """\
 `SIGINT`, `SIGTERM` and `SIGHUP` end a command cleanly: a partial file is removed, and an
-image that was being changed is closed in a sound state.  `SIGUSR1` prints the progress.  A
+image that was being changed is closed in a sound state.  `convert -n`
+and `commit` write into an existing disk, which has only a part of the new content then; run
+the same command again.  After a `convert -n` that has not completed a line names that disk.
+`SIGUSR1` prints the progress.  A
 progress bar appears on a terminal if the work takes more than a second.
 """
 

@@ -79,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n",
         dest="into_existing",
         action="store_true",
-        help="write into TARGET, which must exist and be at least as large as the disk of SOURCE",
+        help="write into TARGET, which must exist and be at least as large as the disk of SOURCE; "
+        "the rest of a larger disk is unchanged; after an interruption old and new content may be "
+        "mixed",
     )
     parser.add_argument(
         "-t",

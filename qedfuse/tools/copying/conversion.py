@@ -20,7 +20,7 @@ from qedfuse.tools.common.formatprobe import probe_format
 from qedfuse.tools.common.newbacking import refuse_backing_loop
 from qedfuse.tools.common.pipe import open_stream
 from qedfuse.tools.copying.compare import verify_copy
-from qedfuse.tools.copying.diskcopy import DiskCopy
+from qedfuse.tools.copying.diskcopy import DiskCopy, logging_partial_copy
 from qedfuse.tools.copying.foreignimage import foreign_image
 from qedfuse.tools.copying.imagespec import open_new_base, qed_target
 from qedfuse.tools.copying.streamcopy import copy_stream
@@ -226,7 +226,8 @@ class Conversion:
         options = replace(self._options, force_share=False)
         async with open_writable(self._path, options) as disk:
             self._refuse_too_small(disk.size)
-            size, data_bytes = await self._copy(ExistingQedTarget(disk))
+            with logging_partial_copy(self._name):
+                size, data_bytes = await self._copy(ExistingQedTarget(disk))
             length = disk.fstat().st_size
         with suppress(OSError):
             # The close has perhaps cut off free clusters, or stored a free list.
@@ -249,7 +250,8 @@ class Conversion:
             length = length_of(fd, self._name)
             self._refuse_too_small(length)
             target = ExistingRawTarget(fd, self._name, durable=self._durable)
-            size, data_bytes = await self._copy(target)
+            with logging_partial_copy(self._name):
+                size, data_bytes = await self._copy(target)
             return size, length, data_bytes
         finally:
             os.close(fd)

@@ -7,7 +7,8 @@ after the other.
 
 from __future__ import annotations
 
-from contextlib import aclosing
+import logging
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -22,7 +23,7 @@ from qedfuse.util.backgroundtasks import periodic_progress
 from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Literal
 
     from qedfuse.tools.common.blocks import Bytes, Mask
@@ -34,11 +35,27 @@ if TYPE_CHECKING:
 
     WriteBehindMode = Literal["wait", "if fast", "off"]
 
+_log = logging.getLogger(__name__)
+
 DEFAULT_STREAMS: Final = 4
 """Default maximum number of chunks that are copied at the same time."""
 
 _MAX_BUFFER_BYTES: Final = 64 << 20
 """Maximum size of all buffers together, unless the buffers for a single chunk need more."""
+
+
+@contextmanager
+def logging_partial_copy(name: str) -> Iterator[None]:
+    """Log an error about the target ``name``, an existing disk, if the block raises.
+
+    A new file gets its name only when it is complete, but after an interruption nothing in an
+    existing disk shows that only a part of the copy is in it.
+    """
+    try:
+        yield
+    except BaseException:  # a cancellation included
+        _log.error("%s: the copy ended early: old and new content may be mixed", name)
+        raise
 
 
 class DiskCopy:

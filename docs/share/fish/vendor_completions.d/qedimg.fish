@@ -143,7 +143,7 @@ complete -c qedimg -n '__qedimg_is convert' -l table-size -x -d 'clusters in a t
 complete -c qedimg -n '__qedimg_is convert' -s o -x -d 'the same settings in qemu-img\'s form, with these keys: backing_file, backing_fmt, cluster_size, table_size'
 complete -c qedimg -n '__qedimg_is convert' -s S -x -d 'write a run of zeros as data if it is shorter than SIZE; 0: write all zeros as data (4K)'
 complete -c qedimg -n '__qedimg_is convert' -s m -x -d 'number of chunks that are copied in parallel, 1 to 16 (4)'
-complete -c qedimg -n '__qedimg_is convert' -s n -d 'write into TARGET, which must exist and be at least as large as the disk of SOURCE'
+complete -c qedimg -n '__qedimg_is convert' -s n -d 'write into TARGET, which must exist and be at least as large as the disk of SOURCE; the rest of a larger disk is unchanged; after an interruption old and new content may be mixed'
 complete -c qedimg -n '__qedimg_is convert' -s t -x -a 'writeback unsafe' -d 'writeback (default): TARGET, if not a pipe, is durable when the command ends; unsafe (default of qemu-img): TARGET is flushed only if it is an existing QED image'
 complete -c qedimg -n '__qedimg_is convert' -l compare -d 'compare the copy with SOURCE; a new TARGET gets its name only if they are equal'
 complete -c qedimg -n '__qedimg_is convert' -l force -d 'replace TARGET if it exists and is not in use'
