@@ -273,7 +273,7 @@ class Disk(GuestChanges):
         """Return the statistics of the host's file system that holds the image.
 
         Raises:
-            OSError: The call failed.
+            HostError: The call failed.
         """
         return self._file.statvfs()
 

@@ -128,7 +128,7 @@ class ReadableFile(Protocol):
         """Return the attributes of the file system that holds the file (statvfs(3)).
 
         Raises:
-            OSError: A system call failed.
+            HostError: A system call failed.
         """
 
     def stop_fetching(self) -> None:

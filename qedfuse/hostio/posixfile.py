@@ -117,9 +117,12 @@ class PosixFile(PosixReader):
         """Return the attributes of the file system that holds the file (statvfs(3)).
 
         Raises:
-            OSError: A system call failed.
+            HostError: A system call failed.
         """
-        return os.fstatvfs(self.fd)
+        try:
+            return os.fstatvfs(self.fd)
+        except OSError as error:
+            raise self._failed(error, "statvfs") from error
 
     def try_write(self, offset: int, data: Buffer) -> bool:
         """Write ``data`` at a file offset without blocking; return whether that succeeded.

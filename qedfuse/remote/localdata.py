@@ -165,16 +165,15 @@ class LocalData:
     def statvfs(self) -> os.statvfs_result:
         """Return the attributes of the file system of the cache, without waiting for a server.
 
-        If calls may wait for a server, or after `close`, the attributes are those that the file
-        system had when this object was made.
-
-        Raises:
-            OSError: A system call failed.
+        If calls may wait for a server or fail, or after `close`, the attributes are those that the
+        file system had when this object was made.
         """
         if self._waits_for_server or not self._use.enter():
             return self._space
         try:
             return os.fstatvfs(self._fd)
+        except OSError:
+            return self._space
         finally:
             self._use.leave()
 

@@ -1,9 +1,11 @@
-"""A host file that does not answer delays only its own disk."""
+"""A host file that does not answer, or fails, affects only its own disk."""
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -258,3 +260,39 @@ def test_several_host_files_that_hang_delay_only_their_own_disks(
         for file in files:
             file.release()
         assert all(one.result() for one in waiting)
+
+
+UNCACHED: Final = """
+import qedfuse.mount.fuse.attributes
+qedfuse.mount.fuse.attributes._ATTR_TIMEOUT_SECONDS = 0.0
+"""
+"""Code that makes the kernel ask the server for attributes each time."""
+
+
+def test_a_host_file_that_fails_does_not_hide_other_disks(tmp_path: Path) -> None:
+    """The directory still has its attributes and all names if the host refuses those of one file.
+
+    Requests that need the file itself fail with the host's error.
+    """
+    for name in ("dead", "good"):
+        qemu.create(tmp_path / f"{name}.qed", DISK_BYTES)
+    paths = (tmp_path / "host" / "dead.qed", tmp_path / "good.qed")
+    with (
+        stalling(tmp_path / "dead.qed", tmp_path / "host", attr_timeout=0) as file,
+        front(*paths, tmp_path / "mnt", prelude=UNCACHED) as mount,
+    ):
+        before = mount.mountpoint.stat()
+        file.kill()
+        names = ["dead.raw", "good.raw"]
+        assert sorted(os.listdir(mount.mountpoint)) == names  # noqa: PTH208  reads only names
+        assert sorted(entry.name for entry in mount.mountpoint.iterdir()) == names
+        assert mount.mountpoint.stat().st_mtime == before.st_mtime
+        assert (mount.mountpoint / "good.raw").read_bytes() == bytes(DISK_BYTES)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            (mount.mountpoint / "dead.raw").stat()
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            os.statvfs(mount.mountpoint)  # that of the first disk
+        mount.signal(signal.SIGTERM)
+        _code, log = mount.finish()
+    assert "statvfs: Transport endpoint is not connected" in log
+    assert "internal error" not in log

@@ -36,8 +36,9 @@ def _report(line: str) -> None:
 class _Stalling(pyfuse3.Operations):
     """Shows one file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, attr_timeout: float) -> None:
         super().__init__()
+        self.attr_timeout = attr_timeout
         self.fd = os.open(path, os.O_RDWR)
         self.name = os.fsencode(path.name)
         self.released = trio.Event()
@@ -61,6 +62,7 @@ class _Stalling(pyfuse3.Operations):
         entry.st_size = found.st_size if inode == FILE_INODE else 0
         entry.st_nlink = 1
         entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+        entry.attr_timeout = self.attr_timeout
         return entry
 
     async def lookup(
@@ -119,9 +121,9 @@ class _Stalling(pyfuse3.Operations):
         return found
 
 
-async def _serve(path: Path, mountpoint: Path) -> None:
+async def _serve(path: Path, mountpoint: Path, attr_timeout: float) -> None:
     """Mount, and obey standard input until it ends."""
-    operations = _Stalling(path)
+    operations = _Stalling(path, attr_timeout)
     pyfuse3.init(operations, os.fspath(mountpoint), {"fsname=stallingfs"})
     _report("mounted")
     async with trio.open_nursery() as nursery:
@@ -173,13 +175,23 @@ class StallingFile:
         """Answer everything."""
         self._order("release")
 
+    def kill(self) -> None:
+        """End the server without an unmount, so that each call for the file fails with ENOTCONN."""
+        self._process.kill()
+        self._process.wait()
+
 
 @contextlib.contextmanager
-def stalling(path: Path, mountpoint: Path) -> Iterator[StallingFile]:
-    """Show a file at a mountpoint, which is made, for the block."""
+def stalling(
+    path: Path, mountpoint: Path, *, attr_timeout: float = 300.0
+) -> Iterator[StallingFile]:
+    """Show a file at a mountpoint, which is made, for the block.
+
+    The kernel may cache the attributes of the file for ``attr_timeout`` seconds.
+    """
     mountpoint.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.stallingfs", path, mountpoint],
+        [sys.executable, "-m", "tests.support.stallingfs", path, mountpoint, str(attr_timeout)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -199,4 +211,4 @@ def stalling(path: Path, mountpoint: Path) -> Iterator[StallingFile]:
 
 
 if __name__ == "__main__":
-    trio.run(_serve, Path(sys.argv[1]), Path(sys.argv[2]))
+    trio.run(_serve, Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))

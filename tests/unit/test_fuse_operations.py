@@ -289,6 +289,7 @@ class Stored:
 
     Attributes:
         blocks: The ``st_blocks`` of the image file; None if fstat(2) fails.
+        refusal: The error with which the host refuses the attributes; None if it does not.
     """
 
     size = 8192
@@ -297,6 +298,7 @@ class Stored:
     def __init__(self, blocks: int) -> None:
         """Take up some blocks."""
         self.blocks: int | None = blocks
+        self.refusal: HostError | None = None
 
     def stored_blocks(self) -> int:
         """Return the blocks of the image file."""
@@ -305,6 +307,8 @@ class Stored:
 
     def fstat(self) -> SimpleNamespace:
         """Return the status of the image file."""
+        if self.refusal is not None:
+            raise self.refusal
         if self.blocks is None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         times = dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), 0)
@@ -364,6 +368,55 @@ async def test_only_listed_disks_count_as_cached(monkeypatch: pytest.MonkeyPatch
         await handlers.readdir(1, 2, cast("ReaddirToken", None))
     assert [exported.cached_blocks for exported in disks] == [8, -1, -1]
     assert not list(replies)
+
+
+@pytest.mark.expect_log("vm.qed: stat: Stale file handle")
+async def test_a_listing_has_a_file_whose_attributes_the_host_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its attributes are the last known ones, if any, and the kernel must not cache them."""
+    first, never = Stored(8), Stored(8)
+    disks = export(first, never, Stored(24))
+    handlers = operations(disks)
+    await handlers.getattr(2, context())
+    first.refusal = never.refusal = HostError("vm.qed: stat: Stale file handle", errno.ESTALE)
+    listed: list[tuple[int, int, bool]] = []
+
+    def reply(_token: object, _name: bytes, entry: pyfuse3.EntryAttributes, _next: int) -> bool:
+        assert entry.st_size == Stored.size
+        assert bool(entry.attr_timeout) == bool(entry.entry_timeout)
+        listed.append((entry.st_ino, entry.st_blocks, bool(entry.attr_timeout)))
+        return True
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+    await handlers.readdir(1, 0, cast("ReaddirToken", None))
+    assert listed == [(2, 8, False), (3, 0, False), (4, 24, True)]
+    assert (await handlers.getattr(1, context())).st_mtime_ns == 0
+    with pytest.raises(FUSEError) as caught:
+        await handlers.getattr(2, context())
+    assert caught.value.errno == errno.ESTALE
+
+
+@pytest.mark.expect_log("vm.qed: datasync: Input/output error")
+async def test_fsyncdir_flushes_the_disks_after_one_that_fails() -> None:
+    """An fsync of the directory reports the first error after it has flushed all disks."""
+    flushed: list[int] = []
+
+    class Flushing:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        async def flush(self) -> None:
+            flushed.append(self.number)
+            if self.number == 0:
+                msg = "vm.qed: datasync: Input/output error"
+                raise HostError(msg, errno.EIO)
+
+    handlers = operations(export(Flushing(0), Flushing(1)))
+    with pytest.raises(FUSEError) as caught:
+        await handlers.fsyncdir(1, datasync=True)
+    assert caught.value.errno == errno.EIO
+    assert flushed == [0, 1]
 
 
 async def test_a_listing_goes_on_after_the_last_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
@@ -41,6 +42,10 @@ _BLOCK_BYTES: Final = 4096
 """The block size that programs are advised to use (``st_blksize``)."""
 _TIMES_TOLERANCE_NS: Final = 1_000_000_000
 """If both times differ by less than this from those of the image file, `set_times` does nothing."""
+_UNKNOWN_STATUS: Final = os.stat_result(
+    (0,) * 10, {"st_atime_ns": 0, "st_mtime_ns": 0, "st_ctime_ns": 0, "st_blocks": 0}
+)
+"""Stands for the status of an image file that the host has refused since the beginning."""
 
 
 def _mask(options: MountOptions) -> int:
@@ -58,10 +63,17 @@ def file_mode(options: MountOptions) -> int:
 
 
 class Attributes:
-    """Builds the attributes of disks and of the directory, for the replies to the kernel."""
+    """Builds the attributes of disks and of the directory, for the replies to the kernel.
+
+    The host may refuse the attributes of one image file, for example because its server has ended
+    (ENOTCONN) or the file was removed there (ESTALE).  Then the requests to that disk fail, but the
+    directory and its listing have the last known attributes, so that the other disks are found.
+    """
 
     def __init__(self, options: MountOptions) -> None:
         """Take owner and permissions from the options."""
+        # The last known status of the image file of each disk, by the identity of the disk.
+        self._last_status: dict[int, os.stat_result] = {}
         self._uid = os.getuid() if options.uid is None else options.uid
         self._gid = os.getgid() if options.gid is None else options.gid
         self._timeout = (
@@ -88,8 +100,37 @@ class Attributes:
         ``st_blocks`` is that of the image file too, or a partition's share of it.
         A caller that sends the attributes to the kernel must use `for_reply`, or must set
         ``exported.cached_blocks`` itself.
+
+        Raises:
+            HostError: The host refuses the attributes of the image file.
         """
+        return self._of_file(exported, self._read_status(exported))
+
+    def for_listing(self, exported: ExportedDisk) -> pyfuse3.EntryAttributes:
+        """Return the attributes of a disk for a listing of the directory; see `of_disk`.
+
+        If the host refuses those of the image file, they are the last known ones, and the kernel is
+        asked not to cache them, so that it gets the error when a program uses the name.
+        """
+        try:
+            return self.of_disk(exported)
+        except HostError:
+            entry = self._of_file(exported, self._known_status(exported))
+            entry.attr_timeout = entry.entry_timeout = 0
+            return entry
+
+    def _read_status(self, exported: ExportedDisk) -> os.stat_result:
+        """Return the status of the image file of a disk; raise HostError if the host refuses it."""
         status = exported.disk.fstat()
+        self._last_status[id(exported.whole_disk)] = status
+        return status
+
+    def _known_status(self, exported: ExportedDisk) -> os.stat_result:
+        """Return the last known status of the image file of a disk."""
+        return self._last_status.get(id(exported.whole_disk), _UNKNOWN_STATUS)
+
+    def _of_file(self, exported: ExportedDisk, status: os.stat_result) -> pyfuse3.EntryAttributes:
+        """Return the attributes of a disk whose image file has the status ``status``."""
         mode = self._file_mode & ~0o222 if exported.read_only else self._file_mode
         entry = self._common(exported.inode, mode, status)
         entry.st_size = exported.disk.size
@@ -102,7 +143,11 @@ class Attributes:
 
     def of_root(self, disks: Iterable[ExportedDisk]) -> pyfuse3.EntryAttributes:
         """Return the attributes of the directory, with the times of the newest image file."""
-        statuses = (exported.disk.fstat() for exported in disks)
+        statuses = []
+        for exported in disks:
+            with suppress(HostError):
+                self._read_status(exported)
+            statuses.append(self._known_status(exported))
         newest = max(statuses, key=lambda status: status.st_mtime_ns)
         entry = self._common(pyfuse3.ROOT_INODE, self._directory_mode, newest)
         entry.st_nlink = 2

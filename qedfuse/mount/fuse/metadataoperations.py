@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pyfuse3
 from pyfuse3 import FUSEError
 
+from qedfuse.errors import QedError
 from qedfuse.mount.fuse.attributes import Attributes, set_times
 from qedfuse.mount.fuse.handles import HANDLE_FLAGS
 from qedfuse.mount.fuse.requesterrors import RequestErrors, answered
@@ -264,7 +265,7 @@ class MetadataOperations(pyfuse3.Operations):
         for exported in self._exported_disks:  # by ascending inode number
             if exported.inode <= start_id:
                 continue
-            attributes = self._attributes.of_disk(exported)
+            attributes = self._attributes.for_listing(exported)
             if not pyfuse3.readdir_reply(token, exported.name, attributes, exported.inode):
                 break
             sent.append((exported, attributes.st_blocks))
@@ -285,17 +286,27 @@ class MetadataOperations(pyfuse3.Operations):
         """Make all writes so far to all disks durable.
 
         Raises:
-            FUSEError: A disk could not be made durable; the disks after it were not flushed.
+            FUSEError: A disk could not be made durable; the others were flushed nevertheless.
         """
+        failure: QedError | None = None
         for exported in self._exported_disks:
-            await exported.disk.flush()
+            try:
+                await exported.disk.flush()
+            except QedError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     @answered
     async def statfs(
         self,
         ctx: RequestContext,  # noqa: ARG002  an argument that pyfuse3 passes
     ) -> StatvfsData:
-        """Return the size and free space of the file system that stores the first disk's image."""
+        """Return the size and free space of the file system that stores the first disk's image.
+
+        Raises:
+            FUSEError: The errno with which the host refuses the call.
+        """
         host = next(iter(self._exported_disks)).disk.statvfs()
         reply = pyfuse3.StatvfsData()
         for name in (
