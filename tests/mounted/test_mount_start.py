@@ -573,6 +573,24 @@ def test_a_user_cannot_unmount_the_mount_of_another_user(user_directory: Path, i
         assert qedfuse("umount", mnt).returncode == 0
 
 
+INHERITED: Final = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+os.setresuid(65534, 65534, 65534)
+for _ in range(2):
+    assert os.pwrite(fd, b"x" * 4096, 0) == 4096
+    os.fsync(fd)
+assert os.lseek(fd, 0, os.SEEK_DATA) == 0
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_allow_root_serves_a_process_that_drops_its_privileges(image: Path, tmp_path: Path) -> None:
+    """A disk that root has opened can be written, flushed and searched by another user then."""
+    with mounted(image, tmp_path / "mnt", "-o", "allow_root") as directory:
+        subprocess.run([sys.executable, "-c", INHERITED, directory / "vm.raw"], check=True)
+
+
 def test_missing_permissions_are_explained(user_directory: Path) -> None:
     """allow_other, the FUSE device and others' images each have a message and an exit code."""
     own, mnt = user_directory / "vm.qed", user_directory / "mnt"

@@ -555,6 +555,37 @@ async def test_allow_root_refuses_other_users(
             assert caught.value.errno == errno.EACCES
 
 
+async def test_allow_root_serves_descriptors_that_another_user_has_inherited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an admitted open, requests that come with a handle are answered for every user.
+
+    The kernel sends them with the user of the calling process, for example of a daemon that has
+    opened the disk as root and dropped its privileges.
+    """
+    monkeypatch.setattr("os.getuid", lambda: 1000)
+    image = qemu.create(tmp_path / "vm.qed", 1 << 20)
+    times = pyfuse3.EntryAttributes()
+    times.st_atime_ns = times.st_mtime_ns = 1_000_000_000_000_000_000
+    fields = to_set("atime", "mtime")
+    async with open_disk(str(image), OpenOptions(writable=True)) as disk:
+        handlers = operations(export(disk), parse_options(["allow_root"]))
+        handle = (await handlers.open(2, os.O_RDWR, context(0))).fh
+        assert (await handlers.setattr(2, times, fields, handle, context(7))).st_ino == 2
+        assert image.stat().st_mtime_ns == times.st_mtime_ns
+        assert (await handlers.getattr(2, context(7))).st_ino == 2
+        for call in (
+            handlers.setattr(2, times, fields, None, context(7)),
+            handlers.getattr(1, context(7)),
+        ):
+            with pytest.raises(FUSEError) as caught:
+                await call
+            assert caught.value.errno == errno.EACCES
+        await handlers.release(handle)
+        with pytest.raises(FUSEError):
+            await handlers.getattr(2, context(7))
+
+
 async def test_handles_are_counted(tmp_path: Path) -> None:
     """The close of the last handle sets the event for which a shutdown waits."""
     image = qemu.create(tmp_path / "vm.qed", 4096)
@@ -628,7 +659,7 @@ async def test_fallocate_succeeds_if_another_request_grows_the_disk_meanwhile(
         handlers = operations(export(disk), parse_options(["growable"]))
         unused = cast("Any", None)
         handler = FallocateLseek(handlers, unused, unused, n)
-        handler(cast("Any", Request()), "fallocate", 0, 2, 0, 0, 2 << 20)
+        handler(cast("Any", Request()), "fallocate", 2, 0, 0, 2 << 20)
         with trio.fail_after(60):
             await answered.wait()
         assert (answers, calls, disk.size) == ([0], [0, 0], grown)
@@ -688,7 +719,7 @@ async def test_data_that_is_written_back_during_a_search_is_no_hole(
         disk.next_data = next_data_slowly  # type: ignore[method-assign]
         unused = cast("Any", None)
         handler = FallocateLseek(operations(disks), unused, unused, n)
-        handler(cast("Any", Request()), "lseek", 0, 2, whence, 0, 0)
+        handler(cast("Any", Request()), "lseek", 2, whence, 0, 0)
         with trio.fail_after(60):
             await answered.wait()
     assert found[0] is None, "the range was passed before the data was written"

@@ -34,8 +34,6 @@ CLUSTER: Final = 4096
 TABLE: Final = 512
 """Clusters that one table describes."""
 SPAN: Final = TABLE * CLUSTER
-USER: Final = 7
-"""The user of all requests (`Wire.send`)."""
 
 
 class Seeks:
@@ -43,25 +41,25 @@ class Seeks:
 
     Attributes:
         is_permitted: What the function returns that is asked whether the extension may answer.
-        asked: The arguments of that function.
+        asked: The argument of each call of that function, the inode.
         passed: The whence and the offset of the requests that the handler got.
     """
 
     def __init__(self, session: Session) -> None:
         """Send the requests of ``session``."""
         self.is_permitted = True
-        self.asked: list[tuple[int, int]] = []
+        self.asked: list[int] = []
         self.passed: list[tuple[int, int]] = []
         self._session = session
         assert extraops._extension is not None
         extraops._extension.set_handler(self._handle, self._may_seek)
 
-    def _may_seek(self, uid: int, inode: int) -> bool:
-        self.asked.append((uid, inode))
+    def _may_seek(self, inode: int) -> bool:
+        self.asked.append(inode)
         return self.is_permitted
 
     def _handle(self, request: Request, _name: str, *values: int) -> None:
-        _uid, _inode, whence, start, _length = values
+        _inode, whence, start, _length = values
         self.passed.append((whence, start))
         request.error(errno.ENOTSUP)
 
@@ -215,10 +213,10 @@ async def test_a_search_in_a_partition_ends_with_it(seeks: Seeks) -> None:
 
 
 async def test_only_a_permitted_search_is_answered(seeks: Seeks) -> None:
-    """Python is asked with the user and the inode, and gets the request if it says no."""
+    """Python is asked with the inode, and gets the request if it says no."""
     async with shown(seeks, build_image(SPAN, {3: b"x"})):
         assert seeks.seek(os.SEEK_DATA, 0) == 3 * CLUSTER
-        assert seeks.asked == [(USER, NODE)]
+        assert seeks.asked == [NODE]
         seeks.is_permitted = False
         assert seeks.seek(os.SEEK_DATA, 0) is None
 

@@ -49,8 +49,8 @@ static void call_handler(fuse_req_t request, const char *operation, fuse_ino_t i
         PyErr_SetString(PyExc_RuntimeError, "no handler is set");
     else
         result = PyObject_CallFunction(
-            handler, "OsIKiLL", self, operation, (unsigned int)fuse_req_ctx(request)->uid,
-            (unsigned long long)inode, mode, (long long)start, (long long)length);
+            handler, "OsKiLL", self, operation, (unsigned long long)inode, mode, (long long)start,
+            (long long)length);
     if (result == NULL)
         PyErr_WriteUnraisable(handler);
     Py_XDECREF(result);
@@ -66,12 +66,12 @@ static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t s
     call_handler(request, "fallocate", inode, mode, start, length);
 }
 
-int is_seek_permitted(fuse_req_t request, fuse_ino_t inode)
+int is_seek_permitted(fuse_ino_t inode)
 {
-    PyObject *result = may_seek == NULL ? NULL
-                                        : PyObject_CallFunction(
-                                              may_seek, "IK", (unsigned int)fuse_req_ctx(request)->uid,
-                                              (unsigned long long)inode);
+    PyObject *result = NULL;
+
+    if (may_seek != NULL)
+        result = PyObject_CallFunction(may_seek, "K", (unsigned long long)inode);
 
     PyErr_Clear(); /* the handler meets the same error, and reports it */
     Py_XDECREF(result);
@@ -275,7 +275,7 @@ static PyMethodDef module_methods[] = {
 };
 
 /* The same number as in extraops.py, and raised together with it (util/extensions.py). */
-#define INTERFACE 1
+#define INTERFACE 2
 
 static struct PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT,

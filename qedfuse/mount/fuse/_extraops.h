@@ -170,9 +170,9 @@ int write_in_place(uint64_t handle, const char *data, size_t size, off_t start);
 /* Prepares write_in_place().  Returns 0, or -1 with an exception (_inplacewrite.c). */
 int init_in_place_writes(void);
 
-/* Returns whether may_seek(uid, inode) permits an lseek; 0 if it raises.  The caller must hold the
+/* Returns whether may_seek(inode) permits an lseek; 0 if it raises.  The caller must hold the
  * GIL (_extraops.c). */
-int is_seek_permitted(fuse_req_t request, fuse_ino_t inode);
+int is_seek_permitted(fuse_ino_t inode);
 
 /* Answers lseek(2) for data or holes, if is_seek_permitted(), and returns 1; or returns 0 without
  * an answer.  The caller must hold the GIL (_seek.c). */

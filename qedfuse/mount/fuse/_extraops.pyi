@@ -13,8 +13,8 @@ class Request:
     def capsule(self) -> object: ...
 
 def set_handler(
-    handler: Callable[[Request, str, int, int, int, int, int], None] | None,
-    may_seek: Callable[[int, int], bool] | None = None,
+    handler: Callable[[Request, str, int, int, int, int], None] | None,
+    may_seek: Callable[[int], bool] | None = None,
     /,
 ) -> None: ...
 def defer_read() -> Request: ...

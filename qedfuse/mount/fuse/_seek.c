@@ -118,7 +118,7 @@ int answer_seek(fuse_req_t request, fuse_ino_t inode, int whence, off_t start)
     uint64_t limit, found;
     int is_found = 0;
 
-    if (view != NULL && view->cache_key != NULL && is_seek_permitted(request, inode)) {
+    if (view != NULL && view->cache_key != NULL && is_seek_permitted(inode)) {
         limit = view->window_start + (uint64_t)view_size(view);
         is_found = search(view, view->window_start + (uint64_t)start, limit, whence == SEEK_DATA, &found);
         if (is_found && whence == SEEK_DATA && found == limit)

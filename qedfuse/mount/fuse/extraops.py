@@ -24,21 +24,20 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.datarequests import DataRequests
     from qedfuse.mount.fuse.requestcounters import SharedCells
 
-    Handler = Callable[[Request, str, int, int, int, int, int], None]
-    """Called with the request, its name (``fallocate`` or ``lseek``), the user and the inode; then
-    the mode or the whence, the guest offset, and the length in bytes (without meaning for
-    lseek)."""
+    Handler = Callable[[Request, str, int, int, int, int], None]
+    """Called with the request, its name (``fallocate`` or ``lseek``) and the inode; then the mode
+    or the whence, the guest offset, and the length in bytes (without meaning for lseek)."""
 
-    MaySeek = Callable[[int, int], bool]
-    """Called with the user and the inode of an lseek request; returns whether the extension may
-    answer it from the tables.  It may not while the kernel may hold written data that the server
+    MaySeek = Callable[[int], bool]
+    """Called with the inode of an lseek request; returns whether the extension may answer it from
+    the tables.  It may not while the kernel may hold written data that the server
     has not received."""
 
     SlowAnswer = Callable[[Request, int, int, int], object]
     """Called with the request of a read, its handle, its guest offset and its length in bytes."""
 
 
-_INTERFACE: Final = 1
+_INTERFACE: Final = 2
 """The interface number of the extension."""
 
 

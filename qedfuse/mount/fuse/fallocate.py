@@ -45,6 +45,9 @@ _ZERO_RANGE: Final = 0x10
 class FallocateLseek:
     """Answers fallocate and lseek requests, each in a task of its own.
 
+    The user of a request is not looked at: it needs an open descriptor, and `Operations.open` has
+    checked the user who opened the file.
+
     The mount's extension in C answers an lseek itself if it can (`may_seek`, `_seek.c`).
     """
 
@@ -72,41 +75,33 @@ class FallocateLseek:
         self,
         request: Request,
         operation: str,
-        uid: int,
         inode: int,
         mode: int,
         start: int,
         length: int,
     ) -> None:
         """Start a task that answers a request; see `qedfuse.mount.fuse.extraops.Handler`."""
-        self._nursery.start_soon(self._answer, request, operation, uid, inode, mode, start, length)
+        self._nursery.start_soon(self._answer, request, operation, inode, mode, start, length)
 
-    def may_seek(self, uid: int, inode: int) -> bool:
-        """Return whether the extension may answer an lseek of a user itself.
+    def may_seek(self, inode: int) -> bool:
+        """Return whether the extension may answer an lseek itself.
 
-        Returns False if the kernel may have dirty pages, and for a refused user or unknown file.
+        Returns False if the kernel may have dirty pages, and for an unknown file.
         """
         exported = self._operations.disks.get(inode)
-        if exported is None or self._may_be_dirty(exported):
-            return False
-        try:
-            self._operations.admit(uid)
-        except FUSEError:
-            return False
-        return True
+        return exported is not None and not self._may_be_dirty(exported)
 
     async def _answer(
-        self, request: Request, operation: str, *values: *tuple[int, int, int, int, int]
+        self, request: Request, operation: str, *values: *tuple[int, int, int, int]
     ) -> None:
         """Carry out a request and answer it; an exception becomes the errno of the answer.
 
         If the task is cancelled, freeing ``request`` answers with EINTR.
         """
-        uid, inode, mode, start, length = values
+        inode, mode, start, length = values
         if self._operations.debug:
             _log.debug("%s%s", operation, (inode, mode, start, length))
         try:
-            self._operations.admit(uid)
             exported = self._operations.disk_of(inode)
             if operation == "lseek":
                 request.offset(await self._seek(exported, mode, start))

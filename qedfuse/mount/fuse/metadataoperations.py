@@ -173,11 +173,17 @@ class MetadataOperations(pyfuse3.Operations):
 
         Raises:
             FUSEError: ENOENT, no file has the inode; ESTALE, as in `disk_of`; EACCES, as in
-                `admit`.
+                `admit`, unless a handle of the disk is open.
         """
-        self.admit(ctx.uid)
         if self._is_root(inode):
+            self.admit(ctx.uid)
             return self._attributes.of_root(self._exported_disks)
+        exported = self.disks.get(inode)
+        if exported is None or not exported.handles:
+            self.admit(ctx.uid)
+        # Otherwise a process may have inherited a descriptor from an admitted one, and pyfuse3 does
+        # not pass whether the request belongs to a descriptor.  The kernel needs the attributes
+        # before a write.
         return self._attributes.for_reply(self.disk_of(inode))
 
     @answered
@@ -186,7 +192,7 @@ class MetadataOperations(pyfuse3.Operations):
         inode: int,
         attr: EntryAttributes,
         fields: SetattrFields,
-        fh: int | None,  # noqa: ARG002  an argument that pyfuse3 passes
+        fh: int | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
         """Set the times or the size of a disk, and return its new attributes.
@@ -198,10 +204,14 @@ class MetadataOperations(pyfuse3.Operations):
             FUSEError: EPERM, the inode is that of the directory, or the request would change the
                 owner or the permissions of a disk; EBUSY, the size would change, and a file of the
                 mount that shows a part of the same disk is open; ENOENT, no file has the inode;
-                ESTALE, as in `disk_of`; EACCES, as in `admit`; or the errno of an error of
-                `Truncation.set_size`.
+                ESTALE, as in `disk_of`; EACCES, as in `admit`, for a request without a handle; or
+                the errno of an error of `Truncation.set_size`.
         """
-        self.admit(ctx.uid)
+        if fh is None:
+            # With a handle, `Operations.open` has admitted the user who opened the disk.  The
+            # process may have inherited the descriptor: before its fsync the kernel sets the times,
+            # and after a failure it would send no FSYNC.
+            self.admit(ctx.uid)
         if self._is_root(inode):
             raise FUSEError(errno.EPERM)
         if fields.update_size:
