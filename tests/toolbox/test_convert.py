@@ -474,6 +474,52 @@ def test_the_text_of_qemu_img_does_not_matter(
     assert qemu.compare(source, new, second_format="qcow2")
 
 
+@pytest.mark.parametrize("way", ["over-base", "into-existing", "into-existing-over-base"])
+@pytest.mark.parametrize("is_hole", [False, True])
+def test_the_last_sector_of_a_raw_file_ends_with_zeros(
+    way: str, tmp_path: Path, *, is_hole: bool
+) -> None:
+    """Zeros follow a raw file that ends within a sector, whatever the target held there."""
+    length = (1 << 16) + 1000
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"B" * (1 << 20))
+    source = tmp_path / "odd.raw"
+    source.write_bytes(b"B" * (65536 if is_hole else length))
+    os.truncate(source, length)
+    ours, theirs = tmp_path / "ours.qed", tmp_path / "theirs.qed"
+    over = [] if way == "into-existing" else ["-B", str(base), "-F", "raw"]
+    if way == "over-base":
+        words = over
+    else:
+        for path in (ours, theirs):
+            qemu.create(path, 67072, backing=base if over else None, backing_format="raw")
+            qemu.io(path, "write -P 66 0 67072")
+        words = ["-n"]
+    assert main(["convert", "--compare", *words, str(source), str(ours)]) == 0
+    qemu.run("qemu-img", "convert", "-f", "raw", "-O", "qed", *words, source, theirs)
+    assert qemu.compare(ours, theirs, second_format="qed")
+    zeros = ours.with_suffix(".raw")
+    qemu.run("qemu-img", "convert", "-f", "qed", "-O", "raw", ours, zeros)
+    assert zeros.read_bytes()[length:66560] == bytes(66560 - length)
+    assert zeros.read_bytes()[:length] == source.read_bytes()
+
+
+def test_the_measured_length_counts_the_zeros_after_a_raw_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last cluster of a raw file that ends within a sector needs space if the zeros differ."""
+    base, source = tmp_path / "base.raw", tmp_path / "odd.raw"
+    base.write_bytes(b"B" * 1024)
+    source.write_bytes(b"B" * 1000)
+    over = ["-B", str(base), "-F", "raw"]
+    assert main(["measure", *over, "--output", "json", str(source)]) == 0
+    measured = json.loads(capsys.readouterr().out)["required"]
+    copy = tmp_path / "copy.qed"
+    assert main(["convert", *over, str(source), str(copy)]) == 0
+    assert measured == copy.stat().st_size
+    assert qemu.compare(copy, source, second_format="raw")
+
+
 MISTAKES: Final = {
     "exists": ("a.raw b.raw", "b.raw: exists already (--force"),
     "itself": ("--force a.raw a.raw", "a.raw: target: found the source itself"),

@@ -92,8 +92,10 @@ async def convert(
             stack.callback(stream.close)
             source = RawStream(stream, any_content=source_format == "raw")
         else:
+            # A new image without a base has zeros after the copy in any case.
+            whole = spec.format == "qed" and (into_existing or spec.backing is not None)
             source = await stack.enter_async_context(
-                open_source(source_path, source_format, options)
+                open_source(source_path, source_format, options, whole_sectors=whole)
             )
             _refuse_same_file(source, target_path)
         conversion = Conversion(

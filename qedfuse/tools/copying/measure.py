@@ -85,7 +85,10 @@ async def measure(
     _check_format(spec)
     options = options or OpenOptions()
     async with AsyncExitStack() as stack:
-        source = await stack.enter_async_context(open_source(path, source_format, options))
+        whole = spec.backing is not None
+        source = await stack.enter_async_context(
+            open_source(path, source_format, options, whole_sectors=whole)
+        )
         name = source.name
         if spec.format == "raw":
             raw = NewRawTarget(_NO_FILE, name, spec.sparse_size)

@@ -20,6 +20,7 @@ from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.regular import length_of, open_raw
+from qedfuse.ondisk.constants import SECTOR
 from qedfuse.ondisk.formats import SIGNATURE_BYTES
 from qedfuse.remote.address import is_url
 from qedfuse.text import printable
@@ -100,7 +101,10 @@ class RawSource:
     format: ImageFormat = "raw"
 
     def __init__(self, file: ReadableFile, size: int, *, is_device: bool = False) -> None:
-        """Prepare to read an open file of ``size`` bytes, which the caller closes later."""
+        """Prepare to read a disk from an open file, which the caller closes later.
+
+        If ``size``, the bytes of the disk, is more than the file has, zeros follow the file.
+        """
         self._file = file
         self.path = file.path
         self.name = file.name
@@ -134,11 +138,18 @@ def _limited(found: int | None, end: int) -> int:
     return end if found is None else min(found, end)
 
 
+def _rounded_up(size: int, unit: int) -> int:
+    """Return a size rounded up to a multiple of ``unit``."""
+    return -(-size // unit) * unit
+
+
 @asynccontextmanager
 async def open_source(
     path: str,
     format: FormatChoice = "auto",  # noqa: A002  the term of qemu-img
     options: OpenOptions | None = None,
+    *,
+    whole_sectors: bool = False,
 ) -> AsyncIterator[Source]:
     """Open and lock a disk for reading; close it at the end of the ``async with`` block.
 
@@ -149,6 +160,8 @@ async def open_source(
         path: An image, a file or block device with raw content, or a URL.
         format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the file; ``writable`` is ignored.  None for the defaults.
+        whole_sectors: Whether zeros extend a raw disk to whole sectors, as for QEMU and for a raw
+            base.  Needed for a copy to a QED disk where the last sector may hold other bytes.
 
     Raises:
         UsageError: The URL is not valid.  Or the format is ``auto``, and the disk is encrypted by
@@ -158,11 +171,12 @@ async def open_source(
             has an invalid header.  Or the backing policy refuses a base.
     """
     options = options or OpenOptions()
+    unit = SECTOR if whole_sectors else 1
     if format == "auto" and (driver := foreign_driver_of(path)) is not None:
         with open_image_file(path, options.read_lock) as file:
             _warn_if_named_raw(path, file.name, driver)
             async with foreign_disk(file, driver, options) as disk:
-                yield RawSource(disk, disk.size())
+                yield RawSource(disk, _rounded_up(disk.size(), unit))
         return
     if is_url(path):
         async with open_image(path, None, options.remote) as remote_file:
@@ -171,7 +185,7 @@ async def open_source(
                 format = format_of(signature, remote_file.name)  # noqa: A001
                 _warn_if_named_raw(path, remote_file.name, format)
             if format == "raw":
-                yield RawSource(remote_file, remote_file.size())
+                yield RawSource(remote_file, _rounded_up(remote_file.size(), unit))
                 return
             async with _qed_source(remote_file, path, options) as source:
                 yield source
@@ -193,7 +207,8 @@ async def open_source(
         if options.lock and not is_device:
             lock_image(file.fd, LockMode.to_read(share=options.force_share), file.name)
         # fstat(2) reports the length 0 for a block device, so `length_of` is used.
-        yield RawSource(file, length_of(file.fd, file.name), is_device=is_device)
+        size = _rounded_up(length_of(file.fd, file.name), unit)
+        yield RawSource(file, size, is_device=is_device)
     finally:
         file.close()
 
