@@ -587,6 +587,15 @@ MISTAKES: Final = {
         "-O vmdk -o subformat=twoGbMaxExtentFlat,adapter_type=ide a.raw x",
         "x: -o subformat=twoGbMaxExtentFlat,adapter_type=ide: found 2 files made by qemu-img",
     ),
+    "data-file": (
+        "-O qcow2 -o compat=1.1 -o lazy_refcounts=on,data_file=b.raw a.raw x",
+        "x: -o compat=1.1 lazy_refcounts=on,data_file=b.raw: found a file of its own for the data,",
+    ),
+    "data-file-on": (
+        "-O qcow2 -o data_file a.raw x",
+        "x: -o data_file: found a file of its own for the data, expected one file",
+    ),
+    "data-file-off": ("-O qcow2 -o nodata_file,compat=1.1 a.raw x", "found a file of its own for"),
 }
 IN_BASE: Final = {
     "missing": ("-B gone a.raw x", "x: backing file gone: cannot open"),

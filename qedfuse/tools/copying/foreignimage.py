@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from contextlib import asynccontextmanager, contextmanager
@@ -27,6 +28,10 @@ _MAX_SPARSE_BYTES: Final = 16 << 20
 
 _MAX_NAME_PREFIX_BYTES: Final = 200
 """Maximum bytes of the image's name in the temporary directory's name, because of NAME_MAX."""
+
+_DATA_FILE: Final = re.compile(r"(?:^|,)(?:no)?data_file(?:=|,|$)")
+"""The option of qcow2 for a separate file with the data.  Without a value the file is ``on`` or
+``off``."""
 
 
 @asynccontextmanager
@@ -109,9 +114,12 @@ async def _try_options(
         found = printable(wanted)
         msg = f"{name}: format: found {found}, expected one that qemu-img makes ({reason})"
         raise UsageError(msg)
-    if any("data_file=" in word for word in words):
-        # The trial would overwrite the data file, which may be a file of the user.
-        return
+    options = printable(" ".join(words[1::2]))
+    if any(_DATA_FILE.search(word.replace(",,", "")) for word in words[1::2]):
+        # qemu-img would overwrite the data file, which may be any file of the user, even before the
+        # copy is complete.  And it would not make the data durable.
+        msg = f"{name}: -o {options}: found a file of its own for the data, expected one file"
+        raise UsageError(msg)
     reason = await _run([*create, *words, image, str(_TRIAL_DISK_BYTES)], image)
     if reason is not None:
         msg = f"{name}: qemu-img: {reason}"
@@ -122,7 +130,6 @@ async def _try_options(
     if made != [wanted_name]:
         # Only a single file can be moved to the final name.  But qemu-img makes several files for a
         # VMDK of several extents, for example.
-        options = printable(" ".join(words[1::2]))
         found = f"{len(made)} files" if made else "no file"
         msg = f"{name}: -o {options}: found {found} made by qemu-img, expected one file"
         raise UsageError(msg)
