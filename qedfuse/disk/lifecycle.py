@@ -131,11 +131,15 @@ class Lifecycle:
 
         Clusters that have lost their reference are in quarantine first.  `Reclaim.run` frees them
         only after the scan for free clusters has ended.  So this method completes the scan if
-        clusters are in quarantine, or if the free list needs the scan.
+        clusters are in quarantine, or if the free list or `NeedCheck.clear` needs the scan.
         """
         components = self._components
         await components.flusher.flush()
-        needed = components.quarantine.count or components.persistent_free_list.needs_scan
+        needed = (
+            components.quarantine.count
+            or components.persistent_free_list.needs_scan
+            or components.needcheck.needs_scan
+        )
         if needed and not components.scan.finished.is_set():
             await components.scan.run()
         if components.reclaim.pending:

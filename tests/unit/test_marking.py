@@ -145,3 +145,19 @@ def test_a_drop_that_exceeds_the_limit_makes_the_marks_incomplete(
     marking.restart()
     marking.require_complete()
     assert marking.owners.owned(0, CLUSTERS) == 0b11 << 10
+
+
+def test_a_slice_that_exceeds_the_limit_makes_the_marks_incomplete(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Marking raises no error, so that the walk can go on; later slices are not marked."""
+    monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_BITMAP_CLUSTERS", 0)
+    monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_LISTED_CLUSTERS", 2)
+    marking = Marking(FreeMap(), "image")
+    marking.begin(CLUSTERS)
+    marking.restart()
+    marking.mark(TABLE, refer_to(3, 5, 6))
+    marking.mark(NEXT_TABLE, refer_to(8))
+    assert marking.owners.owned(0, CLUSTERS) == 0
+    with pytest.raises(NeedsCheckError, match="found more than 2 references"):
+        marking.require_complete()

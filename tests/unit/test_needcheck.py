@@ -12,7 +12,15 @@ from trio.testing import wait_all_tasks_blocked
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.errors import HostError
 from qedfuse.ondisk.constants import ZERO
-from tests.support.disks import WRITABLE, build_image, header_of, inspect_image, opened
+from tests.support.disks import (
+    WRITABLE,
+    build_image,
+    header_of,
+    inspect_image,
+    l2_entry_offset,
+    opened,
+    put_entry,
+)
 from tests.support.hostfiles import FailingFile, RecordingFile, Sync, Truncate, Write, apply
 
 if TYPE_CHECKING:
@@ -276,3 +284,107 @@ async def test_clearing_that_failed_is_tried_again(autojump_clock: MockClock) ->
         await trio.sleep(6)
         assert not in_file(recording)
     assert autojump_clock.current_time() >= 12
+
+
+FAR = 512
+"""A guest cluster that the second L2 table of `two_tables` describes."""
+
+
+def two_tables(*, dangling: bool, need_check: bool = False) -> bytearray:
+    """Return an image with two L2 tables; an entry of the second one may point past the end."""
+    clusters: dict[int, bytes | int] = {0: b"a", FAR: b"b"}
+    image = build_image(2 * FAR * CLUSTER, clusters, features=2 * need_check)
+    if dangling:
+        put_entry(image, l2_entry_offset(image, FAR + 1), len(image))
+    return image
+
+
+@pytest.mark.parametrize(
+    "dangling",
+    [False, pytest.param(True, marks=pytest.mark.expect_log("found invalid table entries"))],
+)
+async def test_not_cleared_over_a_grown_file_before_the_scan_has_ended(
+    autojump_clock: MockClock, *, dangling: bool
+) -> None:
+    """The idle disk keeps the bit until the scan has read all entries, some of which may be bad."""
+    recording = RecordingFile(two_tables(dangling=dangling))
+    file = FailingFile(recording)
+    held = file.hold("read", nth=4)
+    async with opened(file, options=IDLE) as disk:
+        with held:
+            await held.reached.wait()  # the second table has not been read
+            await disk.write(CLUSTER, b"new")
+            await trio.sleep(60)
+            assert in_file(recording)
+            changes = len(recording.changes)
+            await trio.sleep(60)
+            assert len(recording.changes) == changes, "each further attempt changes nothing"
+        await trio.sleep(60)
+        assert in_file(recording) == dangling
+    assert in_file(recording) == dangling
+    assert autojump_clock.current_time() >= 180
+
+
+@pytest.mark.parametrize(
+    "dangling",
+    [False, pytest.param(True, marks=pytest.mark.expect_log("found invalid table entries"))],
+)
+async def test_a_close_completes_the_scan_of_a_grown_file(*, dangling: bool) -> None:
+    """Before a close clears the bit it reads all entries, because one may point past the old end.
+
+    Otherwise such an entry and that of the new cluster would share the cluster from then on.
+    """
+    recording = RecordingFile(two_tables(dangling=dangling))
+    file = FailingFile(recording)
+    held = file.hold("read", nth=4)
+    async with opened(file) as disk:
+        with held:
+            await held.reached.wait()
+            await disk.write(CLUSTER, b"new")
+    assert in_file(recording) == dangling
+    assert bool(inspect_image(recording.content).errors) == dangling
+
+
+@pytest.mark.expect_log("Input/output error (while looking for free space)")
+@pytest.mark.expect_log("NEED_CHECK stays set, because the file has grown and the tables could")
+async def test_not_cleared_over_a_grown_file_after_a_failed_scan(
+    autojump_clock: MockClock,
+) -> None:
+    """A table that could not be read may have an entry that points to what the file has now."""
+    recording = RecordingFile(two_tables(dangling=True))
+    file = FailingFile(recording)
+    file.fail("read", nth=4)
+    async with opened(file, options=IDLE) as disk:
+        await disk.ensure_scanned()
+        await disk.write(CLUSTER, b"new")
+        await trio.sleep(60)
+        assert in_file(recording)
+    assert in_file(recording)
+    assert autojump_clock.current_time() >= 60
+
+
+@pytest.mark.expect_log("Input/output error (while looking for free space)")
+async def test_cleared_after_a_failed_scan_if_the_file_has_not_grown() -> None:
+    """Entries that could not be read still point past the end of a file that has not grown."""
+    recording = RecordingFile(two_tables(dangling=False, need_check=True))
+    file = FailingFile(recording)
+    file.fail("read", nth=4)
+    async with opened(file) as disk:
+        await disk.ensure_scanned()
+    assert not in_file(recording)
+
+
+@pytest.mark.expect_log("too large to check: found more than 5 references")
+@pytest.mark.parametrize("dangling", [False, True])
+async def test_a_scan_beyond_its_memory_still_validates_all_entries(
+    monkeypatch: pytest.MonkeyPatch, *, dangling: bool
+) -> None:
+    """An image that is too large to be checked does not keep the bit, unless an entry is bad."""
+    monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_BITMAP_CLUSTERS", 0)
+    # Header, L1 table, two L2 tables, and the cluster of the first table.
+    monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_LISTED_CLUSTERS", 5)
+    file = RecordingFile(two_tables(dangling=dangling))
+    async with opened(file) as disk:
+        await disk.ensure_scanned()
+        await disk.write(CLUSTER, b"new")
+    assert in_file(file) == dangling

@@ -258,7 +258,8 @@ async def test_what_a_wild_entry_may_have_pointed_to_is_kept(level: int) -> None
 
 
 @pytest.mark.expect_log("read: Input/output error (while looking for free space)")
-async def test_a_scan_that_fails_costs_only_space() -> None:
+@pytest.mark.expect_log("NEED_CHECK stays set, because the file has grown")
+async def test_a_disk_works_after_a_failed_scan() -> None:
     """After a failed scan the disk works and uses no dropped cluster again."""
     file = FailingFile(MemoryFile(leaky(3)))
     file.fail("read", nth=3)
@@ -331,10 +332,10 @@ async def test_a_discard_that_exceeds_the_limit_of_the_scan(
     assert inspect_image(inner.content).errors == ()
 
 
-async def test_closing_waits_for_the_scan_only_to_free_clusters(
+async def test_closing_waits_for_the_scan_only_if_it_needs_the_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A close waits for the scan only if there are clusters to return to the host."""
+    """A close waits for the scan if there are clusters to free, or if the file has grown."""
     runs = 0
     walk = Scan._walk
 
@@ -350,6 +351,11 @@ async def test_closing_waits_for_the_scan_only_to_free_clusters(
     async with opened(file) as disk:
         await disk.write(0, b"in place")
     assert runs == 1
+    runs = 0
+    file = MemoryFile(file.content)
+    async with opened(file) as disk:
+        await disk.write(20 * CLUSTER, b"new")
+    assert runs == 2
     runs = 0
     file = MemoryFile(file.content)
     async with opened(file) as disk:

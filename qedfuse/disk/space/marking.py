@@ -57,7 +57,7 @@ class Marking:
         self._dropped = empty.empty_like()
         self._marked_up_to = _BEFORE_FIRST_SLICE
         self._clusters = 0
-        # The error because of which `record_drop` could not mark clusters; None without one.
+        # The error because of which clusters could not be marked; None without one.
         self._limit_error: NeedsCheckError | None = None
 
     @property
@@ -93,18 +93,23 @@ class Marking:
 
         The caller must mark the slices in ascending order of their file offsets.
 
-        Raises:
-            NeedsCheckError: See `OwnerBitmap.claim`.
+        No error is raised, because the caller must also validate the entries of the slices that
+        follow; `require_complete` raises it later.
         """
+        self._marked_up_to = offset
+        if self._limit_error is not None:
+            return
         # Ignore clusters that were added to the file since the scan began.
         clusters = clusters[clusters < self.owners.clusters]
-        # A cluster that had an owner when the scan began is not handed out again before the
-        # scan ends.  So a second reference to it means that two owners claim the cluster.
-        self._marked_duplicates += int(self.owners.claim(clusters).sum())
-        self._marked_up_to = offset
+        try:
+            # A cluster that had an owner when the scan began is not handed out again before the
+            # scan ends.  So a second reference to it means that two owners claim the cluster.
+            self._marked_duplicates += int(self.owners.claim(clusters).sum())
+        except NeedsCheckError as error:
+            self._limit_error = error
 
     def require_complete(self) -> None:
-        """Raise NeedsCheckError if `record_drop` could not mark a cluster since `restart`.
+        """Raise NeedsCheckError if a cluster could not be marked since `restart`.
 
         A second owner of such a cluster may not have been found.
         """

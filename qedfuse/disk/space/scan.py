@@ -72,6 +72,9 @@ class Scan:
     """The one scan of an open image.
 
     Attributes:
+        end_at_begin: File offset of the end of the last whole cluster when `begin` was called.
+        entries_validated: Whether the scan has read, and so validated, all entries that the tables
+            had when `begin` was called, even if it has failed later for a lack of memory.
         finished: Set when the scan has ended, successfully or not.
     """
 
@@ -88,7 +91,8 @@ class Scan:
         self._reclaim = reclaim
         self._marking = marking
         self._tables: NDArray[np.uint64] = np.empty(0, np.uint64)
-        self._end_at_begin = 0
+        self.end_at_begin = 0
+        self.entries_validated = False
         self._has_bad_entries = False
         self._scanned_tables = self._loaded_slices = 0
         self._lock = trio.Lock()
@@ -101,8 +105,8 @@ class Scan:
         """Note which tables the image has and where its file ends; start recording its changes."""
         self._tables = self._layer.l2_tables
         self._has_bad_entries = self._layer.damaged
-        self._end_at_begin = self._allocator.end
-        self._marking.begin(self._end_at_begin >> self._allocator.cluster_bits)
+        self.end_at_begin = self._allocator.end
+        self._marking.begin(self.end_at_begin >> self._allocator.cluster_bits)
 
     def postpone(self, listed: FreeMap, list_clusters: FreeMap) -> None:
         """Postpone the scan until `before_table_change` or `run` is called.
@@ -193,6 +197,7 @@ class Scan:
             async for offset in DataSlices(layer.file, start, length):
                 await self._mark_slice(start, (offset - start) // ENTRY_BYTES)
             self._scanned_tables += 1
+        self.entries_validated = True
         self._marking.require_complete()
 
     async def _mark_slice(self, table: int, index: int) -> None:
@@ -230,7 +235,7 @@ class Scan:
         """Give the allocator the clusters without an owner that have not changed since `begin`."""
         allocator, marking, bits = self._allocator, self._marking, self._allocator.cluster_bits
         last = marking.owners.clusters
-        if allocator.end == self._end_at_begin:
+        if allocator.end == self.end_at_begin:
             # The file has not grown since the scan began, so free clusters at its end can be cut.
             last = max(marking.owners.end(), marking.changed.end())
             allocator.shrink(last << bits)
@@ -271,7 +276,7 @@ class Scan:
 
         A cluster that seems to be free may belong to a damaged entry, so a repair may need it.
         """
-        self._reclaim.distrust_below(self._end_at_begin)
+        self._reclaim.distrust_below(self.end_at_begin)
         what = "invalid table entries"
         if self._marking.duplicates:
             what = f"{self._marking.duplicates} references to clusters that have another owner"

@@ -50,6 +50,7 @@ class NeedCheck:
         self._changes_under_way = 0
         self._last_change = trio.current_time()
         self._changed = trio.Event()
+        self._has_warned = False
         if header_store.value.need_check:
             self._changed.set()
 
@@ -93,11 +94,23 @@ class NeedCheck:
         self._last_change = trio.current_time()
         self._changed.set()
 
+    @property
+    def needs_scan(self) -> bool:
+        """Whether the bit must stay set until the scan has read all table entries.
+
+        True if the file is longer than it was at opening, and the scan has not read all entries
+        yet.  One of those that it has not read may point past the former end of the file, perhaps
+        to a cluster that has been handed out since.  To the next program that opens the image, this
+        entry would look valid, and two guest offsets would share the cluster.
+        """
+        scan = self._scan
+        return not scan.entries_validated and self._length.end > scan.end_at_begin
+
     async def clear(self) -> bool:
         """Make everything durable, then clear the bit; return whether the bit is clear now.
 
-        The bit stays set if the image is damaged, if tables are being changed, or if the disk has
-        become read-only.  The next flush makes the cleared bit durable.
+        The bit stays set if the image is damaged, if `needs_scan` is true, if tables are being
+        changed, or if the disk has become read-only.  The next flush makes the cleared bit durable.
 
         Raises:
             QedError: A system call failed; the bit is not cleared (D7).
@@ -115,28 +128,45 @@ class NeedCheck:
         # No change is under way, so no request is allocating, and the file can be cut off past
         # the last cluster in use.  If a crash loses the cut and keeps the cleared bit, the
         # clusters past the last one in use are only leaked.
-        await self._length.truncate_tail()
+        if await self._length.truncate_tail():
+            self._writeback.note_write()
         # Meanwhile tables may have changed, or damage may have been found.  So `only_if` checks
-        # both again.  No other task runs between this check and the start of the write.
+        # both again.  No other task runs between this check and the start of the write.  The file
+        # has its final length now, so `only_if` also checks whether the scan is needed.
         cleared = await self._header_store.change(
             lambda header: header.with_need_check(value=False),
             only_if=lambda: (
                 not (
                     self._changes_under_way
                     or self._layer.damaged
+                    or self.needs_scan
                     or self._writeback.dirty_tables
                     or self._writeback.failure
                 )
             ),
         )
-        self._writeback.note_write()
+        if cleared:
+            self._writeback.note_write()
+        elif self._lacks_result and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s: NEED_CHECK stays set, because the file has grown and the tables could not be "
+                "read completely: the image will be checked before it is opened for writing again",
+                self._layer.file.name,
+            )
         return cleared
+
+    @property
+    def _lacks_result(self) -> bool:
+        """Whether the scan has ended before it has read all entries, and the bit needs them."""
+        return self.needs_scan and self._scan.finished.is_set()
 
     async def run(self) -> None:
         """Clear the bit when the tables have not changed for ``delay`` seconds; a background task.
 
-        Ends when damage is found while the bit is set, or when the disk has become read-only.
-        After an error, which is logged, the clearing is tried again.
+        Ends when damage is found while the bit is set, when the bit needs a scan and the scan has
+        failed, or when the disk has become read-only.  After an error, which is logged, the
+        clearing is tried again.
         """
         last_logged = ""
         while True:
@@ -147,7 +177,7 @@ class NeedCheck:
             try:
                 if await self.clear():
                     await self._flusher.flush()
-                elif self._layer.damaged:
+                elif self._layer.damaged or self._lacks_result:
                     return
                 else:
                     self._changed.set()
