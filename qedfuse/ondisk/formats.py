@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from qedfuse.ondisk.constants import MAGIC
 
 SIGNATURE_BYTES: Final = 0x44
 """How many bytes at the beginning of a file decide its format."""
+
+PROBE_BYTES: Final = 512
+"""How many bytes at the beginning of a file decide as which format QEMU opens it."""
 
 _QED: Final = MAGIC.to_bytes(4, "little")
 _FOREIGN: Final = (
@@ -41,6 +45,18 @@ BACKING_FORMATS: Final = ("raw", "qed", *sorted(DRIVERS.values()))
 
 _LUKS: Final = b"LUKS\xba\xbe"
 
+_PROBED: Final = (
+    (re.compile(rb"(?:#[^\n]*\n| +\r?\n)*version=[123]\r?\n"), "VMDK"),
+    (re.compile(re.escape(_LUKS) + rb"\x00\x01"), "LUKS"),
+    (re.compile(rb"Bochs Virtual HD Image\x00"), "Bochs"),
+    (re.compile(rb"#!/bin/sh\n#V2\.0 Format\nmodprobe cloop "), "cloop"),
+)
+"""What QEMU also recognises at the beginning of a file, and the name of the format.
+
+VMDK is here for descriptors without the line of `_FOREIGN`: comments and lines of spaces may
+precede the version.  QEMU counts LUKS of version 2 as raw.
+"""
+
 
 def is_qed(start: bytes | bytearray) -> bool:
     """Return whether a file with these first bytes is a QED image."""
@@ -67,3 +83,16 @@ def foreign_format(start: bytes | bytearray) -> str | None:
     ``start`` holds the first `SIGNATURE_BYTES` of the file, or all bytes of a shorter file.
     """
     return next((name for at, magic, name in _FOREIGN if start.startswith(magic, at)), None)
+
+
+def probed_format(start: bytes) -> str | None:
+    """Return the name of the format as which QEMU may open a file with these first bytes.
+
+    None if QEMU opens the file as raw.  More formats than in `image_format` count, because a guest
+    that writes to a raw disk can put the bytes of any format there.
+
+    Args:
+        start: The first `PROBE_BYTES` of the file, or all bytes of a shorter file.
+    """
+    probed = (name for pattern, name in _PROBED if pattern.match(start))
+    return image_format(start) or next(probed, None)

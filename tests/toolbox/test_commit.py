@@ -238,6 +238,80 @@ def test_data_that_begins_like_an_image(
     assert base.read_bytes()[:512] == inner.read_bytes()[:512]
 
 
+_PROBED = {
+    "vmdk": b"version=1\n",
+    "vmdk-crlf": b"version=2\r\n",
+    "vmdk-3": b"version=3\n",
+    "vmdk-comment": b"#" * 501 + b"\nversion=1\n",
+    "vmdk-nul": b"#\0\n#\nversion=1\n",
+    "vmdk-spaces": b"  \n#\n \r\nversion=1\n",
+    "luks": b"LUKS\xba\xbe\0\1",
+    "bochs": b"Bochs Virtual HD Image".ljust(32, b"\0")
+    + b"Redolog".ljust(16, b"\0")
+    + b"Growing".ljust(16, b"\0")
+    + b"\0\0\2\0",
+    "cloop": b"#!/bin/sh\n#V2.0 Format\n"
+    b"modprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n",
+}
+"""First bytes of a disk that QEMU does not open as raw, though qedfuse does."""
+
+_RAW = {
+    "vmdk-4": b"version=4\n",
+    "vmdk-late": b"#" * 502 + b"\nversion=1\n",
+    "vmdk-empty-line": b"\nversion=1\n",
+    "vmdk-tab": b"\t\nversion=1\n",
+    "vmdk-unfinished": b"version=1",
+    "luks-2": b"LUKS\xba\xbe\0\2",
+}
+"""Similar bytes that QEMU opens as raw."""
+
+
+@pytest.mark.parametrize("start", [*_PROBED.values(), *_RAW.values()], ids=[*_PROBED, *_RAW])
+def test_data_that_only_qemu_takes_for_an_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], start: bytes
+) -> None:
+    """A commit refuses what QEMU would open as an image in the base, such as a text of VMDK."""
+    base, top, copy = tmp_path / "base", tmp_path / "top.qed", tmp_path / "copy"
+    qemu.create(base, 1 << 20)
+    qemu.create(top, 1 << 20, backing="base")
+    base.write_bytes(bytes(1 << 20))
+    with qedfuse.open(top, "r+b") as disk:
+        disk.write(start)
+    copy.write_bytes(start.ljust(1 << 20, b"\0"))
+    shown = qemu.run("qemu-img", "info", copy, codes=(0, 1)).stdout
+    assert ("file format: raw" in shown) == (start in _RAW.values())
+    code = 17 if start in _PROBED.values() else 0
+    assert main(["commit", "-d", str(top)]) == code
+    assert ("the data to commit begins like a " in capsys.readouterr().err) == bool(code)
+    written = base.read_bytes()[: len(start)]
+    assert written == (bytes(len(start)) if code else start)
+
+
+@pytest.mark.parametrize("option", [(), ("--backing-format", "raw")], ids=["", "raw"])
+def test_base_that_only_qemu_takes_for_an_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...]
+) -> None:
+    """A base that only QEMU recognises as an image is not overwritten as if it were raw."""
+    base, top = tmp_path / "base.luks", tmp_path / "top.qed"
+    qemu.create(base, 1 << 20)
+    qemu.create(top, 1 << 20, backing="base.luks")
+    base.write_bytes(b"LUKS\xba\xbe\0\1".ljust(1 << 20, b"\0"))
+    with qedfuse.open(top, "r+b") as disk:
+        disk.seek(512 << 10)
+        disk.write(b"x")
+    before = base.read_bytes()
+    assert main(["commit", *option, str(top)]) == 17
+    rebase = ["rebase", "-u", "-b", "base.luks", "-F", "raw", str(top)]
+    assert capsys.readouterr().err == (
+        f"qedimg: {base}: found a LUKS image, expected raw "
+        f"(to write to the file all the same: {' '.join(['qedimg', *rebase])})\n"
+    )
+    assert base.read_bytes() == before
+    assert main(rebase) == 0
+    assert main(["commit", "-q", str(top)]) == 0
+    assert base.read_bytes()[512 << 10] == ord("x")
+
+
 def test_fixed_vhd_declared_raw(tmp_path: Path) -> None:
     """A fixed VHD that the overlay declares raw is written to."""
     base, path = tmp_path / "base.vpc", tmp_path / "top.qed"

@@ -33,7 +33,7 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.regular import status_of
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, image_format
+from qedfuse.ondisk.formats import PROBE_BYTES, probed_format
 from qedfuse.remote.address import require_local
 from qedfuse.text import printable
 from qedfuse.tools.editing.commitbase import COPY_CHUNK_BYTES, find_base, open_base
@@ -173,11 +173,11 @@ async def _commit(
 
 
 async def _refuse_magic(source: CommitSource, base_file: BaseFile) -> None:
-    """Refuse data that has the magic of an image at the start of the disk.
+    """Refuse data that QEMU recognises as an image by the first bytes of the disk.
 
     The base is raw, and the overlay does not declare it raw.  So programs recognise its format by
-    its first bytes, which the guest has written.
-    After the commit they would read the base as an image, with a backing file that the guest chose.
+    its first bytes, which the guest has written.  After the commit they would read the base as an
+    image, with a backing file or extents that the guest chose.
 
     Raises:
         BackingError: The data is refused.
@@ -185,7 +185,7 @@ async def _refuse_magic(source: CommitSource, base_file: BaseFile) -> None:
     first = next(iter(await source.extents(0)), None)
     if first is None or first.start or first.kind is not Kind.DATA:
         return
-    found = image_format(bytes(await source.read(0, min(SIGNATURE_BYTES, first.length))))
+    found = probed_format(bytes(await source.read(0, min(PROBE_BYTES, first.length))))
     if found is not None:
         msg = (
             f"{printable(base_file.path)}: not changed: the data to commit begins like a {found} "

@@ -17,7 +17,7 @@ from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.regular import identity_of
 from qedfuse.ondisk.constants import SECTOR
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, image_format
+from qedfuse.ondisk.formats import PROBE_BYTES, probed_format
 from qedfuse.remote.address import require_local
 from qedfuse.text import printable
 from qedfuse.tools.common.writabledisk import open_writable
@@ -188,8 +188,8 @@ async def describe_base(
 ) -> BaseFile:
     """Return the file of a base; refuse a base that a commit cannot write to, or would destroy.
 
-    A raw base that has the magic of an image is refused, unless the image above declares it raw.  A
-    commit writes the bytes of the guest's disk over the header or the footer of such an image,
+    A raw base that QEMU recognises as an image is refused, unless the image above declares it raw.
+    A commit writes the bytes of the guest's disk over the header or the footer of such an image,
     after which no program can open it.
 
     The first bytes of a fixed VHD do not show its format, so it counts as raw, and only its footer
@@ -221,13 +221,13 @@ async def describe_base(
 async def _refuse_image_as_raw(
     base: HostFile, policy: BackingPolicy, depth: int, declare_raw: str
 ) -> None:
-    """Refuse a file that has the magic of an image; for the arguments see `describe_base`."""
+    """Refuse a file that is an image for QEMU; for the arguments see `describe_base`."""
     hint = declare_raw
-    if policy.format == "raw":
-        image = image_format(await base.pread(0, SIGNATURE_BYTES))
-        if image is None:
-            return
+    image = probed_format(bytes(await base.pread(0, PROBE_BYTES)))
+    if image is not None:
         found, expected = f"a {image} image", "raw"
+    elif policy.format == "raw":
+        return
     else:
         at = max(0, -(-base.size() // SECTOR) * SECTOR - SECTOR)
         if not (await base.pread(at, SECTOR)).startswith(_VHD_MAGIC):
