@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+import shutil
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -10,6 +12,7 @@ import pytest
 
 from qedfuse.ondisk.constants import Feature
 from tests.support import qemu
+from tests.support.disks import l2_entry_offset, put_entry
 from tests.support.sandbox import ROOT, run_in_sandbox
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 BUCKET: Final = "A golden image in a bucket"
 """A recipe that needs a store; tests/remote/test_bucket_example.py tries it."""
+RESCUE: Final = "Get files out of a damaged image"
 REPAIR: Final = "When an image is damaged"
 TOOLBOX: Final = "The toolbox"
 
@@ -28,7 +32,7 @@ SHOWN: Final = {
     "Give freed space back": "trimmed",
     "Restore a backup": "restored",
     "Try something out in an overlay": "changed",
-    "Get files out of a damaged image": "hello.txt",
+    RESCUE: "hello.txt",
     "From Python": "",
     REPAIR: "damaged.qed: sound",
     TOOLBOX: "try.qed: sound",
@@ -44,7 +48,7 @@ AFTERWARDS: Final = {
         qedfuse umount again
         echo restored
     """,
-    "Get files out of a damaged image": """
+    RESCUE: """
         grep -q 'Hello from the guest' recovered/hello.txt
         cmp rescued.raw "$3"
     """,
@@ -146,3 +150,38 @@ def test_recipe(name: str, images: Path, raw: Path, installation: Path) -> None:
     assert SHOWN[name] in shown
     if name not in CHANGED:
         assert "differ" not in shown
+
+
+def test_a_rescue_loses_only_what_cannot_be_read(
+    raw: Path, tmp_path: Path, installation: Path
+) -> None:
+    """With the smallest clusters, the rescued copy has zeros only for the bad cluster."""
+    whole, image = tmp_path / "whole.raw", tmp_path / "damaged.qed"
+    shutil.copyfile(raw, whole)
+    start = 40 << 20  # behind the partition
+    with whole.open("r+b") as file:
+        file.seek(start)
+        file.write(random.Random(1).randbytes(1 << 18))
+    options = ("-o", "cluster_size=4096")
+    qemu.convert(whole, image, *options, source_format="raw", target_format="qed")
+    content = bytearray(image.read_bytes())
+    bad = start + (100 << 10)
+    put_entry(content, l2_entry_offset(content, bad // 4096), 1 << 40)
+    image.write_bytes(content)
+    run_in_sandbox(
+        f"""
+        {ROOT}/examples/install.sh --link "$1" 2>/dev/null
+        export PYTHONPATH={ROOT}
+        cp "$2"/damaged.qed /srv/images
+        {as_script(recipes()[RESCUE])}
+        cp rescued.raw "$2"
+        qedimg check -r all --dry-run damaged.qed >"$2/lost" || test $? = 2
+        """,
+        installation,
+        tmp_path,
+    )
+    expected = bytearray(whole.read_bytes())
+    expected[bad : bad + 4096] = bytes(4096)
+    assert (tmp_path / "rescued.raw").read_bytes() == expected
+    lost = [line for line in (tmp_path / "lost").read_text().splitlines() if "lost" in line]
+    assert lost == [f"would be lost: 4096 bytes of the disk at {bad} (l2-out-of-file)"]
