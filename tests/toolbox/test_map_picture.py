@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
+import tracemalloc
 from itertools import pairwise
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
@@ -117,6 +119,41 @@ def test_the_cells_have_all_clusters(tmp_path: Path) -> None:
         assert (int(of_file.sum()), int(of_disk.sum())) == (layout.file_clusters, 1000)
         assert (layout.data + layout.tables <= of_file).all()
         assert (layout.disk_data <= of_disk).all()
+
+
+@pytest.mark.parametrize("cells", [1, 7, 1000])
+def test_the_clusters_of_a_long_header_are_counted(tmp_path: Path, cells: int) -> None:
+    """Each cell has those of its clusters that belong to the header or to a table."""
+    image = tmp_path / "a.qed"
+    image.write_bytes(build_image(1 << 20, {3: b"a"}, header_size=20) + bytes(5 * 4096))
+    layout = layout_of(image, cells)
+    count = len(layout.tables)
+    expected = [0] * count
+    # 20 clusters of the header, the L1 and the L2 table, one cluster of data, and 5 free ones.
+    for cluster in range(22):
+        expected[cluster * count // 28] += 1
+    assert layout.tables.tolist() == expected
+    assert (layout.file_clusters, layout.free_clusters) == (28, 5)
+
+
+def test_memory_does_not_grow_with_the_header(tmp_path: Path) -> None:
+    """A header that claims most of a huge sparse file needs no list of its clusters."""
+    image = tmp_path / "a.qed"
+    claimed, l1_table = 1 << 26, 4096
+    start = bytearray(build_image(1 << 20)[:64])
+    start[12:16] = claimed.to_bytes(4, "little")
+    start[40:48] = (claimed * 4096).to_bytes(8, "little")
+    image.write_bytes(start)
+    os.truncate(image, claimed * 4096 + l1_table)
+    assert main(["map", "--output", "picture", str(image)]) == 0  # loads modules
+    tracemalloc.start()
+    try:
+        layout = layout_of(image, 1000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert layout.table_clusters == layout.file_clusters == claimed + 1
+    assert peak < 8 << 20
 
 
 def test_invalid_entries_are_counted_apart(tmp_path: Path, capsys: Captured) -> None:

@@ -121,6 +121,14 @@ class _Counter:
         self.disk_data = np.zeros(self.disk_cells, np.int64)
         self.disk_zeros = np.zeros(self.disk_cells, np.int64)
 
+    def count_header(self, length: int) -> None:
+        """Count the header, which has ``length`` clusters; those past the end of the file are not.
+
+        A header can claim 2^31 clusters, so they are not listed.
+        """
+        edges = _edges(self.file_clusters, self.file_cells)
+        self.tables += np.diff(np.minimum(edges, length))
+
     def count_tables(self, first: Counts, length: int) -> None:
         """Count the tables that begin at the clusters ``first``, each ``length`` clusters long."""
         clusters = (first[:, None] + np.arange(length)).ravel()
@@ -190,7 +198,7 @@ async def read_layout(
     indices, tables = await read_l1_table(file, classifier, count_bad)
     classifier = classifier.with_tables(np.sort(tables))
     length = header.geometry.table_size
-    counter.count_tables(np.array([0], np.int64), max(1, header.header_size))
+    counter.count_header(max(1, header.header_size))
     counter.count_tables(np.array([header.l1_table_offset // size], np.int64), length)
     counter.count_tables((tables // np.uint64(size)).astype(np.int64), length)
     for number, (index, table) in enumerate(zip(indices.tolist(), tables.tolist(), strict=True), 1):
