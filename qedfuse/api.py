@@ -20,6 +20,7 @@ import os
 import threading
 import warnings
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
@@ -29,7 +30,7 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
 from qedfuse.remote.address import shown_name, without_secrets
-from qedfuse.util.portal import Portal
+from qedfuse.util.portal import Portal, PortalClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -298,7 +299,9 @@ class DiskFile(io.RawIOBase):
 
         The close waits for no server.  If another thread waits for a server in a read or a write,
         that operation fails.  If the event loop of the file has failed, its error is raised.  After
-        a KeyboardInterrupt the close goes on in the background, and another call waits for its end.
+        an exception of a signal handler, such as KeyboardInterrupt, the close goes on in the
+        background.  Then `closed` is False, and another call waits for the end.  Without another
+        call the end of the program waits, and an error is only logged.
 
         Raises:
             HostError: Something could not be made durable.  Even then the file is closed.  If the
@@ -308,18 +311,21 @@ class DiskFile(io.RawIOBase):
         # Another thread may hold the lock while it waits for a server, so such waits are ended
         # first.
         self._portal.call_soon(self._disk.stop_fetching)
-        with self._lock:
-            if not self.closed:
-                try:
-                    self._portal.close()
-                except KeyboardInterrupt:
-                    # The portal's thread still closes the disk.  Another call waits for it, and
-                    # raises its error.
-                    raise
-                except BaseException:
+        try:
+            with self._lock:
+                if self.closed:
+                    return
+                failure = self._portal.close()
+                # IOBase.close calls `flush`, which refers to the failure that is raised below.
+                with suppress(PortalClosedError):
                     super().close()
-                    raise
-                super().close()
+        except BaseException:
+            # The exception of a signal handler.  The file stays open for another call, which waits
+            # for the end of the close and raises its error.
+            self._portal.ask_to_close()
+            raise
+        if failure is not None:
+            raise failure
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         """If the program has not closed the file, warn, and begin to close it."""

@@ -13,6 +13,9 @@ of the program except daemons have ended.  A function of ``atexit`` would run to
 
 After ``os.fork`` every call in the child process fails immediately.  In the parent process the
 portal stays open.
+
+An exception of a signal handler, such as KeyboardInterrupt, can end the wait for a call or for the
+end of a portal at any point.  So such waits use no lock of Python code (`Latch`).
 """
 
 from __future__ import annotations
@@ -20,14 +23,15 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, TypeVarTuple
 
 import trio
 
-from qedfuse.util.threads import start, start_thread
+from qedfuse.util.latch import Latch, Outcome
+from qedfuse.util.portalthreads import PortalThread, in_portal_thread, watcher
+from qedfuse.util.threads import start
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -69,103 +73,130 @@ class Portal(Generic[T]):
 
         Raises:
             OSError: The host cannot start a thread.
-            BaseException: The error of entering ``manager``, or a KeyboardInterrupt meanwhile.  The
-                thread has ended.
+            BaseException: The error of entering ``manager``, and the thread has ended; or the
+                exception of a signal handler meanwhile, and the thread may still be ending.
         """
         self._before_leaving = before_leaving
-        self._opened: Future[T] = Future()
-        self._pending: set[Future[Any]] = set()
+        self._process = os.getpid()
+        self._opened: Outcome[T] = Outcome()
+        self._ended = Latch()  # set by `_run` as its last act
+        self._pending: set[Outcome[Any]] = set()
         self._failure: BaseException | None = None
         self._close_requested = False  # set by `ask_to_close`, which `close` calls too
         self._close_called = False  # set only by `close`
-        self._log_failure = False  # True if leaving began before `close` was called
+        self._log_failure = False  # True if no call of `close` may be waiting for the failure
         self._closing = trio.Event()
-        # The scope of the whole event loop, cancelled only while `_opened` is not done.
+        # The scope of the whole event loop, cancelled only while `_opened` is not set.
         self._scope = trio.CancelScope()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
-        # Not a daemon, because Python must wait until the context manager has been left.
-        self._thread = _PortalThread(target=self._run, args=(manager,), name=name, daemon=False)
-        _watcher.watch(self)
+        self._thread = PortalThread(partial(self._run, manager), name)
         try:
+            watcher.watch(self)
             start(self._thread)
         except OSError:
-            _watcher.forget(self)
+            watcher.forget(self)
+            raise
+        except BaseException:
+            # The exception of a signal handler.  The thread may have been started.
+            self.ask_to_close()
             raise
         try:
             self.value = self._opened.result()
         except BaseException:
-            # Entering has failed, or a KeyboardInterrupt has interrupted the wait.
+            # Entering has failed, or a signal handler's exception has interrupted the wait.
             self.ask_to_close()
-            self._thread.join()
+            self._wait_for_end()
             raise
 
     def is_alive(self) -> bool:
-        """Return whether the portal's thread runs in this process; False in a forked child."""
-        return self._thread.is_alive()
+        """Return whether the portal's event loop runs in this process; False in a forked child."""
+        # `Thread.is_alive` is not used, for the reason in `latch`.
+        return self._token is not None and not self._ended.is_set and self._process == os.getpid()
 
     def call(self, function: Callable[[*Args], Awaitable[R]], *args: *Args) -> R:
         """Run an async function in the event loop; return its result or raise its error.
 
-        The portal's own thread must not call this method, because it would wait for itself.  After
-        a KeyboardInterrupt in the caller, ``function`` runs on.
+        After an exception of a signal handler in the caller, ``function`` runs on.
 
         Raises:
             PortalClosedError: The portal is closing or closed, runs in another process, or failed
-                during the call.  In the last case ``function`` may have been cancelled.
+                during the call.  In the last case ``function`` may have been cancelled.  Also if
+                the caller runs in the portal's own thread, which would wait for itself.
         """
-        future: Future[R] = Future()
-        # Record the future before the call is queued: when the loop ends, `_run` fails all recorded
-        # futures, so no caller waits forever.
-        self._pending.add(future)
+        outcome: Outcome[R] = Outcome()
+        # Record the outcome before the call is queued: when the loop ends, `_run` fails all
+        # recorded outcomes, so no caller waits forever.
+        self._pending.add(outcome)
         try:
-            if self._token is None or not self.is_alive():
+            if not self.is_alive() or threading.current_thread() is self._thread:
                 raise _closed()
-            try:
-                self._token.run_sync_soon(self._start, future, partial(function, *args))
-            except trio.RunFinishedError:
-                raise _closed() from None
-            return future.result()
+            self._send(partial(self._start, outcome, partial(function, *args)))
+            return outcome.result()
         finally:
-            self._pending.discard(future)
-            del future  # breaks a cycle: future -> error -> traceback -> this frame
+            self._pending.discard(outcome)
+            del outcome
 
     def raise_failure(self) -> None:
-        """Raise PortalClosedError if the event loop has failed; do nothing after `close`."""
+        """Raise PortalClosedError if the event loop, or leaving the context manager, has failed."""
         if self._failure is not None:
             raise _closed() from self._failure
 
-    def close(self) -> None:
-        """Leave the context manager and wait until the thread has ended.
+    def close(self) -> BaseException | None:
+        """Leave the context manager, and wait until the thread has ended.
 
-        A second call does nothing.  The portal's own thread must not call this method, because it
-        would wait for itself.
+        A second call waits as well, and returns the same.  An exception of a signal handler can end
+        the wait; then the portal closes in the background.  In the thread of a portal, where only a
+        finalizer can call this method, it does not wait.
 
-        Raises:
-            BaseException: The error of the context manager or of one of its background tasks;
-                raised only once.
+        Returns:
+            The error of the context manager or of one of its background tasks, or None.  It is
+            not raised, so that the caller can distinguish it from the exception of a signal
+            handler.
         """
+        if in_portal_thread():
+            self.ask_to_close()
+            return None
         self._close_called = True
-        self.ask_to_close()
-        self._thread.join()
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        try:
+            self.ask_to_close()
+            self._wait_for_end()
+        except BaseException:
+            self._log_failure = True  # the caller may not call `close` again
+            raise
+        return self._failure
+
+    def _wait_for_end(self) -> None:
+        """Wait until the thread has ended, or return immediately in a forked child."""
+        if self._process == os.getpid():
+            self._ended.wait()
+            # Before, an interrupted join would mark the running thread as ended (see `latch`).
+            self._thread.join()
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Call a function in the event loop, and do not wait for it.
 
         Nothing is called if the event loop has ended.  The function must not raise.
         """
-        if self._token is not None and self.is_alive():
-            with suppress(trio.RunFinishedError):
+        if self.is_alive():
+            with suppress(PortalClosedError):
+                self._send(function)
+
+    def _send(self, function: Callable[[], object]) -> None:
+        """Queue a function for the event loop; raise PortalClosedError if the loop has ended."""
+        try:
+            if self._token is not None:
                 self._token.run_sync_soon(function)
+                return
+        except trio.RunFinishedError:
+            pass
+        raise _closed()
 
     def ask_to_close(self) -> None:
         """Start to close the portal, and return without waiting until it is closed.
 
-        If the context manager is still being entered, entering is cancelled.  `close` raises the
-        error if leaving fails.  If leaving began before `close` was called, the error is also
+        If the context manager is still being entered, entering is cancelled.  `close` returns
+        the error if leaving fails.  If leaving began before `close` was called, the error is also
         logged.  A finalizer, which Python can run in the portal's own thread, may call this method,
         but not `close`.
         """
@@ -174,7 +205,7 @@ class Portal(Generic[T]):
 
     def _begin_closing(self) -> None:
         """End `_serve`.  Runs in the event loop."""
-        if self._opened.done():
+        if self._opened.is_set:
             self._closing.set()
         else:
             self._scope.cancel()
@@ -183,20 +214,21 @@ class Portal(Generic[T]):
         """Run the event loop; the thread ends with it."""
         try:
             trio.run(self._serve, manager)
-        except BaseException as error:  # noqa: BLE001  raised by the constructor or by close
-            if self._opened.done():
+        except BaseException as error:  # noqa: BLE001  raised by the constructor, or returned by close
+            if self._opened.is_set:
                 self._failure = error
                 if self._log_failure:
                     # The caller may never call `close`.
                     _log.error("%s: %s", self._thread.name, error)
             else:
-                self._opened.set_exception(error)
+                self._opened.set_error(error)
         finally:
             # Fail the calls that the loop has not run.  Later calls find that the loop has ended.
-            for future in list(self._pending):
-                if not future.done():
-                    future.set_exception(_closed())
-            _watcher.forget(self)
+            for outcome in list(self._pending):
+                if not outcome.is_set:
+                    outcome.set_error(_closed())
+            watcher.forget(self)
+            self._ended.set()
 
     async def _serve(self, manager: AbstractAsyncContextManager[T]) -> None:
         """Keep the context manager open until closing is requested."""
@@ -214,89 +246,37 @@ class Portal(Generic[T]):
                     if not self._close_requested:
                         await self._closing.wait()
                 finally:
-                    self._log_failure = not self._close_called
+                    self._log_failure |= not self._close_called
                     # No call starts from here on.  The nursery waits for the running calls
                     # before the context manager is left.  If the wait for `_closing` has
                     # raised, the nursery cancels the running calls first.
                     self._nursery = None
                     self._before_leaving(value)
-        if not self._opened.done():
+        if not self._opened.is_set:
             raise _closed()
 
-    def _start(self, future: Future[R], function: Callable[[], Awaitable[R]]) -> None:
-        """Start a call, or fail its future if the portal is closing.  Runs in the event loop."""
+    def _start(self, outcome: Outcome[R], function: Callable[[], Awaitable[R]]) -> None:
+        """Start a call, or let it fail if the portal is closing.  Runs in the event loop."""
         if self._nursery is None:
-            future.set_exception(_closed())
+            outcome.set_error(_closed())
         else:
-            self._nursery.start_soon(_carry_out, future, function)
+            self._nursery.start_soon(_carry_out, outcome, function)
 
 
-async def _carry_out(future: Future[R], function: Callable[[], Awaitable[R]]) -> None:
-    """Run one call and store its result or its error in ``future``."""
+async def _carry_out(outcome: Outcome[R], function: Callable[[], Awaitable[R]]) -> None:
+    """Run one call, and keep its result or its error in ``outcome``."""
     try:
         result = await function()
     except trio.Cancelled:
-        future.set_exception(_closed())
+        outcome.set_error(_closed())
         raise
     except Exception as error:  # noqa: BLE001  raised in the caller
-        future.set_exception(error)
+        outcome.set_error(error)
     else:
-        future.set_result(result)
+        outcome.set_result(result)
 
 
 def _closed() -> PortalClosedError:
     return PortalClosedError(
         "the event loop that the call needs is ending, has ended, or runs in another process"
     )
-
-
-class _PortalThread(threading.Thread):
-    """The thread of a portal, as distinct from the program's own threads."""
-
-
-class _Watcher:
-    """Closes the portals that are still open when the program ends."""
-
-    def __init__(self) -> None:
-        self._reset()
-        # If another thread held the lock during a fork, the lock would stay locked in the child.
-        os.register_at_fork(after_in_child=self._reset)
-
-    def _reset(self) -> None:
-        """Watch no portal; in a forked child, the parent's portals have no threads."""
-        self._lock = threading.Lock()
-        self._portals: set[Portal[Any]] = set()
-        self._thread: threading.Thread | None = None
-
-    def watch(self, portal: Portal[Any]) -> None:
-        """Arrange that ``portal`` is closed when the program ends, if it is still open then."""
-        with self._lock:
-            # One thread watches all portals.
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = start_thread(self._run, name="portals")
-            self._portals.add(portal)
-
-    def forget(self, portal: Portal[Any]) -> None:
-        """Stop watching a portal that has ended."""
-        with self._lock:
-            self._portals.discard(portal)
-
-    def _run(self) -> None:
-        """Wait for the end of the program, then close the portals that are open."""
-        threading.main_thread().join()
-        # Wait for all threads but daemons, as Python itself does: they may still use a portal.
-        # The threads of portals end only when the portals are closed.
-        while users := [
-            thread
-            for thread in threading.enumerate()
-            if thread.is_alive() and not thread.daemon and not isinstance(thread, _PortalThread)
-        ]:
-            for thread in users:
-                thread.join()
-        with self._lock:
-            portals = list(self._portals)
-        for portal in portals:
-            portal.ask_to_close()
-
-
-_watcher: Final = _Watcher()

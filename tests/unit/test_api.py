@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import qedfuse
 from qedfuse import api
+from qedfuse.disk.disk import Disk
 from qedfuse.errors import (
     CorruptImageError,
     HostError,
@@ -34,6 +35,7 @@ from qedfuse.errors import (
 from qedfuse.ondisk.constants import Feature
 from qedfuse.ondisk.header import Header, build_header, parse_header
 from qedfuse.util import portal
+from qedfuse.util.latch import Latch
 from qedfuse.util.portal import Portal, PortalClosedError
 
 if TYPE_CHECKING:
@@ -331,24 +333,96 @@ def test_threads_share_a_file(image: Path) -> None:
     assert sorted(records) == [bytes([number]) * 100 for number in range(1, 6) for _ in range(20)]
 
 
-def test_an_interrupted_close_can_be_repeated(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C during a close is raised as such; another close waits for the end."""
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, TimeoutError])
+def test_an_interrupted_close_can_be_repeated(
+    image: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """A signal handler's exception in a close leaves the file open; another close waits."""
     disk = qedfuse.open(image, "r+b")
     disk.write(b"kept")
-    close = Portal.close
 
-    def interrupted(self: Portal[object]) -> None:
-        monkeypatch.setattr(Portal, "close", close)
-        self.ask_to_close()
-        raise KeyboardInterrupt
+    def interrupted(_: Latch) -> None:
+        monkeypatch.setattr(Latch, "wait", wait)
+        raise error
 
-    monkeypatch.setattr(Portal, "close", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    wait = Latch.wait
+    monkeypatch.setattr(Latch, "wait", interrupted)
+    with pytest.raises(error):
         disk.close()
     was_closed = disk.closed
     disk.close()
     assert (was_closed, disk.closed) == (False, True)
     assert not header_of(image).need_check
+
+
+@pytest.mark.expect_log("failing: ")
+def test_an_interrupted_close_loses_no_error(
+    image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error of a close that was interrupted is logged, and raised by another close."""
+    interrupted = threading.Event()
+
+    @asynccontextmanager
+    async def open_and_fail() -> AsyncIterator[qedfuse.Disk]:
+        async with qedfuse.open_disk(str(image), qedfuse.OpenOptions(writable=True)) as disk:
+            yield disk
+            await trio.to_thread.run_sync(interrupted.wait)
+        raise LookupError
+
+    def interrupt(_: Latch) -> None:
+        monkeypatch.undo()
+        raise SystemExit
+
+    disk = api.DiskFile(Portal(open_and_fail(), "failing"), "r+b")
+    monkeypatch.setattr(Latch, "wait", interrupt)
+    with pytest.raises(SystemExit):
+        disk.close()
+    interrupted.set()
+    with pytest.raises(LookupError):
+        disk.close()
+    assert disk.closed
+    assert [record.getMessage() for record in caplog.records] == ["failing: "]
+
+
+def test_a_close_that_is_interrupted_while_another_thread_reads_goes_on(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After Ctrl-C while close() waits for a read of another thread, the close goes on."""
+    inside, go_on, read = threading.Event(), threading.Event(), Disk.read
+
+    async def held(disk: Disk, start: int, length: int) -> bytes | bytearray:
+        inside.set()
+        await trio.to_thread.run_sync(go_on.wait)
+        return await read(disk, start, length)
+
+    class Interrupted:
+        """A lock whose wait is interrupted."""
+
+        def __enter__(self) -> None:
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_: object) -> None:
+            pytest.fail("the lock was not taken")
+
+    monkeypatch.setattr(Disk, "read", held)
+    disk = qedfuse.open(image, "r+b")
+    (thread,) = [one for one in threading.enumerate() if "image.qed" in one.name]
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(disk.read(4)))
+    reader.start()
+    inside.wait()
+    lock = disk._lock
+    monkeypatch.setattr(disk, "_lock", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        disk.close()
+    go_on.set()
+    reader.join()
+    thread.join(60)
+    assert not thread.is_alive(), "the close does not go on"
+    assert found == [bytes(4)]
+    monkeypatch.setattr(disk, "_lock", lock)
+    disk.close()
+    assert disk.closed
 
 
 def test_no_secret_in_the_error_if_no_thread_can_be_started(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
@@ -18,7 +19,11 @@ from qedfuse.util.portal import Portal, PortalClosedError
 from tests.support.refusedcalls import CLONE3, run_without
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
+    from types import FrameType
+    from typing import Self
+
+    from _typeshed import TraceFunction
 
 
 class Resource:
@@ -115,11 +120,11 @@ def test_no_thread(tmp_path: Path) -> None:
 
 
 def test_error_on_the_way_out() -> None:
-    """An error on leaving the context is raised once, by close(), and the thread ends."""
-    portal = Portal(opened_resource(Resource(), leave=LookupError("leave")), "test leave")
-    with pytest.raises(LookupError, match="leave"):
-        portal.close()
-    portal.close()
+    """An error on leaving the context is returned by close(), and the thread ends."""
+    failure = LookupError("leave")
+    portal = Portal(opened_resource(Resource(), leave=failure), "test leave")
+    assert portal.close() is failure
+    assert portal.close() is failure
     assert threads() == []
     with pytest.raises(PortalClosedError):
         portal.call(portal.value.echo, 1)
@@ -216,10 +221,108 @@ def test_crash_inside_fails_the_calls_under_way() -> None:
     with pytest.raises(PortalClosedError):
         portal.call(inside.echo, 1)
     inside.go.set()
-    with pytest.raises(ExceptionGroup):
-        portal.close()
+    assert isinstance(portal.close(), ExceptionGroup)
     with pytest.raises(PortalClosedError):
         portal.call(portal.value.echo, 1)
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at one instruction, as a signal handler can at any of them.
+
+    Counts the instructions of the portal and, unless ``only_project`` is True, of the standard
+    library's code for threads.
+
+    Attributes:
+        is_raised: Whether the exception was raised.
+    """
+
+    PROJECT: Final = ("portal.py", "portalthreads.py", "latch.py")
+    LIBRARY: Final = ("threading.py", "_base.py")
+
+    def __init__(self, number: int, *, only_project: bool = False) -> None:
+        """Interrupt the calling thread at the instruction with this number."""
+        self._files = self.PROJECT if only_project else self.PROJECT + self.LIBRARY
+        self._left = number
+        self.is_raised = False
+
+    def __enter__(self) -> Self:
+        """Start to count."""
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> bool:
+        """End the count; the exception ends here."""
+        sys.settrace(None)
+        return isinstance(error, KeyboardInterrupt)
+
+    def _trace(self, frame: FrameType, event: str, _argument: object) -> TraceFunction | None:
+        if Path(frame.f_code.co_filename).name not in self._files:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and not self.is_raised:
+            self._left -= 1
+            if self._left < 0:
+                self.is_raised = True
+                raise KeyboardInterrupt
+        return self._trace
+
+
+def in_other_thread(work: Callable[[], None]) -> None:
+    """Run ``work`` in a thread, and fail if it does not end."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  raised below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "the interrupted portal hangs"
+    for error in errors:
+        raise error
+
+
+def test_a_call_can_be_interrupted_at_each_instruction() -> None:
+    """After Ctrl-C at any point of a call, the next call works, and so does the close."""
+    portal = Portal(opened_resource(Resource()), "test interrupted call")
+
+    def interrupt_calls() -> None:
+        for number in itertools.count():
+            with Interrupt(number) as interrupt:
+                portal.call(portal.value.echo, 1)
+            assert portal.is_alive()
+            assert portal.call(portal.value.echo, 2) == 2
+            if not interrupt.is_raised:
+                assert number > 30, "the instructions were not counted"
+                break
+        assert portal.close() is None
+
+    in_other_thread(interrupt_calls)
+    assert threads() == []
+
+
+@pytest.mark.expect_log("test interrupted close: leave")
+def test_a_close_can_be_interrupted_at_each_instruction() -> None:
+    """After Ctrl-C at any point of a close, Python knows the thread, and another close waits."""
+
+    def interrupt_closes() -> None:
+        for number in itertools.count():
+            inside = Resource()
+            failure = LookupError("leave")
+            portal = Portal(opened_resource(inside, leave=failure), "test interrupted close")
+            with Interrupt(number, only_project=True) as interrupt:
+                portal.close()
+            assert portal.close() is failure
+            assert inside.seen == ["left"]
+            assert threads() == []
+            if not interrupt.is_raised:
+                assert number > 30, "the instructions were not counted"
+                break
+
+    in_other_thread(interrupt_closes)
 
 
 def run_program(body: str) -> str:
@@ -257,6 +360,43 @@ def test_program_that_ends_without_closing() -> None:
 def test_program_that_fails_without_closing() -> None:
     """An unhandled exception, or sys.exit, ends a program with an open portal."""
     assert run_program("raise SystemExit(0)") == "left\n"
+
+
+@pytest.mark.parametrize("end", ["raise", "portal.close(); print('closed', flush=True)"])
+def test_signal_during_a_close(end: str) -> None:
+    """After a signal handler's exception in close(), another close and the program's end wait."""
+    body = f"""
+import signal, trio
+from contextlib import asynccontextmanager
+
+signal.signal(signal.SIGTERM, lambda *_: exit(0))
+go = threading.Event()
+
+@asynccontextmanager
+async def opened():
+    yield
+    os.kill(os.getpid(), signal.SIGTERM)
+    go.wait()
+    {"threading.main_thread().join()" if end == "raise" else ""}
+    for _ in range(100):
+        await trio.lowlevel.checkpoint()
+    print("left slowly", flush=True)
+
+slow = Portal(opened(), "test slow")
+(thread,) = [thread for thread in threading.enumerate() if thread.name == "test slow"]
+try:
+    slow.close()
+except SystemExit:
+    print("interrupted", slow.is_alive(), thread.is_alive(), flush=True)
+    go.set()
+    {end.replace("portal", "slow")}
+"""
+    last = {"raise": ["left slowly", "left"]}.get(end, ["left slowly", "closed", "left"])
+    printed = run_program(body).splitlines()
+    assert printed[0] == "interrupted True True"
+    assert sorted(printed[1:]) == sorted(last)
+    if end != "raise":
+        assert printed[1:] == last
 
 
 def test_threads_may_go_on_after_the_main_thread() -> None:
@@ -299,9 +439,9 @@ def test_a_fork_while_a_portal_is_being_opened() -> None:
     """A forked child opens portals, even if the lock for their list was held during the fork."""
     body = """
 import signal, warnings
-from qedfuse.util.portal import _watcher
+from qedfuse.util.portalthreads import watcher
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-held = _watcher._lock
+held = watcher._lock
 held.acquire()
 child = os.fork()
 if not child:
