@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from typing import Final
@@ -42,7 +43,9 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
         if code in _UNDECODABLE:
             out.append(f"\\x{code - 0xDC00:02x}")
         elif char == "\\" or not char.isprintable():
-            out.append(char.encode("unicode_escape", "backslashreplace").decode("ascii"))
+            # `str.encode` would import the module of this codec, which the server of a mount, whose
+            # messages pass here, must not do.
+            out.append(codecs.unicode_escape_encode(char)[0].decode("ascii"))
         else:
             out.append(char)
     return "".join(out)

@@ -6,6 +6,7 @@ the backup table in the last sector.  As in sfdisk, the backup is used if the pr
 
 from __future__ import annotations
 
+import codecs
 import zlib
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import UUID
@@ -151,7 +152,9 @@ def _partitions(
         if problem:
             problems.append(problem)
             break
-        name = entry.name.decode("utf-16-le", errors="replace").partition("\0")[0]
+        # `bytes.decode` would import the module of this codec.  A mount reads tables while it is
+        # served, and must not import anything then.
+        name = codecs.utf_16_le_decode(entry.name, "replace", True)[0].partition("\0")[0]  # noqa: FBT003  positional only
         start, length = entry.first * sector_bytes, (entry.last - entry.first + 1) * sector_bytes
         found.append(Partition(number, start, length, _uuid(entry.type), _uuid(entry.uuid), name))
     return found

@@ -77,7 +77,8 @@ def _describe_sandbox(sandbox: Sandbox | None) -> dict[str, Any]:
 def _resident_bytes() -> int | None:
     """Return the resident memory of the server in bytes; None if /proc does not show it."""
     try:
-        return int(_STATM.read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        # Bytes, because a text file with this encoding would import the module of its codec.
+        return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return None
 
