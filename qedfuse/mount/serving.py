@@ -18,7 +18,7 @@ import trio
 
 from qedfuse.errors import HostError, QedError
 from qedfuse.mount.fuse import extraops
-from qedfuse.mount.fuse.attach import attach
+from qedfuse.mount.fuse.attach import attach, disconnect
 from qedfuse.mount.fuse.blocksinvalidator import BlocksInvalidator
 from qedfuse.mount.fuse.datarequests import DataRequests
 from qedfuse.mount.fuse.fallocate import FallocateLseek
@@ -253,7 +253,7 @@ class Server:
             laundering = None if options.direct_io else self._laundering
             shutdown = Shutdown(
                 *(self._disks, laundering, self._mountpoint, entry.device),
-                *(self._unmounter, nursery),
+                *(self._unmounter, partial(self._disconnect, connection), nursery),
             )
             signals.handle_with(shutdown.receive)
             try:
@@ -287,6 +287,11 @@ class Server:
             announcement.stopping()
             nursery.cancel_scope.cancel()
         return shutdown.failure or self._loss()
+
+    def _disconnect(self, connection: int) -> None:
+        """End the connection to the kernel before libfuse's session ends; see `disconnect`."""
+        self._laundering.stop()  # the launderer has the connection open as well
+        disconnect(connection)
 
     async def _start_statistics(
         self, nursery: trio.Nursery, statistics_socket: socket.socket | None

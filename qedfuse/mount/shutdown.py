@@ -31,7 +31,7 @@ from qedfuse.text import printable
 from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from qedfuse.mount.fuse.exporteddisk import ExportedDisks
     from qedfuse.mount.fuse.laundering import Laundering
@@ -63,6 +63,7 @@ class Shutdown:
         mountpoint: str,
         device: str,
         unmounter: Unmounter,
+        disconnect: Callable[[], object],
         nursery: trio.Nursery,
     ) -> None:
         """Prepare the shutdown; no signal has arrived yet.
@@ -74,6 +75,7 @@ class Shutdown:
             device: The device number of the mount, ``MAJOR:MINOR``.  Nothing is unmounted if the
                 mountpoint shows another file system.
             unmounter: Unmounts the mountpoint.
+            disconnect: Ends the connection to the kernel; called after `pyfuse3.terminate`.
             nursery: Runs the tasks that signals start.
         """
         self.failure: QedError | None = None
@@ -82,6 +84,7 @@ class Shutdown:
         self._mountpoint = mountpoint
         self._device = device
         self._unmounter = unmounter
+        self._disconnect = disconnect
         self._nursery = nursery
         self._is_ending = False
         # Number of signals that count for the end by force.
@@ -244,6 +247,15 @@ class Shutdown:
         self._terminate()
 
     def _terminate(self) -> None:
-        """Fail every read that waits for a server or for qemu-nbd, then end `pyfuse3.main`."""
+        """Fail every read that waits for a server or for qemu-nbd, then end `pyfuse3.main`.
+
+        `pyfuse3.main` takes no request any more, but it waits for those that wait for a host, which
+        may not answer.  So the connection ends here.  Otherwise all programs would wait as long,
+        also those that use other disks.
+        """
         self._disks.stop_fetching()
         pyfuse3.terminate()
+        try:
+            self._disconnect()
+        except OSError as error:  # no free descriptor: the programs wait for the end of the server
+            _log.warning("%s: cannot end the connection: %s", printable(self._mountpoint), error)

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -19,7 +19,7 @@ import pytest
 from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE
 from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from tests.support import extensions, qemu
-from tests.support.mounted import TIMEOUT, front, qedfuse
+from tests.support.mounted import TIMEOUT, front, is_mounted, qedfuse
 from tests.support.stallingfs import StallingFile, stalling
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ MANY: Final = 200
 than a kernel that allows 64 background requests for each of two disks sends."""
 READS_OF_FILE: Final = 28
 """How many threads may read one file."""
+CONNECTION_ENDED: Final = f"{os.strerror(errno.ECONNABORTED)}|{os.strerror(errno.ENOTCONN)}"
+"""What a request gets that the server has not answered, or that is made after its end."""
 SLOW_DISKS: Final = 5
 """So many files that do not answer read with more than 128 threads."""
 
@@ -260,6 +262,57 @@ def test_several_host_files_that_hang_delay_only_their_own_disks(
         for file in files:
             file.release()
         assert all(one.result() for one in waiting)
+
+
+def close(fd: int) -> None:
+    """Close a file; its server may have ended, which the system call reports as an error."""
+    with suppress(OSError):
+        os.close(fd)
+
+
+def test_an_end_by_force_fails_all_requests_although_a_host_file_hangs(tmp_path: Path) -> None:
+    """After a second SIGTERM programs get errors, also those that use another disk."""
+    for name in ("slow", "fast"):
+        qemu.create(tmp_path / f"{name}.qed", DISK_BYTES)
+        qemu.io(tmp_path / f"{name}.qed", f"write -P {ord(name[0])} 0 {DISK_BYTES}")
+    with (
+        ThreadPoolExecutor(2) as pool,
+        stalling(tmp_path / "slow.qed", tmp_path / "host") as file,
+        front(file.path, tmp_path / "fast.qed", tmp_path / "mnt") as mount,
+        ExitStack() as stack,
+    ):
+        slow, fast = (
+            os.open(mount.mountpoint / f"{name}.raw", os.O_RDWR | os.O_DIRECT)
+            for name in ("slow", "fast")
+        )
+        for fd in (slow, fast):
+            read(fd, 0)  # the tables are in memory then
+            stack.callback(close, fd)
+        stack.callback(file.release)
+        file.stall()
+        waiting = Call(pool, slow, partial(call, SLOW["read"], 1))
+        waiting.wait_until_it_hangs()
+        file.wait_for("read")
+        mount.signal(signal.SIGTERM)
+        assert "still in use" in mount.read_line()
+        mount.signal(signal.SIGTERM)
+
+        def read_until_it_fails() -> None:
+            while True:
+                read(fast, 0)
+
+        with pytest.raises(OSError, match=rf"{CONNECTION_ENDED}"):
+            pool.submit(read_until_it_fails).result(timeout=TIMEOUT)
+        with pytest.raises(OSError, match=rf"{CONNECTION_ENDED}"):
+            waiting.result()
+        assert not is_mounted(mount.mountpoint)
+        file.release()
+        code, log = mount.finish()
+        assert code == 0, log
+        assert "failed" not in log
+        assert "rror" not in log.replace("I/O errors", "")
+    for name in ("slow", "fast"):
+        assert qemu.check(tmp_path / f"{name}.qed").code == 0
 
 
 UNCACHED: Final = """

@@ -109,9 +109,9 @@ async def end_while_in_use(
     async with trio.open_nursery() as nursery:
         exports = export(*disks)
         laundering = cast("Laundering | None", kernel)
-        Shutdown(exports, laundering, "/mnt", "0:99", DirectUnmounter("/mnt"), nursery).receive(
-            "SIGTERM"
-        )
+        Shutdown(
+            exports, laundering, "/mnt", "0:99", DirectUnmounter("/mnt"), list, nursery
+        ).receive("SIGTERM")
         # A time limit here would end the wait with the mock clock, which jumps to the
         # next deadline while a worker thread runs.
         await flushed.wait()
@@ -172,7 +172,9 @@ async def test_durable_although_the_mount_cannot_be_unmounted(
     async with opened(file) as disk, trio.open_nursery() as nursery:
         await disk.write(0, pattern(CLUSTER, 1))
         exports = export(disk)
-        Shutdown(exports, None, "/mnt", "0:99", DirectUnmounter("/mnt"), nursery).receive("SIGTERM")
+        Shutdown(exports, None, "/mnt", "0:99", DirectUnmounter("/mnt"), list, nursery).receive(
+            "SIGTERM"
+        )
         await trio.testing.wait_all_tasks_blocked()
         for exported in exports:
             exports.handle_closed(exported, writer=True)
@@ -335,7 +337,7 @@ async def test_a_lack_of_descriptors_does_not_end_the_server(
     monkeypatch.setattr(unmounter, "unmount", lambda path, **_flags: unmounted.append(path))
     monkeypatch.setattr(unmounter, "describe_visible_mounts", fail)
     async with trio.open_nursery() as nursery:
-        Shutdown(export(), None, "/mnt", "0:99", DirectUnmounter("/mnt"), nursery).receive(
+        Shutdown(export(), None, "/mnt", "0:99", DirectUnmounter("/mnt"), list, nursery).receive(
             "SIGTERM"
         )
     assert unmounted == ["/mnt"]
@@ -360,7 +362,8 @@ def test_a_hangup_never_forces_the_end(names: list[str], forced_by: int | None) 
     started: list[str] = []
     nursery = SimpleNamespace(start_soon=lambda task, *_args: started.append(task.__name__))
     ending = Shutdown(
-        export(), None, "/mnt", "0:99", DirectUnmounter("/mnt"), cast("trio.Nursery", nursery)
+        *(export(), None, "/mnt", "0:99", DirectUnmounter("/mnt"), list),
+        cast("trio.Nursery", nursery),
     )
     expected: list[str] = []
     for number, name in enumerate(names):
@@ -374,6 +377,7 @@ def test_a_hangup_never_forces_the_end(names: list[str], forced_by: int | None) 
 
 @pytest.mark.expect_log("second signal: ending while in use")
 @pytest.mark.expect_log("/mnt: ended by force before everything was durable")
+@pytest.mark.expect_log("/mnt: cannot end the connection: [Errno 24] Too many open files")
 async def test_a_forced_unmount_that_loses_data_is_a_failure(
     monkeypatch: pytest.MonkeyPatch,
     autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
@@ -386,14 +390,21 @@ async def test_a_forced_unmount_that_loses_data_is_a_failure(
 
     monkeypatch.setattr(shutdown, "find_mount", lambda _mountpoint: None)
     monkeypatch.setattr(pyfuse3, "terminate", lambda: terminated.append(True))
+
+    def disconnect() -> None:
+        assert terminated
+        disconnected.append(True)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    disconnected: list[bool] = []
     async with trio.open_nursery() as nursery:
         stopped: list[bool] = []
         disk = SimpleNamespace(flush=never_flush, stop_fetching=lambda: stopped.append(True))
         disks = export(disk)
-        ending = Shutdown(disks, None, "/mnt", "0:99", DirectUnmounter("/mnt"), nursery)
+        ending = Shutdown(disks, None, "/mnt", "0:99", DirectUnmounter("/mnt"), disconnect, nursery)
         ending._is_ending, ending._requests_to_end = True, 1
         ending.receive("SIGTERM")
-    assert terminated
+    assert disconnected
     assert stopped
     assert isinstance(ending.failure, HostError)
 

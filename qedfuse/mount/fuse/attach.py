@@ -110,6 +110,24 @@ def _attach(operations: Operations, mountpoint: str, options: MountOptions, sour
         return new.pop()
 
 
+def disconnect(connection: int) -> None:
+    """End the connection to the kernel, although libfuse's session still has its descriptor.
+
+    The kernel then fails all requests with ECONNABORTED, those that were not answered included.
+    Replies of requests that end later are dropped.  Call this only after `pyfuse3.terminate`, and
+    when no other process has the connection open: the kernel ends it with the last descriptor.
+
+    Raises:
+        OSError: The host refuses a descriptor.
+    """
+    # /dev/null takes the place, because libfuse goes on to use the number until it closes it.
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.dup2(null, connection, inheritable=False)
+    finally:
+        os.close(null)
+
+
 def _fuse_descriptors() -> set[int]:
     """Return the descriptors of this process that are open on the FUSE device."""
     on_device = set()

@@ -271,10 +271,10 @@ class Scheduler:
         The caller is about to keep the event loop busy.  So `end_queued_reads` is called first,
         which submits reads and answers those that have ended.
 
-        The result is False before the first call of `wait_readable`.
+        The result is False before the first call of `wait_readable` and after `notify_closing`.
         """
         end_queued_reads()
-        return self._fd >= 0 and bool(self._poller.poll(0))
+        return self._fd >= 0 and not self._closing and bool(self._poller.poll(0))
 
     def notify_closing(self, fd: int) -> None:
         """End the call of `wait_readable` for ``fd``; later calls raise in place of waiting."""
