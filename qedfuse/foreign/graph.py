@@ -147,7 +147,7 @@ def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
     """Open all files that an image and its bases name; the caller must close the graph.
 
     Args:
-        file: The open file of the image, which the graph does not close.
+        file: The open file of the image, which the graph does not close, except its directory.
         driver: The format of the image as QEMU calls it.
         limits: Which files the images may name.
 
@@ -197,19 +197,24 @@ def _add_image(graph: _OpenedFiles, file: PosixFile, driver: str, limits: Limits
         # An image may name an extent twice, even by two spellings.  So the extents that are open
         # already do not count as taken.
         extent = _open(graph, name, file, limits, role="extent", taken=graph.files)
+        extent.close_directory()  # an extent names no file
         graph.extents.append(extent)
         refuse_hidden_descriptor(_signature(extent), extent.name)
     graph.data_files.append(None if links.extents else file)
     if links.data_file:
         data = _open_counted(graph, links.data_file, file, limits, role="data file")
+        data.close_directory()
         graph.files.append(data)
         graph.data_files[-1] = data
         options["data-file"] = _file_options(_inherited_path(graph), limits)
     if driver in _OVERLAY_DRIVERS:
         options["backing"] = None
     graph.images.append(ChainImage(file, driver, links, options))
+    base = None
     if links.backing:
         base = _open_counted(graph, links.backing, file, limits, role="backing file")
+    file.close_directory()
+    if base is not None:
         below = _add_image(graph, base, _base_driver(base, file, links), limits)
         return {**options, "backing": below}
     return options

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from qedfuse.hostio.lockedfile import open_locked
+from qedfuse.hostio.locking import lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import HEADER_BYTES
 from qedfuse.ondisk.header import parse_fitting_header
@@ -36,8 +36,10 @@ def open_image_file(
         ImageError: The file is not a regular file.
         ImageInUseError: Another opener of the file holds a lock that conflicts with ``lock``.
     """
-    file = PosixFile(open_locked(path, lock, writable=writable), path, writable=writable)
+    file = PosixFile.open(path, writable=writable)
     try:
+        if lock is not None:
+            lock_image(file.fd, lock, file.name)
         yield file
     finally:
         file.close()

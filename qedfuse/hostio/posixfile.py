@@ -8,10 +8,11 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from qedfuse.errors import HostError
+from qedfuse.errors import HostError, cannot_open
 from qedfuse.hostio.hostcalls import host_calls
 from qedfuse.hostio.inlinepolicy import InlinePolicy
 from qedfuse.hostio.inodelock import InodeLock, acquire
+from qedfuse.hostio.opendirectory import OpenDirectory
 from qedfuse.hostio.pagesource import WriteTarget
 from qedfuse.hostio.posixreader import PosixReader
 from qedfuse.hostio.regular import identity_of, open_regular, status_of
@@ -45,10 +46,12 @@ class PosixFile(PosixReader):
     other changes, and all changes of a file on a server.
     """
 
-    def __init__(self, fd: int, path: str, *, writable: bool) -> None:
-        """Take over an open descriptor; ``path`` is the file's name as the user gave it."""
+    def __init__(
+        self, fd: int, path: str, *, writable: bool, directory: OpenDirectory | None = None
+    ) -> None:
+        """Take over open files; ``path`` is the file's name as it was given (`PosixReader`)."""
         has_server = waits_for_server(fd)
-        super().__init__(fd, path, has_server=has_server)
+        super().__init__(fd, path, has_server=has_server, directory=directory)
         self.writable = writable
         self.can_punch = True
         self._can_reserve = True
@@ -60,16 +63,26 @@ class PosixFile(PosixReader):
         """Return whether `try_write` would try to write the given number of bytes now."""
 
     @classmethod
-    def open(cls, path: str, *, writable: bool = False, dir_fd: int | None = None) -> PosixFile:
-        """Open a regular file, as `open_regular` does; refuse a FIFO or a device.
+    def open(cls, path: str, *, writable: bool = False) -> PosixFile:
+        """Open a regular file and the directory of its path; refuse a FIFO or a device.
 
         Raises:
             HostError: The file cannot be opened.
             ImageError: The file is not a regular file.
         """
         access = os.O_RDWR if writable else os.O_RDONLY
-        fd = open_regular(path, access, dir_fd=dir_fd)
-        return cls(fd, path, writable=writable)
+        # Without a name after the last slash, the path is that of a directory, or of nothing.
+        parent, name = os.path.split(path)
+        try:
+            directory = OpenDirectory((parent or ".") if name else path)
+        except OSError as error:
+            raise cannot_open(path, error) from error
+        try:
+            fd = open_regular(name or ".", access, dir_fd=directory.fd, name=path)
+        except BaseException:
+            directory.close()
+            raise
+        return cls(fd, path, writable=writable, directory=directory)
 
     @property
     def identity(self) -> FileIdentity:

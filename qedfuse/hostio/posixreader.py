@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qedfuse.hostio.hostcalls import HostCalls
+    from qedfuse.hostio.opendirectory import OpenDirectory
 
 _NOT_CACHED: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
 """Errors of a read with RWF_NOWAIT: the data is not cached, or the flag is not supported."""
@@ -43,12 +44,17 @@ class PosixReader:
         path: The file's name as the user or an image has given it.
         name: The file's name in messages.
         read_policy: Decides whether reads are tried in the event loop.
+        directory: The directory in which the name of the file was looked up at its opening; None if
+            it is not known, and after `close_directory`.
     """
 
-    def __init__(self, fd: int, path: str, *, has_server: bool) -> None:
-        """Take over a descriptor; ``has_server`` is the result of `waits_for_server` for it."""
+    def __init__(
+        self, fd: int, path: str, *, has_server: bool, directory: OpenDirectory | None = None
+    ) -> None:
+        """Take over open files; ``has_server`` is the result of `waits_for_server` for ``fd``."""
         self.fd = fd
         self.path = path
+        self.directory = directory
         self.name = printable(path)
         self._flags = inline_flags(fd)
         self.read_policy = ReadPolicy(can_queue=bool(self._flags) and not has_server)
@@ -247,6 +253,12 @@ class PosixReader:
     def stop_fetching(self) -> None:
         """Do nothing: no read of this file can be stopped."""
 
+    def close_directory(self) -> None:
+        """Close ``directory``, which only the opening of the files needs that this file names."""
+        if self.directory is not None:
+            self.directory.close()
+            self.directory = None
+
     def close(self) -> None:
         """Close the file, which also releases its locks; a second call does nothing.
 
@@ -254,6 +266,7 @@ class PosixReader:
             HostError: The host reports an error, for example for a file on a server.  The file is
                 closed nevertheless.
         """
+        self.close_directory()
         if self.fd >= 0:
             # After an error, too, the number belongs to the next file that is opened.
             fd, self.fd = self.fd, -1

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from qedfuse.errors import HostError, ImageError, NoSpaceError
+from qedfuse.errors import HostError, ImageError, NoSpaceError, QedError
 from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE
 from qedfuse.hostio.inlinepolicy import ALWAYS_SHORT_WRITE_BYTES
 from qedfuse.hostio.nativecalls import make_io_threads
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.regular import length_of, status_of
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,16 +104,37 @@ def test_name_is_safe_to_print(tmp_path: Path) -> None:
     file.close()
 
 
-def test_open_relative_to_a_directory(tmp_path: Path) -> None:
-    """A file can be opened relative to a directory descriptor."""
-    (tmp_path / "base").write_bytes(b"base")
-    directory = os.open(tmp_path, os.O_PATH)
-    try:
-        file = PosixFile.open("base", dir_fd=directory)
-    finally:
-        os.close(directory)
+def test_a_file_keeps_the_directory_of_its_path(tmp_path: Path) -> None:
+    """The directory of a file stays the one in which its name was looked up, until it is closed."""
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    (tmp_path / "first" / "base").write_bytes(b"base")
+    file = PosixFile.open(str(tmp_path / "first" / "base"))
+    (tmp_path / "first").rename(tmp_path / "moved")
+    (tmp_path / "first").symlink_to("second")
+    assert file.directory is not None
+    assert file.directory.path == str(tmp_path / "moved")
     assert file.size() == 4
+    fd = file.directory.fd
     file.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+@pytest.mark.parametrize("path", ["", "no/file", "file/", "file/x", "directory/", "directory"])
+def test_a_path_that_cannot_be_opened_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """An error about the directory of a file names the path of the file; nothing stays open."""
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208  the names alone
+    with pytest.raises(QedError) as caught:
+        PosixFile.open(path)
+    expected = "found a directory" if path.startswith("directory") else "cannot open: "
+    assert str(caught.value).startswith(f"{printable(path)}: {expected}")
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208  the names alone
 
 
 async def test_read_is_short_only_at_the_end(file: PosixFile) -> None:

@@ -2,8 +2,8 @@
 
 An untrusted image can name any file that the user can read, and the guest would see its content.
 So by default a base must lie inside the directory of the image that names it.  The policy is
-applied to an open file, not to its name, so symbolic links and renames cannot evade it.  A URL is
-allowed or refused by its name, before a connection is made.
+applied to an open file and an open directory, not to their names, so symbolic links and renames
+cannot evade it.  A URL is allowed or refused by its name, before a connection is made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path
-from qedfuse.disk.lookup.basepolicy import checked_name, is_named, is_same_url, open_local_base
+from qedfuse.disk.lookup.basepolicy import (
+    checked_name,
+    close_directory,
+    is_named,
+    is_same_url,
+    open_local_base,
+)
 from qedfuse.disk.lookup.foreignopening import foreign_driver, open_foreign, refuse_loop
 from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
@@ -76,6 +82,8 @@ async def open_bases(
 ) -> list[Layer]:
     """Open the bases of an image, read-only; return their layers, from the first base downwards.
 
+    The directory that was opened with ``file`` confines the first base; it is closed.
+
     An image can have a record of the versions of its bases.  The bases are compared with the
     records of the images above them (`verify_bases`).  If ``name`` is given, the record of ``file``
     is ignored.
@@ -115,6 +123,7 @@ async def open_bases(
             if len(images) == len(layers):
                 images.append((file, name))
             base = await open_base(path, file, options, trusted, images)
+            close_directory(file)
             is_trusted = is_named(path, base, trusted)
             trusted = name = None
             _extend_chain(base, file.name, seen)
@@ -139,11 +148,13 @@ async def open_bases(
             layers.append(layer)
             file, base = base, None
         files = [layer.file for layer in layers]
+        for opened in (file, *files):
+            close_directory(opened)
         verify_bases(images, files, accept=options.backing.base_changed)
     except BaseException:
-        opened = [layer.file for layer in layers]
+        files = [layer.file for layer in layers]
         with suppress(HostError):
-            close_all(opened if base is None else [base, *opened])
+            close_all(files if base is None else [base, *files])
         raise
     return layers
 

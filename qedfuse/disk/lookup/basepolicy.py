@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import has_protocol
 from qedfuse.errors import BackingError, BackingRefusedError, HostError, ImageError
+from qedfuse.hostio.opendirectory import OpenDirectory
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.remote.address import is_url, parse_address, shown_name
 from qedfuse.text import printable
@@ -57,27 +60,116 @@ def open_local_base(
         BackingError: The file is missing, is not a regular file, or cannot be opened.
         BackingRefusedError: The policy forbids the file.
     """
-    shown = printable(path)
     try:
         base = PosixFile.open(path)
     except (HostError, ImageError) as error:
         msg = f"{image.name}: backing file {error}"
         raise BackingError(msg) from error
-    if policy.mode == "any" or is_named(path, base, trusted):
-        return base
-    directory = os.path.dirname(image.path) or "."  # noqa: PTH120
-    allowed = [os.path.realpath(path) for path in (directory, *policy.directories)]
-    # The kernel's path of the open file contains no symbolic links.
-    real = os.readlink(f"/proc/self/fd/{base.fd}")  # noqa: PTH115
-    if any(real.startswith(parent.rstrip("/") + "/") for parent in allowed):
-        return base
-    base.close()
+    try:
+        if policy.mode != "any":
+            _confine(base, image, policy, trusted)
+    except OSError as error:
+        base.close()
+        reason = os.strerror(error.errno or 0)
+        msg = f"{image.name}: backing file {base.name}: cannot find its directory: {reason}"
+        raise BackingError(msg) from error
+    except BaseException:
+        base.close()
+        raise
+    return base
+
+
+def _confine(base: PosixFile, image: HostFile, policy: BackingPolicy, trusted: str | None) -> None:
+    """Refuse a base that lies outside of all allowed directories; see `open_local_base`.
+
+    ``directory`` of the image, and of the base for the files that the base names, is allowed.  It
+    was opened with the file, so it stays the same if a program puts a link or another directory in
+    its place.
+
+    If the last name in the path of the base is a symbolic link, ``directory`` is that of the link.
+    QEMU and `backing_path` begin there with relative names, but an image can name a link that is
+    anywhere, such as one that its victim has made.  So if the directory of the link is not allowed
+    for the base itself, the directory of the file replaces it.
+
+    Raises:
+        BackingRefusedError: The base lies outside.
+        OSError: A system call failed.
+    """
+    link = _directory_of(base)
+    is_trusted = is_named(base.path, base, trusted)
+    real = _real_directory(base, link)
+    try:
+        with ExitStack() as stack:
+            allowed = [_directory_of(image)]
+            paths = [*policy.directories]
+            if is_trusted and trusted is not None:
+                paths.append(os.path.dirname(trusted) or ".")  # noqa: PTH120  no Path is wanted
+            for path in paths:
+                with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                    allowed.append(stack.enter_context(closing(OpenDirectory(path))))
+            if not is_trusted and not any(parent.holds(real) for parent in allowed):
+                raise _refusal(base, image)
+            if not any(parent.holds(link) for parent in allowed):
+                base.directory, real = real, link
+    finally:
+        if real is not base.directory:
+            real.close()
+
+
+def _directory_of(file: HostFile) -> OpenDirectory:
+    """Return the directory that was opened with a local file.
+
+    Raises:
+        BackingRefusedError: No directory was opened, or it was closed too early.
+    """
+    found = file.directory if isinstance(file, PosixFile) else None
+    if found is None:
+        msg = f"{file.name}: found no open directory of this file, expected one to confine its base"
+        raise BackingRefusedError(msg)
+    return found
+
+
+def _real_directory(base: PosixFile, link: OpenDirectory) -> OpenDirectory:
+    """Return the directory that has an open base itself as an entry, not as a symbolic link.
+
+    The result is ``link``, in which the name of the base was looked up, or else a new object, which
+    the caller must close.
+
+    Raises:
+        OSError: The base has been moved or removed, or a system call failed.
+    """
+    status = os.fstat(base.fd)
+    name = os.path.basename(base.path)  # noqa: PTH119  no Path is wanted
+    if link.has_entry(name, status):
+        return link
+    parent, name = os.path.split(_kernel_path(base.fd))
+    with ExitStack() as stack:
+        directory = stack.enter_context(closing(OpenDirectory(parent)))
+        if not directory.has_entry(name, status):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        stack.pop_all()
+    return directory
+
+
+def _refusal(base: PosixFile, image: HostFile) -> BackingRefusedError:
+    """Return the error for a base that lies outside of all allowed directories.
+
+    Raises:
+        OSError: A system call failed.
+    """
+    real, expected = _kernel_path(base.fd), _directory_of(image).path
     msg = (
-        f"{image.name}: backing file {shown}: refused: found {printable(real)}, expected a file "
-        f"inside {printable(allowed[0])} (allow it with backing_dir="
+        f"{image.name}: backing file {base.name}: refused: found {printable(real)}, expected a "
+        f"file inside {printable(expected)} (allow it with backing_dir="
         f"{printable(os.path.dirname(real))} or backing=any)"  # noqa: PTH120
     )
-    raise BackingRefusedError(msg)
+    return BackingRefusedError(msg)
+
+
+def close_directory(file: HostFile) -> None:
+    """Close the directory of a local file, once the files that it names are open."""
+    if isinstance(file, PosixFile):
+        file.close_directory()
 
 
 def is_named(path: str, base: HostFile, trusted: str | None) -> bool:
@@ -105,6 +197,15 @@ def is_same_url(address: Address, trusted: str | None) -> bool:
         UsageError: ``trusted`` is a URL that is not valid.
     """
     return trusted is not None and is_url(trusted) and parse_address(trusted) == address
+
+
+def _kernel_path(fd: int) -> str:
+    """Return the kernel's path of an open file, without symbolic links.
+
+    Raises:
+        OSError: A system call failed.
+    """
+    return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115  no Path is wanted
 
 
 def _is_same_file(file: HostFile, path: str) -> bool:

@@ -39,6 +39,8 @@ def _directory() -> Path:
     (inside / "deep.qed").write_bytes(build_image(1 << 20, backing=b"../secret.raw", features=4))
     (inside / "foreign.qcow2").write_bytes(b"QFI\xfb".ljust(512, b"\0"))
     (inside / "link.raw").symlink_to("../secret.raw")
+    (inside / "inner.qed").write_bytes(build_image(1 << 20, backing=b"secret.raw", features=4))
+    (outside / "inward.qed").symlink_to("images/inner.qed")
     (inside / "sub").mkdir()
     os.mkfifo(inside / "fifo")
     return inside
@@ -115,6 +117,7 @@ def seeds() -> list[bytes]:
     names = (
         *("base.raw", "base.qed", "loop.qed", "deep.qed", "foreign.qcow2", "link.raw", "fifo"),
         *("sub", "../secret.raw", "/etc/passwd", "file:base.raw", "file:../secret.raw", "./a:b"),
+        *("inner.qed", "../inward.qed"),
         *("json:{}", "nbd://h/x", "https://h/base.raw", "s3://bucket/k", "image.qed", "sub/../x"),
         *("//proc/self/fd/0", "base.raw/", "sub/../../images/base.raw", "/dev/zero", "fat:rw:x"),
         "./" * 1000 + "base.raw",
@@ -139,6 +142,7 @@ TARGET: Final = Target(
         b"/proc/self/",
         b"secret.raw",
         b"link.raw",
+        b"../inward.qed",
     ),
     max_bytes=4096,
     ask_peer=ask_qemu,
