@@ -185,6 +185,14 @@ def test_undo_refuses_a_changed_image(tmp_path: Path, capsys: pytest.CaptureFixt
     larger = repaired.copy()
     struct.pack_into("<Q", larger, 48, CLUSTER_BYTES)
     refused(larger, b"".join(lines), "header: found other values than in the backup, expected")
+    for field, bit in (
+        (16, Feature.BACKING_FORMAT_NO_PROBE),
+        (16, Feature.FREE_LIST),
+        (32, 1 << 40),
+    ):
+        other = repaired.copy()
+        struct.pack_into("<Q", other, field, bit)
+        refused(other, b"".join(lines), "header: found other values than in the backup, expected")
     refused(repaired + bytes(CLUSTER_BYTES), b"".join(lines), "file size: found")
     first, rest = lines[0], lines[1:]
     for saved in (
@@ -197,6 +205,24 @@ def test_undo_refuses_a_changed_image(tmp_path: Path, capsys: pytest.CaptureFixt
     ):
         refused(repaired, b"".join(saved), "incomplete or damaged backup")
     refused(repaired, b"".join(lines[1:]), "expected the backup of a repair")
+
+
+def test_undo_keeps_the_declaration_of_a_raw_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An undo is refused after a rebase, and does not let the base be probed again."""
+    (tmp_path / "base.raw").write_bytes(bytes(1 << 20))
+    content = build_image(1 << 20, {3: b"x", 8: b"y"}, backing=b"base.raw")
+    put_entry(content, l2_entry_offset(content, 3), 1 << 50)
+    assert not header_of(content).backing_is_raw
+    path, backup = saved_and_repaired(tmp_path, content)
+    assert main(["rebase", "-q", "-u", "-b", "base.raw", "-F", "raw", str(path)]) == 0
+    before = path.read_bytes()
+    assert header_of(before).backing_is_raw
+    capsys.readouterr()
+    assert main(["check", "--undo", str(backup), str(path)]) == 1
+    assert "nothing was restored: header: found other values" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def forged(image: bytes, *ranges: bytes, lengths: str = "") -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.check.outoffile import POISON_ENTRY
@@ -94,12 +93,14 @@ async def _verify(file: HostFile, saved: SavedRange, backup_name: str) -> None:
     """Refuse a range if an entry in it has neither its old nor its new value, nor `_POISON_BYTES`.
 
     The bytes that describe a free list are no entries, but are compared in pieces as long as an
-    entry.  Of the header (offset 0), only the fields that a repair does not change are compared.
+    entry.  The header (offset 0) must have all its old or all its new fields, with NEED_CHECK or
+    without: a repair and an undo leave no other header, however they are interrupted.
     """
     offset, old, new = saved
     found = bytes(await file.pread(offset, len(old)))
     if not offset:
-        if _without_changed_fields(found, file.name) != _without_changed_fields(old, backup_name):
+        known = [_without_need_check(raw, backup_name) for raw in (old, new)]
+        if _without_need_check(found, file.name) not in known:
             found_fields, expected = "other values than in the backup", "the same values"
             raise CorruptImageError(_changed_message(file, "header", found_fields, expected))
     elif found not in (old, new):
@@ -112,9 +113,9 @@ async def _verify(file: HostFile, saved: SavedRange, backup_name: str) -> None:
                 )
 
 
-def _without_changed_fields(raw: bytes, name: str) -> Header:
-    """Parse a header; return it with 0 in each field that a repair changes."""
-    return replace(parse_header(raw, name), features=0, autoclear_features=0)
+def _without_need_check(raw: bytes, name: str) -> Header:
+    """Parse a header; return it with NEED_CHECK cleared."""
+    return parse_header(raw, name).with_need_check(value=False)
 
 
 def _changed_message(file: HostFile, what: str, found: str, expected: str) -> str:
