@@ -355,6 +355,44 @@ def test_a_repair_that_was_killed_is_not_taken_for_none(tmp_path: Path) -> None:
     assert path.stat().st_size < len(content)
 
 
+@pytest.mark.parametrize("first", ["image.qed", "links/link.qed"])
+@pytest.mark.parametrize("second", ["image.qed", "links/link.qed", "relative.qed"])
+def test_leaks_are_kept_by_every_name(
+    first: str, second: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A backup lies beside the image, and keeps the leaks, also by a symbolic link to the image."""
+    path = tmp_path / "image.qed"
+    content = two_tables()
+    put_entry(content, l2_entry_offset(content, 3), 1 << 50)
+    path.write_bytes(content)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/link.qed").symlink_to(path)
+    (tmp_path / "relative.qed").symlink_to("links/link.qed")
+    assert main(["check", "-r", "all", str(tmp_path / first)]) == 3
+    assert f"has changed: {path}.before-repair\n" in capsys.readouterr().out
+    before = path.read_bytes()
+    assert main(["check", "-q", "-r", "all", str(tmp_path / second)]) == 3
+    assert path.read_bytes() == before
+    assert main(["check", "-q", "-r", "leaks", str(tmp_path / second)]) == 0
+    assert path.stat().st_size < len(before)
+
+
+def test_leaks_are_kept_by_another_hard_link(tmp_path: Path) -> None:
+    """The backup of a repair by another hard link is not found, so leaks count as kept."""
+    path, other = tmp_path / "image.qed", tmp_path / "other.qed"
+    content = two_tables()
+    put_entry(content, l2_entry_offset(content, 3), 1 << 50)
+    path.write_bytes(content)
+    assert main(["check", "-q", "-r", "all", str(path)]) == 3
+    other.hardlink_to(path)
+    before = path.read_bytes()
+    assert main(["check", "-q", "-r", "all", str(other)]) == 3
+    assert path.read_bytes() == before
+    path.unlink()
+    assert main(["check", "-q", "-r", "all", str(other)]) == 0
+    assert other.stat().st_size < len(before)
+
+
 def test_the_documented_format_is_enough(tmp_path: Path) -> None:
     """The script in docs/repair.md undoes a repair without qedimg."""
     content = two_tables()

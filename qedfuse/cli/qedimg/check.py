@@ -35,15 +35,17 @@ ones and shortens the file.  It does not change an image that has damage.
 -r all repairs damage.  If several table entries point to one cluster, each entry but the
 first gets a copy of it.  An invalid entry is cleared.  The ranges of the disk whose
 content is lost or doubtful are listed.  Before anything is changed, all bytes that will
-change are saved in IMAGE.before-repair (IMAGE.before-repair.2 and so on if that exists).
---undo with this file reverts the repair if nothing else has changed the image since.  If
-a repair is interrupted, run it again.
+change are saved in IMAGE.before-repair (IMAGE.before-repair.2 and so on if that exists),
+beside the file to which IMAGE leads if it is a symbolic link.  --undo with this file
+reverts the repair if nothing else has changed the image since.  If a repair is
+interrupted, run it again.
 
 After -r all has cleared entries, the clusters to which these entries pointed are leaked,
 and may hold your data.  Therefore the same run frees no space, and exits with 3 if
 clusters are leaked.  Look at the disk, but only read it: a mount for writing reuses
 leaked space.  When you no longer need the leaked clusters, free them with -r leaks.  -r all
-frees them only if the image has no damage and IMAGE.before-repair does not exist.
+frees them only if the image has no damage and no other hard link, and IMAGE.before-repair
+does not exist.
 
 In two cases the header itself may be damaged: an image with damage or leaks has no data
 cluster in use, or far more clusters are leaked than in use.  A repair could then overwrite

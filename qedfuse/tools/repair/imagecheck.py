@@ -92,7 +92,7 @@ async def plan(
             repair_plan = await plan_repair(file, header)
         # Leaks can be kept even if the image has none now.  The repair of errors can leak clusters:
         # those in the free list, which it drops, and the old clusters of a table that it moves.
-        keep_leaks = _must_keep_leaks(path, level, report) and bool(report.errors or report.leaks)
+        keep_leaks = _must_keep_leaks(file, level, report) and bool(report.errors or report.leaks)
         risky = repair_plan.written > _max_unforced_bytes(file) or _is_risky(report, level)
         return CheckResult.of_check(
             header,
@@ -121,8 +121,8 @@ async def repair(
 
     After a repair the clusters of cleared entries are leaked, and hold all that is left of the lost
     data.  So a call with ``all`` that repairs errors keeps all leaked clusters.  Later calls with
-    ``all`` keep them as long as the first backup exists (``.before-repair`` without a number).  A
-    call with ``leaks`` reclaims them.
+    ``all`` keep them as long as the first backup exists (``.before-repair`` without a number) or
+    the image has another hard link.  A call with ``leaks`` reclaims them.
 
     Args:
         path: The image; no other program may have the image open.
@@ -149,7 +149,7 @@ async def repair(
         if _is_risky(before, level) and not force:
             raise CorruptImageError(_implausible_message(file, before))
         repair_plan, backup_path = RepairPlan(), None
-        keep_leaks = _must_keep_leaks(path, level, before)
+        keep_leaks = _must_keep_leaks(file, level, before)
         if before.errors and level == "all":
             with Backup(_backup_path(path), file.stat()) as backup:
                 repair_plan = await plan_repair(file, header, backup.save)
@@ -208,13 +208,22 @@ async def undo(path: str, backup: str, *, progress: Progress | None = None) -> C
 
 
 def _backup_path(path: str) -> str:
-    """Return the path of the first backup of an image; later backups have a number appended."""
-    return f"{path}.before-repair"
+    """Return the path of the first backup of an image; later backups have a number appended.
+
+    If the path is a symbolic link, the backup lies beside the file to which it leads, so that a
+    repair by any other path finds the backup.
+    """
+    target = os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114  a name
+    return f"{target}.before-repair"
 
 
-def _must_keep_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport) -> bool:
-    """Return whether leaked clusters must be kept, because they may hold data lost by a repair."""
-    has_backup = os.path.lexists(_backup_path(path))
+def _must_keep_leaks(file: PosixFile, level: Literal["leaks", "all"], report: CheckReport) -> bool:
+    """Return whether leaked clusters must be kept, because they may hold data lost by a repair.
+
+    The backup of an earlier repair shows that.  If the image has other hard links, the backup can
+    lie beside any of them, so it counts as present.
+    """
+    has_backup = os.path.lexists(_backup_path(file.path)) or file.stat().st_nlink > 1
     return level == "all" and (report.errors > 0 or has_backup)
 
 
