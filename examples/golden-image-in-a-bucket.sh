@@ -7,8 +7,8 @@
 # directory within DIRECTORY, which is removed at the end.
 # Credentials are those of the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and
 # AWS_ENDPOINT_URL for a store other than Amazon's.
-# Needs qedfuse and qedimg (examples/install.sh), obstore (pip install 'qedfuse[remote]') and
-# e2fsprogs.
+# Needs qedfuse and qedimg (examples/install.sh), obstore in the same environment
+# (/opt/qedfuse/bin/pip install 'obstore>=0.12' 'urllib3>=2.2') and e2fsprogs.
 set -eu
 # shellcheck source=examples/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -21,6 +21,7 @@ from qedfuse.remote.client import (
     UnreachableError,
     UnusableError,
 )
+from qedfuse.remote.libraries import missing_library
 from qedfuse.remote.outagelog import closed_error
 
 if TYPE_CHECKING:
@@ -175,8 +176,7 @@ def make_client(address: Address, options: ClientOptions) -> Client:
         return StoreClient(address, options)
     except ImportError as error:
         # Also raised for a library that is too old.
-        library = "urllib3>=2.2" if address.is_web else "obstore>=0.12"
-        msg = f"{address.shown}: found no {library}, expected it (pip install 'qedfuse[remote]')"
+        msg = f"{address.shown}: {missing_library(is_web=address.is_web)}"
         raise RemoteError(msg, errno.ENOPKG) from error
     except UnusableError as error:
         msg = f"{address.shown}: {error}"

@@ -10,6 +10,8 @@ import errno
 import hashlib
 import os
 import re
+import shlex
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +131,7 @@ def in_table(place: Place, line: str) -> str:
         "https://127.0.0.1:9/": "https://example.org/",
         "https://nosuch.invalid/": "https://example.org/",
         str(place.directory): "/srv",
+        f"{shlex.quote(sys.prefix)}/bin/": "/opt/qedfuse/bin/",
     }.items():
         line = line.replace(found, shown)
     line = re.sub(r"\(attempts: \d+\)", "(attempts: 4)", line)

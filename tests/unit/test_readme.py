@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import qedfuse
 from qedfuse.cli.qedfuse.usage import USAGE
 from qedfuse.cli.qedimg.main import COMMANDS, command, make_parser
 from qedfuse.mount.optionparser import KERNEL_FLAGS, known_options
+from qedfuse.remote.libraries import STORE_LIBRARY, WEB_LIBRARY, missing_library
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(qedfuse.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,3 +87,31 @@ def test_raw_sources_have_a_stated_format() -> None:
                 assert given[f"{operand}_format"] == "raw", words
                 stated += 1
     assert stated > len(found) / 2
+
+
+def test_the_libraries_for_servers_agree() -> None:
+    """Every text about the libraries names the environment's pip, and the versions of the code."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extra = settings["project"]["optional-dependencies"]["remote"]
+    assert sorted(extra) == sorted([STORE_LIBRARY, WEB_LIBRARY])
+    command = f"qedfuse/bin/pip install '{STORE_LIBRARY}' '{WEB_LIBRARY}'"
+    for name in ("README.md", "docs/remote.md", "examples/golden-image-in-a-bucket.sh"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert command in text
+        assert "qedfuse[remote]" not in text  # no index has a package of this name
+    control = (ROOT / "packaging/debian/control").read_text(encoding="utf-8")
+    assert f" python3-{WEB_LIBRARY.replace('>=', ' (>= ')})," in control
+
+
+def test_a_missing_library_without_a_virtual_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's Python, as of the Debian package, gets no advice to run its pip."""
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    texts = [missing_library(is_web=is_web) for is_web in (True, False)]
+    rows = (ROOT / "docs" / "bad-input.md").read_text(encoding="utf-8")
+    for text in texts:
+        assert "pip" not in text
+        assert f"`{text.partition('(')[2].rstrip(')')}`)" in rows
+    monkeypatch.setattr(sys, "prefix", "/a b")
+    assert "install it with: '/a b/bin/python' -m pip install 'urllib3>=2.2'" in missing_library(
+        is_web=True
+    )
