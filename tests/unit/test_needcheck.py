@@ -21,7 +21,15 @@ from tests.support.disks import (
     opened,
     put_entry,
 )
-from tests.support.hostfiles import FailingFile, RecordingFile, Sync, Truncate, Write, apply
+from tests.support.hostfiles import (
+    FailingFile,
+    HeldCall,
+    RecordingFile,
+    Sync,
+    Truncate,
+    Write,
+    apply,
+)
 
 if TYPE_CHECKING:
     from trio.testing import MockClock
@@ -284,6 +292,62 @@ async def test_clearing_that_failed_is_tried_again(autojump_clock: MockClock) ->
         await trio.sleep(6)
         assert not in_file(recording)
     assert autojump_clock.current_time() >= 12
+
+
+class _PatchyFile(RecordingFile):
+    """A cached file that can hold up its first cut, and refuse inline datasyncs.
+
+    Attributes:
+        fast_datasyncs: How many further datasyncs can be made inline; None for any number.
+        cut: The first cut, which is held up.
+    """
+
+    def __init__(self, content: bytes | bytearray) -> None:
+        """Start with ``content`` and an unlimited number of inline datasyncs."""
+        super().__init__(content)
+        self.in_page_cache = True
+        self.fast_datasyncs: int | None = None
+        self.cut = HeldCall("truncate", 1)
+
+    def try_datasync(self) -> bool:
+        """Make everything durable, if an inline datasync is left."""
+        if self.fast_datasyncs is not None:
+            if not self.fast_datasyncs:
+                return False
+            self.fast_datasyncs -= 1
+        return super().try_datasync()
+
+    async def truncate(self, size: int) -> None:
+        """Set the length when the cut is released."""
+        await self.cut.wait()
+        await super().truncate(size)
+
+
+async def test_not_cleared_while_an_inline_cycle_lacks_its_last_datasync(
+    autojump_clock: MockClock,
+) -> None:
+    """Table writes of an inline cycle that could not make its last datasync are not durable."""
+    file = _PatchyFile(build_image(SIZE, {0: b"a", 1: b"b", 2: b"c"}))
+    async with opened(file, options=IDLE) as disk:
+        with file.cut:
+            await disk.ensure_scanned()
+            await disk.write(3 * CLUSTER, b"grows the file by more than a cluster")
+            await disk.discard(CLUSTER, CLUSTER)
+            await disk.flush()
+            assert disk.statistics().free_clusters == 1
+            with trio.fail_after(60):
+                await file.cut.reached.wait()
+            assert autojump_clock.current_time() == IDLE.needcheck_seconds
+            assert disk.try_write(5 * CLUSTER, b"new"), "there is a free cluster"
+            file.fast_datasyncs = 1
+            written = disk.statistics().writeback.table_writes
+            assert not disk.try_flush()
+            assert disk.statistics().writeback.table_writes == written + 1
+        await wait_all_tasks_blocked()
+        assert in_file(file)
+        file.fast_datasyncs = None
+        await trio.sleep(60)
+        assert not in_file(file)
 
 
 FAR = 512

@@ -95,6 +95,8 @@ class MetadataWriteback:
         self._waiting: _Cycle | None = None
         self._activity = trio.Event()
         self._is_active = False  # whether `_activity` is set
+        # Whether a table was written that no datasync has made durable yet.
+        self._has_unsynced_tables = False
         self._datasyncs = self._table_writes = 0
         self.cycles = 0
         self.failure: HostError | None = None
@@ -118,8 +120,10 @@ class MetadataWriteback:
 
     @property
     def dirty_tables(self) -> bool:
-        """Whether a table in memory differs from the file, or may differ because a cycle runs."""
-        return self._tables.dirty_bytes > 0 or self._running is not None
+        """Whether a table in memory differs from what is durable, or may, because a cycle runs."""
+        return (
+            self._tables.dirty_bytes > 0 or self._has_unsynced_tables or self._running is not None
+        )
 
     @property
     def has_changed_tables(self) -> bool:
@@ -166,7 +170,8 @@ class MetadataWriteback:
     def _try_cycle(self) -> bool:
         """Run a cycle without waiting; return False if it cannot be completed.
 
-        After False, what was not written is dirty again.  The next cycle makes everything durable.
+        After False, what was not written is dirty again, and what was written need not be durable.
+        The next cycle makes everything durable.
         """
         # This method awaits nothing, so nothing changes between its steps.  So the first datasync
         # covers all that the tables refer to, although the tables are taken after it.
@@ -181,12 +186,14 @@ class MetadataWriteback:
                 self._give_back(l2[index:])
                 return False
             self._table_writes += 1
+            self._has_unsynced_tables = True
             self._tables.end_write_back(write, written=True)
         if l2:
             if not self._file.try_datasync():
                 return False
             self._datasyncs += 1
         self._durable_changes = self._changes
+        self._has_unsynced_tables = False
         self._observer.cycle_durable()
         return True
 
@@ -270,6 +277,7 @@ class MetadataWriteback:
             await self._write(l1)
             await self._sync_or_give_back([])
         self._durable_changes = max(self._durable_changes, target)
+        self._has_unsynced_tables = False
         # From here on no table in the file refers to the clusters whose references the cycle
         # has removed.  So the observer may begin to release these clusters (D5).
         self._observer.cycle_durable()
@@ -303,6 +311,7 @@ class MetadataWriteback:
             except QedError:
                 self._give_back([*writes[index:], *dependents])
                 raise
+            self._has_unsynced_tables = True
             self._tables.end_write_back(write, written=True)
             await pace.step()
 
