@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import trio
 
 from qedfuse.disk.maintenance.disksize import first_in_use
+from qedfuse.disk.state.freelistwriter import write_list
 from qedfuse.ondisk.constants import ZERO
 from qedfuse.util.pace import MAX_STEPS
-from tests.support.disks import WRITABLE, build_image, opened
+from tests.support.disks import WRITABLE, build_image, header_of, opened
 from tests.support.hostfiles import MemoryFile
 
 if TYPE_CHECKING:
@@ -110,4 +112,51 @@ async def test_hiding_a_longer_base() -> None:
         await disk.ensure_scanned()
         most, calls = await longest(file, disk.grow(size))
     assert calls >= tables
+    assert most <= 3 * MAX_STEPS  # as above
+
+
+async def test_filling_reused_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tasks run while reserved clusters that were in use before are filled with zeros."""
+    monkeypatch.setattr("qedfuse.disk.datapath.writepath._MAX_COPY_BYTES", CLUSTER)
+    used = 512
+    numbers = [*range(used), 2 * used - 1]
+    file = EagerFile(build_image(SIZE, dict.fromkeys(numbers, b"x")))
+    async with opened(file) as disk:
+        await disk.ensure_scanned()
+        await disk.discard(0, used * CLUSTER)
+        await disk.flush()
+        assert disk.statistics().free_clusters == used
+        writes = file.counts["write"]
+        most, _ = await longest(file, disk.allocate(used * CLUSTER, (used - 1) * CLUSTER))
+        assert disk.statistics().free_clusters == 1
+        assert file.counts["write"] - writes >= used - 1
+    assert most <= 3 * MAX_STEPS  # as above
+
+
+async def test_filling_a_table_in_reused_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tasks run while a new table is filled with zeros in clusters that were in use."""
+    step = 256
+    monkeypatch.setattr("qedfuse.disk.datapath.tablewriter._MAX_ZERO_WRITE_BYTES", step)
+    span, table = 16 * 512, 16
+    image = build_image(2 * span * CLUSTER, dict.fromkeys(range(64), b"x"), table_size=table)
+    file = EagerFile(image)
+    async with opened(file) as disk:
+        await disk.ensure_scanned()
+        await disk.discard(0, 60 * CLUSTER)
+        await disk.flush()
+        end = disk.statistics().file_bytes
+        writes = file.counts["write"]
+        most, _ = await longest(file, disk.write(span * CLUSTER, b"x"))
+        assert disk.statistics().file_bytes == end, "the table lies in free clusters"
+        assert file.counts["write"] - writes >= table * CLUSTER // step
+    assert most <= 3 * MAX_STEPS  # as above
+
+
+async def test_writing_a_free_list() -> None:
+    """Other tasks run while a list with many runs is written."""
+    image = build_image(SIZE)
+    file = EagerFile(image)
+    runs = np.array([(first, 1) for first in range(10, 60_000, 2)], np.uint64)
+    most, calls = await longest(file, write_list(file, header_of(image), runs))
+    assert calls > 3 * MAX_STEPS
     assert most <= 3 * MAX_STEPS  # as above

@@ -12,6 +12,7 @@ import trio
 
 from qedfuse.disk.lookup.slices import L1, L2, Pins
 from qedfuse.errors import CorruptImageError
+from qedfuse.util.pace import Pace
 
 if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import QedLayer
@@ -83,13 +84,8 @@ class TableWriter:
                 return table
             run = await self._space.allocate_table()
             try:
-                for offset in (
-                    range(run.offset, run.end, _MAX_ZERO_WRITE_BYTES)
-                    if not run.never_written
-                    else ()
-                ):
-                    size = min(_MAX_ZERO_WRITE_BYTES, run.end - offset)
-                    await layer.file.pwrite(offset, bytes(size))
+                if not run.never_written:
+                    await self._fill_with_zeros(run)
                 slice_ = await self.writable_slice(layer.header.l1_table_offset, l1_index, L1)
             except BaseException:
                 self._space.release(run)
@@ -98,6 +94,14 @@ class TableWriter:
             layer.add_table(l1_index, run.offset)
             self._writeback.note_write()
             return run.offset
+
+    async def _fill_with_zeros(self, run: Run) -> None:
+        """Write zeros over the clusters of a new table; other tasks run in between."""
+        pace = Pace()
+        for offset in range(run.offset, run.end, _MAX_ZERO_WRITE_BYTES):
+            size = min(_MAX_ZERO_WRITE_BYTES, run.end - offset)
+            await self._layer.file.pwrite(offset, bytes(size))
+            await pace.step()
 
     async def writable_slice(self, table: int, index: int, level: int) -> Slice:
         """Return the slice that holds a table entry; reserve host space for the slice's write-back.

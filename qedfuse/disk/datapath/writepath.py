@@ -166,11 +166,13 @@ class WritePath:
             # Copied in steps to save memory: a cluster can be 64 MiB long, and writes run
             # concurrently.
             await pwrite(run.offset + offset_in_run, data)
+            pace = Pace()
             for begin, stop in ((first, start), (end, run_end)):
                 for at in range(begin, stop, _MAX_COPY_BYTES):
                     part_end = min(stop, at + _MAX_COPY_BYTES)
                     content = await self._previous_content(at, part_end, from_base=from_base)
                     await pwrite(run.offset + at - first, content)
+                    await pace.step()
 
     async def _previous_content(
         self, start: int, end: int, *, from_base: bool

@@ -21,6 +21,7 @@ from qedfuse.ondisk.freelist import (
     encode_runs,
     runs_in_cluster,
 )
+from qedfuse.util.pace import Pace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -109,9 +110,11 @@ async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
     runs_per_cluster = runs_in_cluster(header.cluster_size)
     clusters = _lowest(runs, -(-len(runs) // runs_per_cluster))
     offsets = [*(clusters << np.uint64(header.geometry.cluster_bits)).tolist(), 0]
+    pace = Pace()
     for index, offset in enumerate(offsets[:-1]):
         cluster_runs = runs[index * runs_per_cluster : (index + 1) * runs_per_cluster]
         await file.pwrite(offset, build_cluster(offsets[index + 1], cluster_runs))
+        await pace.step()
     descriptor = Descriptor(
         first_cluster=offsets[0],
         list_clusters=len(clusters),
