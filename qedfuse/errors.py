@@ -66,6 +66,12 @@ class QedError(Exception):
         copy.args = (f"{text}{self}",)
         return copy
 
+    def renamed(self, old: str, new: str) -> Self:
+        """Return a copy whose message has the name ``new`` of a file in place of ``old``."""
+        copy = self.again()
+        copy.args = (str(self).replace(old, new),)
+        return copy
+
     def equals(self, other: QedError) -> bool:
         """Return whether ``other`` has the same class and the same message."""
         return type(self) is type(other) and self.args == other.args

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
@@ -32,6 +32,9 @@ from tests.support.disks import header_of, l2_entry_offset, put_entry
 from tests.support.fakecommand import finish, start
 from tests.support.share import share
 from tests.toolbox import memory
+
+if TYPE_CHECKING:
+    from qedfuse.tools.source.source import Source
 
 
 def names(directory: Path) -> set[str]:
@@ -737,6 +740,52 @@ def test_compare_detects_a_difference(
     words = ["--compare", "-O", "raw", str(tmp_path / "a.raw"), str(tmp_path / "new.raw")]
     assert main(["convert", *words]) == 1
     assert "new.raw: content at 777777: found other bytes" in capsys.readouterr().err
+    assert names(tmp_path) == {"a.raw"}
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ["--backing", "none"],
+        ["--backing-format", "raw"],
+        ["--backing-format", "qed"],
+        ["--backing-format", "qcow2"],
+    ],
+)
+def test_the_comparison_opens_the_named_base(policy: list[str], tmp_path: Path) -> None:
+    """The policy is for the bases that the source names, and the copy is over the named base."""
+    for name in ("below.raw", "below.qed", "below.qcow2"):
+        form = name.rpartition(".")[2]
+        qemu.create(tmp_path / name, 1 << 20, image_format=form)
+        qemu.io(tmp_path / name, "write -P 1 64k 64k", image_format=form)
+    source, base = tmp_path / "source.qed", tmp_path / "base.qed"
+    form = "" if policy[1] == "none" else policy[1]
+    below = {"backing": tmp_path / f"below.{form}", "backing_format": form} if form else {}
+    for path, value in ((source, 2), (base, 3)):
+        qemu.create(path, 1 << 20, **below)  # type: ignore[arg-type]
+        qemu.io(path, f"write -P {value} 256k 64k")
+    new = tmp_path / "new.qed"
+    words = [*policy, "-B", str(base), "--compare", str(source), str(new)]
+    assert main(["convert", *words]) == 0
+    assert qemu.info(new)["backing-filename"] == str(base)
+    assert qemu.compare(source, new, second_format="qed")
+
+
+def test_an_error_of_the_comparison_names_the_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the copy cannot be read back, the message has no name of a temporary file."""
+    (tmp_path / "a.raw").write_bytes(b"x" * (1 << 20))
+    new = tmp_path / "new.qed"
+
+    async def spoilt(_source: object, copy: Source, _name: str) -> None:
+        assert copy.name.endswith(".part")
+        msg = f"{copy.name}: cannot read"
+        raise HostError(msg)
+
+    monkeypatch.setattr(conversion, "verify_copy", spoilt)
+    assert main(["convert", "--compare", str(tmp_path / "a.raw"), str(new)]) == 1
+    assert capsys.readouterr().err == f"qedimg: {new}: cannot read\n"
     assert names(tmp_path) == {"a.raw"}
 
 

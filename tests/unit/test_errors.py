@@ -101,6 +101,17 @@ def test_name_is_escaped() -> None:
     assert str(error) == "a\\nb.qed: cannot open: No such file or directory"
 
 
+def test_a_renamed_error_is_of_the_same_kind() -> None:
+    """An error whose file gets another name keeps its class and its attributes."""
+    error = RemoteError("a/.b.part: cannot read a/.b.part", errno.EACCES)
+    error.is_logged = True
+    found = error.renamed("a/.b.part", "a/b")
+    assert type(found) is RemoteError
+    assert str(found) == "a/b: cannot read a/b"
+    assert (found.errno, found.is_logged) == (errno.EACCES, True)
+    assert str(error) == "a/.b.part: cannot read a/.b.part"
+
+
 def test_a_prefixed_error_is_of_the_same_kind() -> None:
     """An error whose message gets a prefix keeps its class and its attributes."""
     error = RemoteError("https://h/a: found HTTP status 503", errno.EACCES)

@@ -7,7 +7,6 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.baseversion import versions_of
 from qedfuse.disk.lookup.rememberedbase import NewRecord
 from qedfuse.errors import UsageError, cannot_open
@@ -22,9 +21,8 @@ from qedfuse.tools.common.pipe import open_stream
 from qedfuse.tools.copying.compare import verify_copy
 from qedfuse.tools.copying.diskcopy import DiskCopy, logging_partial_copy
 from qedfuse.tools.copying.foreignimage import foreign_image
-from qedfuse.tools.copying.imagespec import open_new_base, qed_target
+from qedfuse.tools.copying.imagespec import open_copy, open_new_base, qed_target
 from qedfuse.tools.copying.streamcopy import copy_stream
-from qedfuse.tools.source.source import open_source
 from qedfuse.tools.target.qedtarget import ExistingQedTarget
 from qedfuse.tools.target.rawtarget import ExistingRawTarget, NewRawTarget, StreamTarget
 
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from qedfuse.disk.options import OpenOptions
-    from qedfuse.tools.common.formatprobe import ImageFormat
     from qedfuse.tools.common.pipe import Stream
     from qedfuse.tools.copying.diskcopy import WriteBehindMode
     from qedfuse.tools.copying.imagespec import ImageSpec
@@ -292,15 +289,6 @@ class Conversion:
 
     async def _verify(self, path: str) -> None:
         """Compare the copy, now at ``path``, with the source; a stream is skipped."""
-        if self._source_disk is None:
-            return
-        # The lock of an existing target has been released, so another program may have locked it.
-        options = replace(self._options, force_share=True)
-        if self._spec.backing is not None:
-            directory = options.backing.working_directory
-            base = backing_path(self._path, self._spec.backing, directory)
-            # The user has named the backing file, so it may lie in any directory.
-            options = replace(options, backing=replace(options.backing, trusted=base))
-        copy_format: ImageFormat = "raw" if self._spec.format == "raw" else "qed"
-        async with open_source(path, copy_format, options) as copy:
-            await verify_copy(self._source_disk, copy, self._name)
+        if self._source_disk is not None:
+            async with open_copy(path, self._path, self._spec, self._options) as copy:
+                await verify_copy(self._source_disk, copy, self._name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.creation.newheader import backing_name, new_header
@@ -21,8 +21,8 @@ from qedfuse.tools.target.qedtarget import NewQedTarget
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from qedfuse.disk.options import BackingFormat, OpenOptions
-    from qedfuse.tools.common.formatprobe import FormatChoice
+    from qedfuse.disk.options import BackingFormat, BackingPolicy, OpenOptions
+    from qedfuse.tools.common.formatprobe import FormatChoice, ImageFormat
     from qedfuse.tools.source.source import Source
 
 DEFAULT_SPARSE_SIZE: Final = 4096
@@ -131,3 +131,50 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
         raise BackingError(msg) from error
     async with opened:
         yield base
+
+
+@asynccontextmanager
+async def open_copy(
+    path: str, final_path: str, spec: ImageSpec, options: OpenOptions
+) -> AsyncIterator[Source]:
+    """Open a copy that was just written as a source for the caller's ``with`` block.
+
+    Errors, also those of the block, name the copy by its final path.
+
+    Args:
+        path: The present path of the copy.
+        final_path: The path that the copy will have.
+        spec: The format and the backing file of the copy.
+        options: How the source and the backing file were opened.
+
+    Raises:
+        QedError: The copy or a backing file cannot be opened or read.
+    """
+    # The lock of an existing target has been released, so another program may have locked it.
+    options = replace(options, force_share=True)
+    if spec.backing is not None:
+        options = replace(options, backing=_policy_of_copy(final_path, spec.backing, options))
+    copy_format: ImageFormat = "raw" if spec.format == "raw" else "qed"
+    try:
+        async with open_source(path, copy_format, options) as copy:
+            yield copy
+    except QedError as error:
+        raise error.renamed(printable(path), printable(final_path)) from error
+
+
+def _policy_of_copy(image: str, backing: str, options: OpenOptions) -> BackingPolicy:
+    """Return the policy by which a new image opens the backing file that the user has named.
+
+    The user's policy is for images that name their own bases.  So ``none`` and the format of these
+    bases do not apply to the named file: the first bytes or the header show its format.  With
+    ``none`` the file has no base, because `open_new_base` has opened it.
+    """
+    policy = options.backing
+    is_foreign = policy.format not in (None, "raw", "qed")
+    return replace(
+        policy,
+        mode="confined" if policy.mode == "none" else policy.mode,
+        trusted=backing_path(image, backing, policy.working_directory),
+        format=None,
+        foreign="qemu" if is_foreign else policy.foreign,
+    )
