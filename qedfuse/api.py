@@ -30,7 +30,9 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
 from qedfuse.remote.address import shown_name, without_secrets
-from qedfuse.util.portal import Portal, PortalClosedError
+from qedfuse.util.portal import Portal
+from qedfuse.util.portalcall import PortalClosedError
+from qedfuse.util.portalthreads import in_portal_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -228,7 +230,8 @@ class DiskFile(io.RawIOBase):
         """Write ``data``; return the number of bytes written, fewer only at the end of the disk.
 
         If an error is raised, part of the data may have been written, and the position is
-        unchanged.
+        unchanged.  An exception of a signal handler, such as KeyboardInterrupt, cancels the write,
+        and is raised when no part of it is under way any more.
 
         Raises:
             NoSpaceError: The position is at or past the end, or the host is full.
@@ -245,9 +248,21 @@ class DiskFile(io.RawIOBase):
             # caller gets the number of bytes written instead of an error.
             while done < len(view) and (not done or self._position + done < self.size):
                 chunk = view[done : done + _MAX_CALL_BYTES]
-                done += self._portal.call(self._disk.write, self._position + done, chunk)
+                done += self._write_at(self._position + done, chunk)
             self._position += done
             return done
+
+    def _write_at(self, position: int, data: memoryview) -> int:
+        """Write at a position; return the number of bytes written, fewer only at the disk's end.
+
+        In the thread of a portal, the write is only started, with a copy of ``data``.
+        """
+        if not in_portal_thread():
+            # To its end, because the caller can change or free the buffer after an interrupt.
+            return self._portal.call_to_end(self._disk.write, position, data)
+        # The finalizer of a buffered file writes what is in its buffer.
+        self._portal.start(self._disk.write, position, bytes(data))
+        return min(len(data), max(0, self.size - position)) or len(data)
 
     def truncate(self, size: int | None = None, /) -> int:
         """Grow the disk to ``size`` bytes; return the size.
@@ -267,7 +282,7 @@ class DiskFile(io.RawIOBase):
             self._check_writable()
             wanted = self._position if size is None else size
             if wanted != self.size:
-                self._portal.call(self._disk.grow, wanted)
+                self._portal.call_to_end(self._disk.grow, wanted)
             return wanted
 
     def flush(self) -> None:
@@ -283,6 +298,9 @@ class DiskFile(io.RawIOBase):
             if self.mode != "r+b":
                 return
             if self._portal.is_alive():
+                if in_portal_thread():  # a finalizer, which must not wait
+                    self._portal.start(self._disk.flush)
+                    return
                 self._portal.call(self._disk.flush)
             else:
                 # Nothing can be flushed, for one of three reasons:
@@ -311,6 +329,9 @@ class DiskFile(io.RawIOBase):
         # Another thread may hold the lock while it waits for a server, so such waits are ended
         # first.
         self._portal.call_soon(self._disk.stop_fetching)
+        if in_portal_thread():
+            self._close_in_finalizer()
+            return
         try:
             with self._lock:
                 if self.closed:
@@ -326,6 +347,19 @@ class DiskFile(io.RawIOBase):
             raise
         if failure is not None:
             raise failure
+
+    def _close_in_finalizer(self) -> None:
+        """Begin to close the file in the thread of a portal, which must not wait.
+
+        If another thread is using the file, the file itself is not marked as closed.
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                super().close()
+            finally:
+                self._lock.release()
+        # After the writes and the flush that finalizers have started.
+        self._portal.ask_to_close()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         """If the program has not closed the file, warn, and begin to close it."""

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, TypeVarTuple
 import trio
 
 from qedfuse.util.latch import Latch, Outcome
-from qedfuse.util.portalthreads import PortalThread, in_portal_thread, watcher
+from qedfuse.util.portalcall import Call, LoggedCall, PortalClosedError, closed_error
+from qedfuse.util.portalthreads import PortalThread, watcher
 from qedfuse.util.threads import start
 
 if TYPE_CHECKING:
@@ -42,10 +43,6 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 Args = TypeVarTuple("Args")
-
-
-class PortalClosedError(RuntimeError):
-    """The portal is closing or closed, or its event loop runs in another process."""
 
 
 class Portal(Generic[T]):
@@ -80,7 +77,7 @@ class Portal(Generic[T]):
         self._process = os.getpid()
         self._opened: Outcome[T] = Outcome()
         self._ended = Latch()  # set by `_run` as its last act
-        self._pending: set[Outcome[Any]] = set()
+        self._pending: set[Call[Any]] = set()
         self._failure: BaseException | None = None
         self._close_requested = False  # set by `ask_to_close`, which `close` calls too
         self._close_called = False  # set only by `close`
@@ -124,39 +121,84 @@ class Portal(Generic[T]):
                 during the call.  In the last case ``function`` may have been cancelled.  Also if
                 the caller runs in the portal's own thread, which would wait for itself.
         """
-        outcome: Outcome[R] = Outcome()
-        # Record the outcome before the call is queued: when the loop ends, `_run` fails all
-        # recorded outcomes, so no caller waits forever.
-        self._pending.add(outcome)
+        call = Call(partial(function, *args))
+        # Record the call before it is queued: when the loop ends, `_run` fails all recorded calls,
+        # so no caller waits forever.
+        self._pending.add(call)
         try:
             if not self.is_alive() or threading.current_thread() is self._thread:
-                raise _closed()
-            self._send(partial(self._start, outcome, partial(function, *args)))
-            return outcome.result()
+                raise closed_error()
+            self._send(partial(self._start, call))
+            return call.result()
         finally:
-            self._pending.discard(outcome)
-            del outcome
+            self._pending.discard(call)
+
+    def call_to_end(self, function: Callable[[*Args], Awaitable[R]], *args: *Args) -> R:
+        """Run an async function in the event loop; return its result or raise its error.
+
+        An exception of a signal handler cancels ``function``, and is raised when ``function`` has
+        ended.  So the caller can reuse the arguments then.
+
+        Raises:
+            PortalClosedError: As in `call`.
+        """
+        call = Call(partial(function, *args))
+        self._pending.add(call)
+        try:
+            if not self.is_alive() or threading.current_thread() is self._thread:
+                raise closed_error()
+            try:
+                self._send(partial(self._start, call))
+                call.wait()
+            except BaseException:
+                self._end(call)
+                raise
+            return call.result()
+        finally:
+            self._pending.discard(call)
+
+    def _end(self, call: Call[Any]) -> None:
+        """Cancel a call, and wait until it has ended, also if signal handlers raise exceptions."""
+        while not (call.is_set or self._ended.is_set):
+            with suppress(BaseException):
+                self._send(partial(self._cancel, call))
+                call.wait()
+
+    def _cancel(self, call: Call[Any]) -> None:
+        """Cancel a call, or let it fail if it was not queued.  Runs in the event loop."""
+        call.scope.cancel()
+        if not call.has_begun and not call.is_set:
+            call.set_error(closed_error())
+
+    def start(self, function: Callable[[*Args], Awaitable[object]], *args: *Args) -> None:
+        """Start an async function in the event loop, without waiting; its error is logged.
+
+        The portal does not close before the function has ended.
+
+        Raises:
+            PortalClosedError: The event loop has ended, or runs in another process.
+        """
+        if not self.is_alive():
+            raise closed_error()
+        self._send(partial(self._start, LoggedCall(partial(function, *args), self._thread.name)))
 
     def raise_failure(self) -> None:
         """Raise PortalClosedError if the event loop, or leaving the context manager, has failed."""
         if self._failure is not None:
-            raise _closed() from self._failure
+            raise closed_error() from self._failure
 
     def close(self) -> BaseException | None:
         """Leave the context manager, and wait until the thread has ended.
 
         A second call waits as well, and returns the same.  An exception of a signal handler can end
-        the wait; then the portal closes in the background.  In the thread of a portal, where only a
-        finalizer can call this method, it does not wait.
+        the wait; then the portal closes in the background.  The portal's own thread must not call
+        this method, because it would wait for itself.
 
         Returns:
             The error of the context manager or of one of its background tasks, or None.  It is
             not raised, so that the caller can distinguish it from the exception of a signal
             handler.
         """
-        if in_portal_thread():
-            self.ask_to_close()
-            return None
         self._close_called = True
         try:
             self.ask_to_close()
@@ -190,7 +232,7 @@ class Portal(Generic[T]):
                 return
         except trio.RunFinishedError:
             pass
-        raise _closed()
+        raise closed_error()
 
     def ask_to_close(self) -> None:
         """Start to close the portal, and return without waiting until it is closed.
@@ -224,9 +266,9 @@ class Portal(Generic[T]):
                 self._opened.set_error(error)
         finally:
             # Fail the calls that the loop has not run.  Later calls find that the loop has ended.
-            for outcome in list(self._pending):
-                if not outcome.is_set:
-                    outcome.set_error(_closed())
+            for call in list(self._pending):
+                if not call.is_set:
+                    call.set_error(closed_error())
             watcher.forget(self)
             self._ended.set()
 
@@ -253,30 +295,12 @@ class Portal(Generic[T]):
                     self._nursery = None
                     self._before_leaving(value)
         if not self._opened.is_set:
-            raise _closed()
+            raise closed_error()
 
-    def _start(self, outcome: Outcome[R], function: Callable[[], Awaitable[R]]) -> None:
+    def _start(self, call: Call[Any]) -> None:
         """Start a call, or let it fail if the portal is closing.  Runs in the event loop."""
         if self._nursery is None:
-            outcome.set_error(_closed())
+            call.set_error(closed_error())
         else:
-            self._nursery.start_soon(_carry_out, outcome, function)
-
-
-async def _carry_out(outcome: Outcome[R], function: Callable[[], Awaitable[R]]) -> None:
-    """Run one call, and keep its result or its error in ``outcome``."""
-    try:
-        result = await function()
-    except trio.Cancelled:
-        outcome.set_error(_closed())
-        raise
-    except Exception as error:  # noqa: BLE001  raised in the caller
-        outcome.set_error(error)
-    else:
-        outcome.set_result(result)
-
-
-def _closed() -> PortalClosedError:
-    return PortalClosedError(
-        "the event loop that the call needs is ending, has ended, or runs in another process"
-    )
+            call.has_begun = True
+            self._nursery.start_soon(call.run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import pickle
@@ -36,7 +37,8 @@ from qedfuse.ondisk.constants import Feature
 from qedfuse.ondisk.header import Header, build_header, parse_header
 from qedfuse.util import portal
 from qedfuse.util.latch import Latch
-from qedfuse.util.portal import Portal, PortalClosedError
+from qedfuse.util.portal import Portal
+from qedfuse.util.portalcall import PortalClosedError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -382,6 +384,72 @@ def test_an_interrupted_close_loses_no_error(
         disk.close()
     assert disk.closed
     assert [record.getMessage() for record in caplog.records] == ["failing: "]
+
+
+def test_an_interrupted_write_is_over(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl-C in a write, nothing of it lands on newer data, and its buffer is free."""
+    write, buffer = Disk.write, bytearray(b"A" * 2 * CLUSTER)
+    has_begun, is_interrupted = threading.Event(), threading.Event()
+    under_way: list[int] = []
+
+    async def slow(disk: Disk, start: int, data: memoryview) -> int:
+        under_way.append(start)
+        try:
+            done = await write(disk, start, data[:CLUSTER])
+            has_begun.set()
+            if data[0] == ord("A"):
+                await trio.to_thread.run_sync(is_interrupted.wait)
+                await trio.lowlevel.checkpoint()
+            return done + await write(disk, start + CLUSTER, data[CLUSTER:])
+        finally:
+            under_way.remove(start)
+
+    def interrupt(_: Latch) -> None:
+        monkeypatch.setattr(Latch, "wait", wait)
+        assert has_begun.wait(60)
+        is_interrupted.set()
+        raise KeyboardInterrupt
+
+    with qedfuse.open(image, "r+b") as disk:
+        wait = Latch.wait
+        monkeypatch.setattr(Disk, "write", slow)
+        monkeypatch.setattr(Latch, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            disk.write(buffer)
+        assert under_way == [], "the write goes on"
+        assert disk.tell() == 0
+        buffer += b"can be resized"
+        disk.write(b"B" * 2 * CLUSTER)
+        disk.flush()
+        disk.seek(0)
+        assert disk.read(2 * CLUSTER) == b"B" * 2 * CLUSTER
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["own thread", "thread of another file"])
+def test_a_buffered_file_that_is_finalized_in_the_thread_of_a_portal(
+    image: Path, tmp_path: Path, *, other: bool
+) -> None:
+    """A garbage-collected wrapper writes its buffer and closes the file, and nothing hangs."""
+    raw = qedfuse.open(image, "r+b")
+    (thread,) = [one for one in threading.enumerate() if "image.qed" in one.name]
+    second = qedfuse.open(new_image(tmp_path / "other.qed"))
+    collector = second._portal if other else raw._portal
+    buffered = io.BufferedRandom(raw)
+    buffered.write(b"buffered")
+    cycle = [buffered]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    gc.disable()
+    try:
+        del raw, buffered, cycle
+        collector.call_soon(gc.collect)
+        thread.join(60)
+    finally:
+        gc.enable()
+    assert not thread.is_alive(), "the finalizer hangs"
+    second.close()
+    assert not header_of(image).need_check
+    with qedfuse.open(image) as disk:
+        assert disk.read(8) == b"buffered"
 
 
 def test_a_close_that_is_interrupted_while_another_thread_reads_goes_on(

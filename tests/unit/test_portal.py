@@ -15,7 +15,8 @@ import trio
 
 import qedfuse
 from qedfuse.errors import HostError
-from qedfuse.util.portal import Portal, PortalClosedError
+from qedfuse.util.portal import Portal
+from qedfuse.util.portalcall import PortalClosedError
 from tests.support.refusedcalls import CLONE3, run_without
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ class Interrupt:
         is_raised: Whether the exception was raised.
     """
 
-    PROJECT: Final = ("portal.py", "portalthreads.py", "latch.py")
+    PROJECT: Final = ("portal.py", "portalcall.py", "portalthreads.py", "latch.py")
     LIBRARY: Final = ("threading.py", "_base.py")
 
     def __init__(self, number: int, *, only_project: bool = False) -> None:
@@ -302,6 +303,60 @@ def test_a_call_can_be_interrupted_at_each_instruction() -> None:
 
     in_other_thread(interrupt_calls)
     assert threads() == []
+
+
+def test_an_interrupted_call_to_end_has_ended() -> None:
+    """After Ctrl-C at any point of call_to_end(), its function does not run and has no effect."""
+    inside = Resource()
+    portal = Portal(opened_resource(inside), "test interrupted call to its end")
+    running: list[int] = []
+
+    async def work(number: int) -> int:
+        running.append(number)
+        try:
+            for _ in range(3):
+                await trio.lowlevel.checkpoint()
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.checkpoint()
+        finally:
+            running.remove(number)
+        inside.seen.append("worked")
+        return number
+
+    def interrupt_calls() -> None:
+        for number in itertools.count():
+            with Interrupt(number, only_project=True) as interrupt:
+                assert portal.call_to_end(work, number) == number
+            assert not running
+            seen = len(inside.seen)
+            assert portal.call(inside.echo, 1) == 1
+            assert len(inside.seen) == seen + 1, "the interrupted call went on"
+            if not interrupt.is_raised:
+                assert number > 30, "the instructions were not counted"
+                break
+        assert portal.close() is None
+
+    in_other_thread(interrupt_calls)
+
+
+@pytest.mark.expect_log("test started: fail")
+def test_a_started_call_is_not_waited_for() -> None:
+    """start() runs a function before the portal closes, and logs its error."""
+    inside = Resource()
+    portal = Portal(opened_resource(inside), "test started")
+
+    async def start() -> None:
+        with pytest.raises(PortalClosedError):
+            portal.call(inside.echo, 1)
+        portal.start(inside.echo, 1)
+        portal.start(inside.fail)
+        portal.ask_to_close()
+
+    portal.call(start)
+    portal.close()
+    assert inside.seen == ["test started", "left"]
+    with pytest.raises(PortalClosedError):
+        portal.start(inside.fail)
 
 
 @pytest.mark.expect_log("test interrupted close: leave")
