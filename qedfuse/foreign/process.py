@@ -28,9 +28,10 @@ _PROGRAM: Final = "qemu-nbd"
 
 READY_SECONDS: Final = 30.0
 """Maximum time for which a new connection waits for each part of the program's answer."""
-_END_SECONDS: Final = (2.0, 1.0, 0.5)
-"""Maximum times in seconds for which `QemuNbd.close` waits for the end of the program: after the
-disconnect, after SIGTERM, and after SIGKILL."""
+_DISCONNECTED_SECONDS: Final = 2.0
+_KILLED_SECONDS: Final = 0.5
+"""Maximum times for which `QemuNbd.close` waits for the end of the program: after the disconnect,
+and after SIGKILL.  There is no SIGTERM between them, because the program has blocked it."""
 
 _GREETING: Final = messages.INIT_MAGIC + messages.OPTION_MAGIC
 _FLAGS: Final = messages.FLAG_FIXED_NEWSTYLE | messages.FLAG_NO_ZEROES
@@ -177,13 +178,15 @@ class QemuNbd:
 
     def kill(self) -> None:
         """Kill the program, so that no thread waits for it any longer; the call does not block."""
-        self._send(signal.SIGKILL)
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if not self._is_closed:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """Disconnect, and end the program if it does not end by itself; a later call does nothing.
 
-        The call takes at most the sum of `_END_SECONDS`.  A concurrent call waits for the first
-        one.
+        The call takes at most `_DISCONNECTED_SECONDS` and `_KILLED_SECONDS`.  A concurrent call
+        waits for the first one.
         """
         with self._closing:
             if not self._is_closed:
@@ -196,22 +199,13 @@ class QemuNbd:
             self._client.send(messages.request(messages.CMD_DISC, 0, 0, 0))
         with contextlib.suppress(OSError):
             self._client.shutdown(socket.SHUT_RDWR)
-        for seconds, next_signal in zip(
-            _END_SECONDS, (signal.SIGTERM, signal.SIGKILL, None), strict=True
-        ):
-            if self._wait(seconds) or next_signal is None:
-                break
-            self._send(next_signal)
+        if not self._wait(_DISCONNECTED_SECONDS):
+            self.kill()
+            self._wait(_KILLED_SECONDS)
         with self._lock:
             self._is_closed = True
             os.close(self._pidfd)
             self._cleanup.close()
-
-    def _send(self, number: signal.Signals) -> None:
-        """Send a signal to the program if it has not ended."""
-        with self._lock, contextlib.suppress(ProcessLookupError):
-            if not self._is_closed:
-                signal.pidfd_send_signal(self._pidfd, number)
 
     def _as_readable_line(self, line: str) -> str:
         """Return a message of the program as printable text, with names instead of descriptors."""
@@ -224,7 +218,7 @@ class QemuNbd:
 
     def _failure(self) -> ForeignError | ImageInUseError:
         """Return the error to raise after a failed negotiation with the program."""
-        self._wait(_END_SECONDS[0])
+        self._wait(_DISCONNECTED_SECONDS)
         reason = self.end_reason()
         if _LOCK_MESSAGE in reason:
             return ImageInUseError(f"{self.name}: in use: {_PROGRAM}: {reason}")

@@ -47,6 +47,10 @@ _FIRST_TEMPORARY_DESCRIPTOR = 300
 """Lowest number of the temporary copies of descriptors.  It is above all final numbers, so no copy
 is overwritten when another one gets its final number."""
 
+_BLOCKED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that do not end the program.  systemd sends them to all processes of a service or a login
+session, but the server goes on while a disk is in use, and then needs the program."""
+
 _MAX_MESSAGE_BYTES = 64 << 10
 """Maximum length of a file that the program writes.  It writes only its messages."""
 
@@ -63,8 +67,8 @@ def launch_command(
     """Return the command that starts ``program`` with the right to read only the given files.
 
     The program can also read and run programs and libraries (`_SYSTEM_PATHS`).  The kernel kills it
-    when the thread that has started the command ends.  Without Landlock in the kernel, it can read
-    all files of the user.
+    when the thread that has started the command ends; `_BLOCKED_SIGNALS` do not end it.  Without
+    Landlock in the kernel, it can read all files of the user.
 
     Args:
         program: The program's absolute path and its arguments.
@@ -130,6 +134,8 @@ def _main(text: str) -> None:
     """Give up rights, and replace this process by the program; see `launch_command`."""
     parameters = json.loads(text)
     program = parameters["program"]
+    # execve keeps the mask, and no program of QEMU that is started here changes it.
+    signal.pthread_sigmask(signal.SIG_SETMASK, _BLOCKED_SIGNALS)
     landlock.check_result(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     if os.getppid() != parameters["parent"]:
         return  # the parent ended before prctl, so no signal would come
@@ -158,7 +164,6 @@ def _main(text: str) -> None:
         prefix = os.path.dirname(os.path.dirname(program[0]))  # noqa: PTH120
         own = [program[0], *(f"{prefix}/{name}" for name in _OWN_DIRECTORIES)]
         _restrict(version, opened, [*_SYSTEM_PATHS, *own])
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     variables = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())} if listeners else {}
     os.execve(program[0], program, variables)  # noqa: S606  no shell is wanted
 

@@ -92,6 +92,34 @@ def test_server_killed(image: Path, tmp_path: Path) -> None:
     assert "image.qcow2: qemu-nbd: ended by SIGKILL; reads that need QEMU fail" in log
 
 
+def test_signals_to_the_whole_service(image: Path, tmp_path: Path) -> None:
+    """A signal that systemd sends to all processes does not end qemu-nbd before the disk is closed.
+
+    The disk is served until the last close, and reads that need QEMU succeed until then.
+    """
+    qemu.io(image, "write -c -P 8 2M 64k", "write -c -P 9 2112k 64k", image_format="qcow2")
+    overlay = tmp_path / "overlay.qed"
+    with front("-o", f"overlay={overlay}", image, tmp_path / "mnt") as mount:
+        disk = os.open(tmp_path / "mnt" / "image.qcow2.raw", os.O_RDWR)
+        server = server_of(image)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for task in Path(f"/proc/{server}/task").iterdir():
+                lines = (task / "status").read_text("ascii").splitlines()
+                (mask,) = (line.split()[1] for line in lines if line.startswith("SigBlk:"))
+                assert int(mask, 16) & 1 << number - 1, f"{task.name} takes signal {number}"
+            os.kill(server, number)
+        mount.signal(signal.SIGTERM)
+        for offset, byte in ((2 << 20, b"\x08"), ((2 << 20) + 65536, b"\x09")):
+            assert os.pread(disk, 4096, offset) == byte * 4096
+        os.pwrite(disk, b"x", 2 << 20)  # needs the rest of the cluster
+        os.fsync(disk)
+        assert os.pread(disk, 2, 2 << 20) == b"x\x08"
+        os.close(disk)
+        code, _log = mount.finish()
+    assert code == 0
+    assert processes(tmp_path) == []
+
+
 def test_mount_killed(image: Path, tmp_path: Path) -> None:
     """A mount that is killed leaves no program of QEMU behind, whatever it was doing."""
     with front("-r", image, tmp_path / "mnt") as mount:

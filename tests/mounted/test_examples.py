@@ -247,6 +247,9 @@ def test_no_unit_lets_a_stop_kill_the_server(unit: str) -> None:
     assert "FinalKillSignal=SIGTERM" in lines
     # Without a limit of its own a stop would end with that signal after 90 seconds.
     assert {"TimeoutStopSec=10min", "TimeoutSec=10min"} & set(lines)
+    # The first signal must not end a helper while the server goes on.  A mount unit has no main
+    # process to which the first signal could go alone.
+    assert ("KillMode=mixed" in lines) == unit.endswith(".service")
 
 
 def test_mount_units_do_what_the_fstab_does(installation: Path, image: Path) -> None:
