@@ -9,6 +9,9 @@ When a write-back cycle begins, the quarantine *seals* all clusters that have lo
 up to that moment: they become a batch.  At that moment an epoch of requests (`Epochs`) ends.  The
 batch stays in quarantine until the tables that dropped its clusters are durable, and until all
 requests of that epoch and earlier ones have ended.
+
+The number of batches is limited, because a failed scan, or a request that does not end, can keep
+them in quarantine for as long as the image is open.
 """
 
 from __future__ import annotations
@@ -27,13 +30,16 @@ if TYPE_CHECKING:
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
 """`Quarantine.retire_many` collects up to about this number of clusters, in 2 MiB of memory."""
 
+_MAX_BATCHES: Final = 16
+"""Maximum number of batches.  If there are more cycles, the last batch takes their clusters."""
+
 
 class _Batch:
-    """The clusters that were sealed when one write-back cycle began.
+    """The clusters that were sealed when a write-back cycle, or each of some cycles, began.
 
     Attributes:
         clusters: The sealed clusters that have not left the quarantine yet.
-        epoch: The epoch that ended when the clusters were sealed.
+        epoch: The epoch that ended when the last of the clusters were sealed.
         durable: Whether the tables that dropped the clusters are durable.
     """
 
@@ -101,9 +107,19 @@ class Quarantine:
     def cycle_began(self) -> None:
         """Seal the unsealed clusters: the cycle makes durable the tables that dropped them."""
         self._collect()
-        if self._unsealed.count:
-            self._batches.append(_Batch(self._unsealed, self._epochs.advance()))
+        if not self._unsealed.count:
+            return
+        epoch = self._epochs.advance()
+        if len(self._batches) < _MAX_BATCHES:
+            self._batches.append(_Batch(self._unsealed, epoch))
             self._unsealed = self._unsealed.empty_like()
+            return
+        # The older clusters of the last batch now wait longer than necessary, until this cycle is
+        # durable and this epoch is drained.  None of the clusters waits too short.
+        last = self._batches[-1]
+        last.epoch, last.durable = epoch, False
+        while (block := self._unsealed.pop_block()) is not None:
+            last.clusters.add_block(*block)
 
     def cycle_durable(self) -> None:
         """Mark all batches as durable: no table in the file refers to their clusters now."""
