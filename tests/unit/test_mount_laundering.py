@@ -69,6 +69,40 @@ async def test_a_disk_does_not_wait_for_another_one(autojump_clock: MockClock) -
     assert autojump_clock.autojump_threshold == 0
 
 
+@pytest.mark.parametrize(
+    ("release", "is_written"),
+    [
+        ("6.16.0-rc1", True),
+        ("6.18.44+deb13-amd64", True),
+        ("10.0", True),
+        ("6.15.9", False),
+        ("5.14.0-503.el9.x86_64", False),
+        ("unknown", False),
+    ],
+)
+async def test_requests_for_other_disks_make_no_page_dirty(
+    release: str,
+    is_written: bool,  # noqa: FBT001  a parameter of the test
+    autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From Linux 6.16 on, laundering succeeds while the kernel always has a request.
+
+    Older kernels may have sent pages before, so there the server waits for a pause, in vain.
+    """
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
+    connection, other = socket.socketpair()
+    other.send(b"a request")
+    process = Launderer.__new__(Launderer)
+    process.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    laundering = Laundering(process)
+    laundering.connect(connection.fileno())
+    with connection, other, theirs:
+        theirs.send(ANSWER.pack(0))  # read after the notification was sent
+        assert await laundering.launder(exported_disk()) is is_written
+        laundering.stop()
+
+
 def test_the_end_of_the_launderer_needs_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server waits for the end of the launderer although it has no free descriptor."""
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import os
+import re
 import select
 import socket
 import struct
@@ -38,6 +40,14 @@ _MAX_WRITE_CHECKS: Final = 1000
 """Maximum number of checks whether the kernel's writes have ended: for about a second."""
 _WRITE_CHECK_SECONDS: Final = 0.001
 """Time between two of these checks."""
+_FIRST_WAITING_KERNEL: Final = (6, 16)
+"""The first version of Linux in which laundering waits for pages whose writeback is in progress."""
+
+
+def _kernel_waits() -> bool:
+    """Return whether laundering waits for writeback in progress; False if that is not known."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return found is not None and tuple(map(int, found.groups())) >= _FIRST_WAITING_KERNEL
 
 
 class Laundering:
@@ -56,6 +66,7 @@ class Laundering:
         self._socket: trio.socket.SocketType | None = None
         self._unread_answers = 0  # answers to sent notifications that were not read yet
         self._request_poll = select.poll()
+        self._kernel_waits = _kernel_waits()
 
     def connect(self, fuse_connection: int) -> None:
         """Set the descriptor of the connection to the kernel; from now on pages can be laundered.
@@ -170,8 +181,11 @@ class Laundering:
         """Wait until the server has carried out the kernel's writes; return False after a second.
 
         Linux before 6.16 needs this: there, laundering does not wait for pages whose writeback is
-        already in progress.
+        already in progress.  The requests of all disks share one queue, so while programs use other
+        disks without a pause, the result is False although there may be no such page.
         """
+        if self._kernel_waits:
+            return True
         for _ in range(_MAX_WRITE_CHECKS):
             # If the kernel offers no request, and the server has no write in progress, all writes
             # have ended.  On the fast path writes end before another task runs.
