@@ -18,7 +18,7 @@ caller must cancel the nursery, and wait for its end, before it closes the conne
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
@@ -202,7 +202,10 @@ class Shutdown:
 
         with logged_failures():
             if self._is_mounted():
-                await run_in_thread(sync_mount, self._mountpoint, abandon_on_cancel=True)
+                # With the option ``uid`` the server may be excluded from its own mount.  Laundering
+                # writes back the same pages, and reports if it cannot.
+                with suppress(PermissionError):
+                    await run_in_thread(sync_mount, self._mountpoint, abandon_on_cancel=True)
         for exported in self._disks:
             with logged_failures():
                 # `sync_mount` may return before the writeback has ended; `launder` does not.

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from qedfuse.cli.qedfuse.intervals import intervals
 from qedfuse.cli.qedfuse.quantities import byte_count, quantile
+from qedfuse.mount.fuse.exporteddisk import ExportedDisks
 from qedfuse.mount.fuse.requestcounters import BUCKETS, OPERATIONS
-from qedfuse.mount.statistics.document import BUCKET_BOUNDS
+from qedfuse.mount.statistics.document import BUCKET_BOUNDS, StatisticsSource
 from qedfuse.mount.statistics.prometheus import exposition
 from qedfuse.mount.statistics.rates import hit_rates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +63,30 @@ def document(**changed: int) -> dict[str, Any]:
         "sandbox": {"mode": "on", "in_force": [], "missing": []},
         "disks": [{**disk, "hit_rates": hit_rates(disk)}],
     }  # fmt: skip
+
+
+async def test_a_suspended_machine_changes_the_uptime_and_not_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The uptime includes the time of a suspend, and a step of the clock moves no start."""
+    seconds = {"since boot": 100.0, "unix": 1e9}
+    clocks = SimpleNamespace(
+        CLOCK_BOOTTIME=7,
+        clock_gettime=lambda clock: {7: seconds["since boot"]}[clock],
+        time=lambda: seconds["unix"],
+        monotonic=lambda: 50.0,  # stands still
+    )
+    monkeypatch.setattr("qedfuse.mount.statistics.document.time", clocks)
+    source = StatisticsSource(ExportedDisks([]), "/mnt")
+    seconds.update({"since boot": 3700.0, "unix": 1e9 + 3600.25})
+    found = await source.document()
+    assert found["uptime_seconds"] == 3600.0
+    assert found["start_time"] == 1e9
+    line = 'qedfuse_start_time_seconds{mountpoint="/mnt"} 1000000000.0\n'
+    assert line in exposition([found])
+    before = dict(found)
+    del before["start_time"]
+    assert line.replace("0.0", "0.25") in exposition([before]), "a server of an earlier version"
 
 
 def families(metrics: str) -> set[str]:

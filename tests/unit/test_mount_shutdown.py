@@ -82,10 +82,12 @@ async def end_while_in_use(
     *disks: object,
     kernel: Kernel | None = None,
     before: Sequence[Exception] = (),
+    sync_error: OSError | None = None,
 ) -> None:
     """Signal a mount of some disks that is in use until everything has been flushed.
 
-    The first attempts to unmount fail with the exceptions ``before``.
+    The first attempts to unmount fail with the exceptions ``before``, and every syncfs(2) fails
+    with ``sync_error``.
     """
     busy = [BusyError("in use"), *reversed(before)]
     flushed, flush = trio.Event(), Shutdown._flush
@@ -95,6 +97,10 @@ async def end_while_in_use(
         if busy:
             raise busy.pop()
 
+    def sync(_mountpoint: str) -> None:
+        if sync_error is not None:
+            raise sync_error
+
     async def flush_and_notify(self: Shutdown) -> bool:
         try:
             return await flush(self)
@@ -103,7 +109,7 @@ async def end_while_in_use(
 
     monkeypatch.setattr(unmounter, "unmount", unmount)
     monkeypatch.setattr(Shutdown, "_flush", flush_and_notify)
-    monkeypatch.setattr(shutdown, "sync_mount", lambda _mountpoint: None)
+    monkeypatch.setattr(shutdown, "sync_mount", sync)
     monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
     monkeypatch.setattr(unmounter, "describe_visible_mounts", lambda _device: None)
     async with trio.open_nursery() as nursery:
@@ -214,6 +220,30 @@ async def test_durable_with_pages_that_are_written_back(monkeypatch: pytest.Monk
     async with opened(MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))) as disk:
         kernel = Kernel(writes_back=True)
         await end_while_in_use(monkeypatch, disk, kernel=kernel)
+        assert len(kernel.laundered) == 1
+
+
+@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; the mount goes on")
+async def test_durable_in_a_mount_that_excludes_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that may not open its mountpoint launders, and makes everything durable so."""
+    refusal = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/mnt")
+    file = MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
+    async with opened(file) as disk:
+        await disk.write(0, pattern(CLUSTER, 1))
+        kernel = Kernel(writes_back=True)
+        await end_while_in_use(monkeypatch, disk, kernel=kernel, sync_error=refusal)
+        assert len(kernel.laundered) == 1
+        assert file.counts["datasync"] == 1
+
+
+@pytest.mark.expect_log("/mnt: cannot make everything durable: [Errno 5] Input/output error")
+@pytest.mark.expect_log("SIGTERM: still in use: not everything is durable; the mount goes on")
+async def test_not_durable_if_the_kernel_has_lost_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other error of syncfs(2) is reported, because pages may be lost."""
+    lost = OSError(errno.EIO, os.strerror(errno.EIO))
+    async with opened(MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))) as disk:
+        kernel = Kernel(writes_back=True)
+        await end_while_in_use(monkeypatch, disk, kernel=kernel, sync_error=lost)
         assert len(kernel.laundered) == 1
 
 

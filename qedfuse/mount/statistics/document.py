@@ -39,7 +39,8 @@ class StatisticsSource:
         self._disks = disks
         self._mountpoint = mountpoint
         self._sandbox = sandbox
-        self._begin = time.monotonic()
+        self._start_time = time.time()
+        self._begin = time.clock_gettime(time.CLOCK_BOOTTIME)
 
     async def document(self) -> dict[str, Any]:
         """Return the document.
@@ -57,7 +58,9 @@ class StatisticsSource:
             "mountpoint": self._mountpoint,
             "pid": os.getpid(),
             "time": time.time(),
-            "uptime_seconds": time.monotonic() - self._begin,
+            "start_time": self._start_time,
+            # Unlike the monotonic clock, this one goes on while the machine is suspended.
+            "uptime_seconds": time.clock_gettime(time.CLOCK_BOOTTIME) - self._begin,
             "resident_bytes": _resident_bytes(),
             "open_handles": self._disks.open_handles,
             "queued_reads": extraops.queued_reads(),

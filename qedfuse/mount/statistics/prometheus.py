@@ -76,7 +76,9 @@ def exposition(documents: Iterable[Mapping[str, Any]]) -> str:
 
 def _of_mount(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | None]]:
     """Yield name, type, meaning and value of each metric that has one value for a mount."""
-    start = document["time"] - document["uptime_seconds"]
+    # A server of an earlier version does not report the start.  The difference changes a little
+    # with each answer, and Prometheus takes a changed start for a restart.
+    start = document.get("start_time", document["time"] - document["uptime_seconds"])
     yield "start_time_seconds", "gauge", "When the mount began, in Unix time.", start
     resident = document["resident_bytes"]
     yield "resident_memory_bytes", "gauge", "Memory that the server takes.", resident
