@@ -535,7 +535,7 @@ MISTAKES: Final = {
     "into-directory": ("--force a.raw .", "found a directory, expected a new file"),
     "format": ("-O bogus a.raw x", "x: format: found bogus, expected one that qemu-img makes (Un"),
     "read-only-format": ("-O bochs a.raw x", "x: format: found bochs, expected one that qemu-img"),
-    "source-format": ("-f qcow2 a.raw x", "-f: found qcow2, expected raw or qed"),
+    "source-format": ("-f qcow2 a.raw x", "-f: found qcow2, expected raw or qed (without -f"),
     "foreign": ("foreign x", "foreign: qemu-nbd: Unsupported qcow2 version 0\n"),
     "not-qed": ("-f qed a.raw x", "a.raw: not a QED image"),
     "compress": ("-c a.raw x", "-c: QED has no compression"),

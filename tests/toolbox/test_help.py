@@ -9,6 +9,7 @@ from typing import Final
 import pytest
 
 from qedfuse.cli.qedimg import main as program
+from tests.support.sandbox import ROOT
 
 SCREEN_LINES: Final = 24
 SCREEN_COLUMNS: Final = 80
@@ -21,6 +22,17 @@ def test_help_fits_a_screen() -> None:
     assert max(map(len, lines)) < SCREEN_COLUMNS
     for name, summary in program.COMMANDS.items():
         assert [line for line in lines if line.split()[:1] == [name] and summary in line]
+
+
+def test_every_exit_code_is_documented() -> None:
+    """The usage lists each exit code, and the page for users of qemu-img explains it."""
+    usage = " ".join(program.usage().split()).partition("Exit codes: ")[2]
+    assert [int(code) for code in re.findall(r"\b(\d+) [a-zA-Z]", usage)] == [*program.EXIT_CODES]
+    page = (ROOT / "docs" / "coming-from-qemu-img.md").read_text(encoding="utf-8")
+    cells = re.findall(r"(?m)^\| all(?: others)? \| ([^|]*) \|", page)
+    listed = set(map(int, re.findall(r"\d+", ", ".join(cells)))) | {*range(12, 18)}
+    assert "12 to 17" in cells
+    assert listed == {*program.EXIT_CODES}
 
 
 @pytest.mark.parametrize("name", program.COMMANDS)

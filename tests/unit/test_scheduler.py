@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -510,3 +511,9 @@ def test_a_machine_with_one_processor_does_not_poll(monkeypatch: pytest.MonkeyPa
     assert default_poll_seconds() == 0
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 3})
     assert default_poll_seconds() > 0
+
+
+def test_the_limit_of_polling_is_documented() -> None:
+    """The page about tasks states for how long the extension may poll."""
+    page = Path(__file__).parents[2] / "docs" / "concurrency.md"
+    assert f"only within {EXTENSION_POLL_SECONDS * 1e3:.0f} ms" in page.read_text("utf-8")

@@ -31,6 +31,7 @@ QEDIMG_BACKING: Final = """\
 The name of the base is stored in the image, so an untrusted image can name any of your
 files.  Therefore, by default, a base is used only if it is in the directory of the image
 that names it or in a directory below.  `--backing any` and `--backing-dir` allow more.
+A message names the option of a mount: `backing_dir=DIR` is `--backing-dir DIR` here.
 `info` opens a base of a QED image only with `--backing-chain` or `--partitions`.  `check`
 never opens a base.
 """

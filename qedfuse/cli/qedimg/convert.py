@@ -157,7 +157,8 @@ def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
         raise UsageError(msg)
     if arguments.source_format not in (None, *_NATIVE_FORMATS):
         found = printable(arguments.source_format)
-        msg = f"-f: found {found}, expected raw or qed (qemu-img convert reads other formats)"
+        msg = f"-f: found {found}, expected raw or qed (without -f other formats are detected, and "
+        msg += "QEMU reads them)"
         raise UsageError(msg)
     if not 1 <= arguments.streams <= _MAX_STREAMS:
         msg = f"-m: found {arguments.streams}, expected 1 to {_MAX_STREAMS}"

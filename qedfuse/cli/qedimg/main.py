@@ -144,7 +144,9 @@ def usage() -> str:
             "",
             '"qedimg COMMAND --help" shows options.  -q: print less, -v: more.  -V: version.',
             "Exit codes: 0 done; 1 failed; 12 not a usable QED image; 13 corrupt; 14 unknown",
-            "features; 15 needs a check; 16 in use; 17 backing file; 22 server; 23 changed.",
+            "features; 15 needs a check; 16 in use; 17 backing file; 22 server; 23 changed;",
+            "25 QEMU; 26 no such file on a server; 27 access refused; 70 a bug; 130",
+            "interrupted; 141 output closed.",
             "",
         ]
     )
