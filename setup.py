@@ -51,6 +51,7 @@ setup(
                 "qedfuse/mount/fuse/_ring.c",
                 "qedfuse/mount/fuse/_seek.c",
                 "qedfuse/mount/fuse/_splice.c",
+                "qedfuse/mount/fuse/_validpages.c",
             ],
             depends=[
                 "qedfuse/mount/fuse/_extraops.h",

@@ -78,14 +78,16 @@ class GuestReads:
     def try_locate(self, start: int, length: int) -> tuple[int, int, HostFile] | None:
         """Return where a range is stored, without waiting: a descriptor, a file offset, the file.
 
-        Returns None if the range is not known to be one run in one local file.  The result is valid
-        until the caller awaits something.
+        Returns None if the range is not known to be one run in one local file, or if the event loop
+        must not read from the file.  The result is valid until the caller awaits something.
         """
         location = self._fast_path.locate(start, length)
-        if location is None or (fd := location[0].fileno()) < 0:
+        if location is None:
             return None
         file, offset = location
-        return fd, offset, file
+        if file.fileno() < 0 or (file.read_policy is not None and not file.read_policy.is_inline):
+            return None
+        return file.fileno(), offset, file
 
     def count_read(self, file: HostFile, length: int) -> None:
         """Count that the caller has read ``length`` bytes of a file that `try_locate` returned."""

@@ -57,7 +57,11 @@ class PosixReader:
         self.directory = directory
         self.name = printable(path)
         self._flags = inline_flags(fd)
-        self.read_policy = ReadPolicy(can_queue=bool(self._flags) and not has_server)
+        self.read_policy = ReadPolicy(can_queue=bool(self._flags))
+        if has_server:
+            # A read could wait for the server although its pages are in the page cache: the kernel
+            # may ask first whether they are still right.
+            self.read_policy.disable_inline()
         # The file offset of the last read that `try_read` has not found in the page cache; -1 if
         # there is none, or if `pread_into` or `try_start_read` has begun a read since.
         self._missed_offset = -1

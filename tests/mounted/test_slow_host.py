@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -19,6 +19,7 @@ import pytest
 from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE
 from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from tests.support import extensions, qemu
+from tests.support.devices import file_system, loop_device, run
 from tests.support.mounted import TIMEOUT, front, is_mounted, qedfuse
 from tests.support.stallingfs import StallingFile, stalling
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 DISK_BYTES: Final = 16 << 20
 BLOCK: Final = 4096
+LONG: Final = 1 << 17
 MANY: Final = 200
 """More requests than pyfuse3 has tasks by default (99), than one file may have threads (32), and
 than a kernel that allows 64 background requests for each of two disks sends."""
@@ -187,6 +189,84 @@ def test_a_host_file_that_hangs_delays_only_its_own_disk(
             assert all(one.hangs() for one in waiting)
         finally:
             file.release()
+        assert all(one.result() for one in waiting)
+
+
+def read_long(fd: int, _number: int) -> bool:
+    """Read a range for which the kernel would take the pages of the host's file."""
+    with mmap.mmap(-1, LONG) as buffer:
+        assert os.preadv(fd, [buffer], 0) == LONG
+        return buffer[:] == b"s" * LONG
+
+
+@contextmanager
+def image_on_disk(file: StallingFile, directory: Path) -> Iterator[Path]:
+    """Make a file system in a file, and an image in the file system; yield the image's path."""
+    with loop_device(file.path, "--direct-io=on") as device:
+        run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", device)
+        with file_system(device, directory) as mounted:
+            image = qemu.create(mounted / "slow.qed", DISK_BYTES)
+            qemu.io(image, f"write -P {ord('s')} 0 {DISK_BYTES}")
+            run("sync", "-f", image)
+            yield image
+
+
+def drop_pages(image: Path) -> None:
+    """Remove an image from the host's page cache."""
+    fd = os.open(image, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("kind", ["disk", "server"])
+def test_pages_that_the_host_is_reading_delay_only_their_own_disk(
+    kind: str, before: int, tmp_path: Path
+) -> None:
+    """A read of pages that the kernel is still reading does not stop the other disks.
+
+    ``before`` is how often the server has read the range when the pages leave the page cache.
+    """
+    host = tmp_path / "host.qed"
+    fast_image = qemu.create(tmp_path / "fast.qed", DISK_BYTES)
+    qemu.io(fast_image, f"write -P {ord('f')} 0 {DISK_BYTES}")
+    if kind == "server":
+        qemu.create(host, DISK_BYTES)
+        qemu.io(host, f"write -P {ord('s')} 0 {DISK_BYTES}")
+    else:
+        with host.open("wb") as sparse:
+            sparse.truncate(4 * DISK_BYTES)
+    with ExitStack() as stack:
+        file = stack.enter_context(stalling(host, tmp_path / "host", is_cached=kind == "server"))
+        image = file.path
+        if kind == "disk":
+            image = stack.enter_context(image_on_disk(file, tmp_path / "fs"))
+        mount = stack.enter_context(front(image, fast_image, tmp_path / "mnt"))
+        slow, fast = (
+            os.open(mount.mountpoint / f"{path.stem}.raw", os.O_RDWR | os.O_DIRECT)
+            for path in (image, fast_image)
+        )
+        stack.callback(os.close, slow)
+        stack.callback(os.close, fast)
+        assert read(slow, DISK_BYTES - BLOCK) == b"s" * BLOCK  # the tables are in memory then
+        for number in range(before):
+            assert read_long(slow, number)
+        drop_pages(image)
+        pool = stack.enter_context(ThreadPoolExecutor(5))
+        stack.callback(file.release)
+        file.stall()
+        # Another program: it brings the pages into the page cache, without a miss of the server.
+        host_fd = os.open(image, os.O_RDONLY)
+        stack.callback(os.close, host_fd)
+        waiting = [Call(pool, host_fd, lambda fd: len(os.pread(fd, DISK_BYTES, 0)) > 0)]
+        waiting[0].wait_until_it_hangs()
+        file.wait_for("read")
+        for number in range(3):
+            waiting.append(Call(pool, slow, partial(call, read_long, number)))
+            waiting[-1].wait_until_it_hangs()
+        pool.submit(use, fast, fast_image).result(timeout=TIMEOUT)
+        assert all(one.hangs() for one in waiting)
+        file.release()
         assert all(one.result() for one in waiting)
 
 

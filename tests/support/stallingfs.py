@@ -1,8 +1,9 @@
 """A FUSE file system whose file stops answering when a test says so: a host disk that hangs.
 
-``python -m tests.support.stallingfs FILE MOUNTPOINT`` shows FILE in MOUNTPOINT.  After the line
-``stall`` on standard input each read, write and fsync waits, and prints its name, until the line
-``release``.
+``python -m tests.support.stallingfs FILE MOUNTPOINT SECONDS KIND`` shows FILE in MOUNTPOINT.  The
+kernel caches the attributes for SECONDS, and, if KIND is ``cached`` and not ``direct``, the pages.
+After the line ``stall`` on standard input each read, write and fsync waits, and prints its name,
+until the line ``release``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,9 +38,10 @@ def _report(line: str) -> None:
 class _Stalling(pyfuse3.Operations):
     """Shows one file."""
 
-    def __init__(self, path: Path, attr_timeout: float) -> None:
+    def __init__(self, path: Path, attr_timeout: float, *, is_cached: bool) -> None:
         super().__init__()
         self.attr_timeout = attr_timeout
+        self.is_cached = is_cached
         self.fd = os.open(path, os.O_RDWR)
         self.name = os.fsencode(path.name)
         self.released = trio.Event()
@@ -90,9 +93,11 @@ class _Stalling(pyfuse3.Operations):
     async def open(
         self, inode: pyfuse3.InodeT, flags: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
-        """Open the file so that no request is answered from the page cache."""
+        """Open the file; unless it is cached, no request is answered from the page cache."""
         del flags, ctx
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), direct_io=True)
+        return pyfuse3.FileInfo(
+            fh=pyfuse3.FileHandleT(inode), direct_io=not self.is_cached, keep_cache=self.is_cached
+        )
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         """Read."""
@@ -121,9 +126,9 @@ class _Stalling(pyfuse3.Operations):
         return found
 
 
-async def _serve(path: Path, mountpoint: Path, attr_timeout: float) -> None:
+async def _serve(path: Path, mountpoint: Path, attr_timeout: float, *, is_cached: bool) -> None:
     """Mount, and obey standard input until it ends."""
-    operations = _Stalling(path, attr_timeout)
+    operations = _Stalling(path, attr_timeout, is_cached=is_cached)
     pyfuse3.init(operations, os.fspath(mountpoint), {"fsname=stallingfs"})
     _report("mounted")
     async with trio.open_nursery() as nursery:
@@ -183,15 +188,22 @@ class StallingFile:
 
 @contextlib.contextmanager
 def stalling(
-    path: Path, mountpoint: Path, *, attr_timeout: float = 300.0
+    path: Path, mountpoint: Path, *, attr_timeout: float = 300.0, is_cached: bool = False
 ) -> Iterator[StallingFile]:
     """Show a file at a mountpoint, which is made, for the block.
 
-    The kernel may cache the attributes of the file for ``attr_timeout`` seconds.
+    Args:
+        path: The file.
+        mountpoint: The directory to make.
+        attr_timeout: For how many seconds the kernel may cache the attributes of the file.
+        is_cached: Whether the kernel keeps the pages of the file in its page cache.
     """
     mountpoint.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.stallingfs", path, mountpoint, str(attr_timeout)],
+        [
+            *(sys.executable, "-m", "tests.support.stallingfs", path, mountpoint),
+            *(str(attr_timeout), "cached" if is_cached else "direct"),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -211,4 +223,7 @@ def stalling(
 
 
 if __name__ == "__main__":
-    trio.run(_serve, Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    _, file, directory, seconds, kind = sys.argv
+    trio.run(
+        partial(_serve, Path(file), Path(directory), float(seconds), is_cached=kind == "cached")
+    )

@@ -806,6 +806,7 @@ async def test_queued_reads_return_what_the_disk_returns(
             expected = {}
             for _ in range(20):
                 at, size = rng.randrange(disk.size - 16384), rng.choice([1, 512, CLUSTER])
+                policy.is_inline = True  # otherwise no place is returned
                 if disk.try_locate(at, size) is None:
                     continue
                 policy.is_inline = rng.random() < 0.3

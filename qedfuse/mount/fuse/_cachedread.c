@@ -56,6 +56,8 @@ static enum attempt answer_from_buffer(struct read_file *file, fuse_req_t reques
         return NOT_CACHED;
     if (has_units(units) && may_have_holes(units, buffer, offset, size))
         return NOT_CACHED;
+    if (!has_units(units) && may_splice(size))
+        note_valid_pages(file->fd, offset, size);
     fuse_reply_buf(request, buffer, size);
     return ANSWERED;
 }
@@ -73,7 +75,8 @@ static enum attempt answer_from_file(struct read_file *file, fuse_req_t request,
     if (is_inline != Py_True)
         return is_inline == NULL ? FAILED : NOT_ALLOWED;
     if (!has_units(units))
-        attempt = splice_reply(request, file->fd, (off_t)offset, size) ? ANSWERED : NOT_ALLOWED;
+        attempt = splice_reply(request, file->fd, file->flags, (off_t)offset, size) ? ANSWERED
+                                                                                    : NOT_ALLOWED;
     else if (!may_try_units(units, file->fd, offset, size))
         return NOT_CACHED;
     else

@@ -23,6 +23,7 @@
 #include "_extraops.h"
 
 #include <errno.h>
+#include <sys/uio.h>
 
 typedef void (*read_operation)(fuse_req_t, fuse_ino_t, size_t, off_t, struct fuse_file_info *);
 typedef void (*write_operation)(fuse_req_t, fuse_ino_t, const char *, size_t, off_t,
@@ -85,7 +86,7 @@ PyObject *reply_from_file(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, "no read is being handled");
         return NULL;
     }
-    if (!splice_reply(read_request, fd, (off_t)offset, read_size))
+    if (!splice_reply(read_request, fd, RWF_NOWAIT, (off_t)offset, read_size))
         Py_RETURN_FALSE;
     read_request = NULL;
     Py_RETURN_TRUE;
@@ -159,6 +160,8 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
     Py_XDECREF(result);
     if (is_fast)
         count_fast(inode, COUNT_READ, size, start);
+    else
+        forget_valid_pages();
     if (answered)
         take_more();
     else
@@ -189,6 +192,7 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
     } else {
         /* libfuse sets `writepage` for a write from the kernel's cache (FUSE_WRITE_CACHE); see
          * handles.py. */
+        forget_valid_pages();
         if (info->writepage)
             info->fh &= ~CLEARED_IN_CACHED_WRITES;
         pyfuse3_write(request, inode, data, size, offset, info);

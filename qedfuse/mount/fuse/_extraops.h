@@ -75,9 +75,9 @@ PyObject *take_polled_seconds(PyObject *module, PyObject *unused);
 /* Returns whether a read of a length may be answered with the pages of a file (_splice.c). */
 int may_splice(size_t size);
 
-/* Answers a read with the pages of a file, if may_splice() and the page cache has all of them.
- * Returns whether the read was answered.  The caller must hold the GIL (_splice.c). */
-int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size);
+/* Answers a read with the pages of a file, if may_splice() and may_splice_pages(), whose `flags`
+ * these are.  Returns whether the read was answered.  The caller must hold the GIL (_splice.c). */
+int splice_reply(fuse_req_t request, int fd, int flags, off_t offset, size_t size);
 
 /* Returns `changed`, filled with arguments for fuse_session_new() that limit reads to
  * MAX_SPLICE_BYTES; the caller frees it.  Returns `given` if it has the limit already, or if memory
@@ -111,6 +111,17 @@ int can_count_pages(void);
  * file that is mapped at `address`; 0 if that is NULL.  Slower than cached_pages()
  * (_pagecache.c). */
 int has_valid_pages(char *address, uint64_t offset, size_t size);
+
+/* Returns whether splice(2) of a range will not wait, as far as that can be known; `flags` are those
+ * with which a read does not wait.  The caller must hold the GIL (_validpages.c). */
+int may_splice_pages(int fd, int flags, uint64_t offset, size_t size);
+
+/* Records that a read with such flags has returned all bytes of a range (_validpages.c). */
+void note_valid_pages(int fd, uint64_t offset, size_t size);
+
+/* Drops all that note_valid_pages() has recorded.  Call it when a request has to wait for the host,
+ * and when a descriptor can have got another file (_validpages.c). */
+void forget_valid_pages(void);
 
 /* What became of an attempt to answer a read from the page cache.  NOT_ALLOWED: nothing was read.
  * NOT_CACHED: data is missing or unusable.  FAILED: an error, or a file with checked units has

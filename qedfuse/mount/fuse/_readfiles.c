@@ -80,6 +80,7 @@ struct read_file *make_files(PyObject *sources)
     size_t count = (size_t)PyTuple_GET_SIZE(sources), at;
     struct read_file *files = PyMem_Calloc(count ? count : 1, sizeof *files);
 
+    forget_valid_pages(); /* a new file may have the descriptor of one that was closed */
     if (files == NULL) {
         PyErr_NoMemory();
         return NULL;

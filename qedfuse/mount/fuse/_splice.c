@@ -2,9 +2,11 @@
  * Replies with the pages of a file, which the kernel takes from its page cache (splice(2)), so that
  * the data is copied once instead of twice.
  *
+ * The pages are put into a pipe first, and libfuse passes them on only if the pipe has them all.  If
+ * libfuse took them from the file, it would answer with the first part of a range whose second part
+ * cannot be read, and the kernel would take the missing bytes for zeros, or for the end of the disk.
  * A file that caches a remote file (CheckedUnits in hostio/pagesource.py) may be cut at any time.
- * So its pages are put into a pipe first, and the length of the file is checked (keeps_length())
- * before libfuse passes the pages on.
+ * So its length is checked (keeps_length()) between the two steps.
  *
  * Everything happens in the thread of the event loop, with the GIL held.  The functions that other
  * files call are described in _extraops.h.
@@ -13,7 +15,6 @@
 #include "_extraops.h"
 
 #include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 /* Capacity of the pipe in bytes, a power of two.  The longest reply needs one page more than its
@@ -26,19 +27,6 @@ static int staging[2] = {-1, -1}; /* the empty pipe of this module, or -1 */
 int may_splice(size_t size)
 {
     return can_splice && can_count_pages() && size >= MIN_SPLICE_BYTES && size <= MAX_SPLICE_BYTES;
-}
-
-/* Returns whether the page cache has all pages of a range; see cached_pages().  0 also if the file is
- * too short or a system call fails. */
-static int is_cached(int fd, off_t offset, size_t size)
-{
-    struct statx status;
-
-    /* Not fstat(), which would also read the times and so make later writes slower; see
-     * size_and_blocks() in hostio/systemcalls.py. */
-    return !statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_SIZE, &status) &&
-           status.stx_size >= (uint64_t)offset + size &&
-           cached_pages(fd, (uint64_t)offset, size) == PAGES_CACHED;
 }
 
 static void close_pipe(void)
@@ -75,34 +63,40 @@ static int stage(int fd, off_t offset, size_t size)
     return at == end;
 }
 
-int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size)
+/* Answers with the pages in the pipe, which has exactly `size` bytes. */
+static void reply_staged(fuse_req_t request, size_t size)
 {
     struct fuse_bufvec pages = FUSE_BUFVEC_INIT(size);
 
-    if (!may_splice(size) || !is_cached(fd, offset, size))
+    pages.buf[0].flags = FUSE_BUF_IS_FD;
+    pages.buf[0].fd = staging[0];
+    if (fuse_reply_data(request, &pages, 0))
+        close_pipe(); /* pages may have stayed in the pipe */
+}
+
+int splice_reply(fuse_req_t request, int fd, int flags, off_t offset, size_t size)
+{
+    if (!may_splice(size) || !may_splice_pages(fd, flags, (uint64_t)offset, size) || !open_pipe())
         return 0;
-    pages.buf[0].flags = FUSE_BUF_IS_FD | FUSE_BUF_FD_SEEK;
-    pages.buf[0].fd = fd;
-    pages.buf[0].pos = offset;
-    fuse_reply_data(request, &pages, 0);
+    if (!stage(fd, offset, size)) {
+        close_pipe();
+        forget_valid_pages();
+        return 0;
+    }
+    reply_staged(request, size);
     return 1;
 }
 
 enum attempt splice_units(fuse_req_t request, struct checked_units *units, int fd, off_t offset,
                           size_t size)
 {
-    struct fuse_bufvec pages = FUSE_BUFVEC_INIT(size);
-
     if (!may_splice(size) || !open_pipe())
         return NOT_ALLOWED;
     if (!stage(fd, offset, size) || !keeps_length(units, fd)) {
         close_pipe();
         return FAILED;
     }
-    pages.buf[0].flags = FUSE_BUF_IS_FD;
-    pages.buf[0].fd = staging[0];
-    if (fuse_reply_data(request, &pages, 0))
-        close_pipe(); /* pages may have stayed in the pipe */
+    reply_staged(request, size);
     return ANSWERED;
 }
 
