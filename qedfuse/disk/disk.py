@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.disk.lookup.tablecache import SliceStore
     from qedfuse.disk.options import OpenOptions
+    from qedfuse.errors import QedError
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
     from qedfuse.util.backgroundtasks import Progress
@@ -119,6 +120,18 @@ class Disk(GuestChanges):
         await self._first_write_guard.prepare_write()
         await self._components.scan.run()
         return await self._components.compaction.run(progress, within_bound=within_bound)
+
+    @property
+    def space_error(self) -> QedError | None:
+        """Why free space could not be found, listed or returned to the host; None if it could.
+
+        Such errors are logged and not raised elsewhere, because the disk works without free space.
+        Valid after the close as well.  `damaged` covers damage.
+        """
+        parts = self._components
+        error = parts.scan.error or parts.persistent_free_list.error
+        error = error or (parts.reclaim.error if parts.reclaim.pending else None)
+        return error and error.again()
 
     async def autocompact(self) -> None:
         """Compact the image now, as the close would do, if the options demand a compaction.

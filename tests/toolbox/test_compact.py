@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.cli.qedimg.main import main
+from qedfuse.disk.space.scan import Scan
+from qedfuse.errors import HostError, NeedsCheckError
+from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
 from tests.support.disks import build_image, get_entry, l2_entry_offset, put_entry
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from qedfuse.errors import QedError
 
 
 def image_with_free_clusters(path: Path, chance: random.Random, backing: str | None = None) -> None:
@@ -76,6 +81,54 @@ def test_damage_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert path.read_bytes() == content
     assert main(["check", "-q", "-r", "all", str(path)]) == 3
     assert main(["compact", "-q", str(path)]) == 0
+
+
+@pytest.mark.expect_log("while looking for free space")
+@pytest.mark.expect_log("not compacted: the free clusters are not known")
+@pytest.mark.parametrize(
+    ("error", "code"), [(HostError("the host refuses"), 1), (NeedsCheckError("too large"), 15)]
+)
+def test_a_scan_that_fails_is_reported(
+    error: QedError,
+    code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If the free clusters cannot be found, the command fails, and nothing is moved."""
+    path = tmp_path / "disk.qed"
+    image_with_free_clusters(path, random.Random(3))
+    before = path.read_bytes()
+
+    async def fail(_scan: Scan) -> None:
+        raise error.again()
+
+    monkeypatch.setattr(Scan, "_walk", fail)
+    assert main(["compact", str(path)]) == code
+    assert capsys.readouterr().out == ""
+    assert path.read_bytes() == before
+
+
+@pytest.mark.expect_log("the host refuses (while returning space to the host)")
+def test_a_file_that_cannot_be_cut_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the host does not cut off the free end of the file, the command fails."""
+    path = tmp_path / "disk.qed"
+    content = build_image(1 << 20, dict.fromkeys(range(9), b"x")) + bytes(8 * 4096)
+    path.write_bytes(content)
+
+    async def truncate(file: PosixFile, _size: int) -> None:
+        msg = f"{file.name}: the host refuses"
+        raise HostError(msg)
+
+    monkeypatch.setattr(PosixFile, "truncate", truncate)
+    assert main(["compact", str(path)]) == 1
+    assert capsys.readouterr().out == ""
+    assert path.read_bytes() == content
+    monkeypatch.undo()
+    assert main(["compact", "-q", str(path)]) == 0
+    assert path.stat().st_size == len(content) - 8 * 4096
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.cli.qedimg.main import main
+from qedfuse.disk.space.scan import Scan
+from qedfuse.errors import HostError, NoSpaceError
+from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
-from tests.support.disks import build_image, l2_entry_offset, pattern, put_entry
+from tests.support.disks import build_image, get_entry, l2_entry_offset, pattern, put_entry
 from tests.support.freelists import listed, put_list
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from qedfuse.hostio.hostfile import Buffer
 
 CLUSTER_BYTES = 4096
 
@@ -63,6 +68,66 @@ def test_nothing_to_list(path: Path, capsys: pytest.CaptureFixture[str]) -> None
         f"{path}: no list was stored: no cluster is free, or the list would be too long\n"
     )
     assert qemu.check(path).code == 0
+
+
+@pytest.mark.expect_log("the host refuses (while looking for free space)")
+def test_a_scan_that_fails_is_reported(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the free clusters cannot be found, the command fails."""
+
+    async def fail(_scan: Scan) -> None:
+        msg = "the host refuses"
+        raise HostError(msg)
+
+    monkeypatch.setattr(Scan, "_walk", fail)
+    before = path.read_bytes()
+    assert main(["freelist", "on", str(path)]) == 1
+    assert capsys.readouterr().out == ""
+    assert path.read_bytes() == before
+
+
+@pytest.mark.expect_log("the image is closed without a list")
+@pytest.mark.parametrize("when", [1, 2])
+def test_a_list_that_cannot_be_written_is_reported(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """If the host has no space for the list or its descriptor, the command fails."""
+    calls = 0
+    real = PosixFile.pwrite
+
+    async def pwrite(file: PosixFile, offset: int, data: Buffer) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == when:
+            msg = f"{file.name}: the host is full"
+            raise NoSpaceError(msg)
+        await real(file, offset, data)
+
+    monkeypatch.setattr(PosixFile, "pwrite", pwrite)
+    assert main(["freelist", "on", str(path)]) == 1
+    assert calls >= when
+    assert capsys.readouterr().out == ""
+    monkeypatch.undo()
+    assert qemu.check(path).code in {0, 3}
+    assert main(["freelist", "on", "-q", str(path)]) == 0
+    assert listed(path.read_bytes()) is not None
+
+
+@pytest.mark.expect_log("references to clusters that have another owner")
+def test_damage_is_reported(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image with damaged tables gets no list, and the command fails."""
+    content = bytearray(path.read_bytes())
+    put_entry(content, l2_entry_offset(content, 1), get_entry(content, l2_entry_offset(content, 0)))
+    path.write_bytes(content)
+    assert main(["freelist", "on", str(path)]) == 13
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.endswith(
+        f"qedimg: {path}: no list was stored: found damaged tables; repair them first: "
+        f"qedimg check -r all {path}\n"
+    )
+    assert path.read_bytes() == content
 
 
 def test_a_list_that_is_not_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

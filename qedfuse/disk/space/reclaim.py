@@ -55,6 +55,7 @@ class Reclaim:
         freed_clusters: How many clusters from the quarantine have become free since opening,
             without those that `distrust_below` excludes.
         punching_clusters: How many free clusters are being punched now.
+        error: The first error of the host in `run`; None if there was none.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Reclaim:
         self._marking = marking
         self._lock = trio.Lock()
         self._bits = allocator.cluster_bits
-        self._host_refused = False
+        self.error: HostError | None = None
         self._punching_allowed = True
         self._untrusted_end = 0
         self.freed_clusters = 0
@@ -216,8 +217,8 @@ class Reclaim:
                         self._writeback.note_write()
                 await self._punch(max_runs)
             except HostError as error:
-                if not self._host_refused:
-                    self._host_refused = True
+                if self.error is None:
+                    self.error = error
                     log.warning("%s (while returning space to the host)", error)
 
     def _trusted_bits(self, block: int) -> int:

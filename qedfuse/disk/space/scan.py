@@ -76,6 +76,7 @@ class Scan:
         entries_validated: Whether the scan has read, and so validated, all entries that the tables
             had when `begin` was called, even if it has failed later for a lack of memory.
         finished: Set when the scan has ended, successfully or not.
+        error: Why the scan has failed; None if it has not ended, or has succeeded.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Scan:
         self._due.set()
         self._listed = self._list_clusters = allocator.free.empty_like()
         self.finished = trio.Event()
+        self.error: QedError | None = None
 
     def begin(self) -> None:
         """Note which tables the image has and where its file ends; start recording its changes."""
@@ -173,6 +175,7 @@ class Scan:
         except QedError as error:
             # The disk works without a result: the file only grows.
             log.warning("%s (while looking for free space)", error)
+            self.error = error
         else:
             await self._publish()
         self._marking.end()

@@ -55,6 +55,7 @@ class PersistentFreeList:
 
     Attributes:
         wanted: Whether a clean close writes a list if it can; constant after `open`.
+        error: Why the close could not write the list; None if it could, or if no list was possible.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class PersistentFreeList:
         self._scan = scan
         self._option = options.free_list
         self._found: FreeList | None = None
+        self.error: QedError | None = None
         self.wanted = self._option == "on" or (self._option == "keep" and eraser.has_descriptor)
 
     async def open(self) -> None:
@@ -150,6 +152,7 @@ class PersistentFreeList:
             log.warning(
                 "%s (while writing the free list: the image is closed without a list)", error
             )
+            self.error = error
             return
         await self._writeback.barrier()
         await self._header_store.change(lambda header: header.with_free_list(value=True))

@@ -39,8 +39,8 @@ async def compact(
     """Move the highest clusters of an image into its free clusters, and truncate the file.
 
     The image is valid at any moment.  After an interruption or an error, clusters that were moved
-    stay moved.  Backing files are not opened.  If the image has too many tables, or the scan for
-    free clusters has failed, nothing is moved, and a warning is logged.
+    stay moved.  Backing files are not opened.  If the image has too many tables, nothing is moved,
+    and a warning is logged.
 
     Args:
         path: The image.
@@ -51,7 +51,9 @@ async def compact(
 
     Raises:
         CorruptImageError: The tables are damaged.
-        QedError: The image cannot be opened for writing, or a system call failed.
+        NeedsCheckError: The image is too large for the scan for free clusters.
+        QedError: The image cannot be opened for writing, or a system call failed.  The image is
+            sound.
     """
     # Without compact="off", the close of the disk could compact the image a second time, in vain.
     disk_options = replace(options or OpenOptions(), compact="off")
@@ -68,4 +70,6 @@ async def compact(
             )
             raise CorruptImageError(msg)
         statistics = disk.statistics()
+    if disk.space_error is not None:
+        raise disk.space_error
     return CompactResult(before, statistics.file_bytes, moved, statistics.free_clusters or 0)

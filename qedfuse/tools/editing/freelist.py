@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import CorruptImageError
 from qedfuse.tools.common.writabledisk import open_writable
 from qedfuse.tools.inspection.freelistinfo import describe_free_list
 
 if TYPE_CHECKING:
+    from qedfuse.disk.disk import Disk
     from qedfuse.tools.inspection.freelistinfo import FreeListInfo
 
 
@@ -29,11 +32,23 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
 
     Raises:
         UsageError: The sector for the descriptor of the list already holds other data.
+        CorruptImageError: The tables are damaged, so no list was written.
+        NeedsCheckError: The image is too large for the scan for free clusters.
         QedError: The image cannot be opened for writing, or a system call failed.
     """
     options = options or OpenOptions()
-    await _set_free_list(path, replace(options, free_list="on"))
-    return await describe_free_list(path, lock=options.read_lock)
+    disk = await _set_free_list(path, replace(options, free_list="on"))
+    info = await describe_free_list(path, lock=options.read_lock)
+    if not info.present:
+        if disk.damaged:
+            msg = (
+                f"{disk.name}: no list was stored: found damaged tables; repair them first: "
+                f"qedimg check -r all {shlex.quote(disk.name)}"
+            )
+            raise CorruptImageError(msg)
+        if disk.space_error is not None:
+            raise disk.space_error
+    return info
 
 
 async def drop(path: str, options: OpenOptions | None = None) -> None:
@@ -51,7 +66,11 @@ async def drop(path: str, options: OpenOptions | None = None) -> None:
     await _set_free_list(path, replace(options or OpenOptions(), free_list="off"))
 
 
-async def _set_free_list(path: str, options: OpenOptions) -> None:
-    """Open an image for writing and close it; ``free_list`` decides what becomes of its list."""
-    async with open_writable(path, options, with_bases=False):
+async def _set_free_list(path: str, options: OpenOptions) -> Disk:
+    """Open an image for writing and close it; return the closed disk.
+
+    ``free_list`` decides what becomes of its list.
+    """
+    async with open_writable(path, options, with_bases=False) as disk:
         pass
+    return disk
