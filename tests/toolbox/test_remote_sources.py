@@ -486,6 +486,7 @@ def test_an_unpinned_file_needs_an_option(capsys: pytest.CaptureFixture[str]) ->
         (("ftp://192.0.2.1/x",), 1, "found ftp://, expected one of s3://"),
         (("https://user:secret@host/x",), 1, "URL user: found one, expected none"),
         (("--backing-url", "images", "x.qed"), 1, "found no scheme"),
+        (("--cache-dir", "", "x.qed"), 1, "argument --cache-dir: found '', expected a path"),
         (("--remote-timeout", "0", "x.qed"), 1, "expected seconds, more than 0"),
         (("--remote-timeout", "nan", "x.qed"), 1, "expected seconds, more than 0"),
         (("--remote-connect-timeout", "-1", "x.qed"), 1, "expected seconds, more than 0"),

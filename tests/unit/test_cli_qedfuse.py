@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getopt
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -12,8 +13,13 @@ import qedfuse
 from qedfuse.cli.qedfuse import main as program
 from qedfuse.cli.qedfuse.arguments import (
     Arguments,
+    StatsArguments,
+    UmountArguments,
+    _permuting_getopt,
     parse_arguments,
     parse_mount_helper_arguments,
+    parse_stats_arguments,
+    parse_umount_arguments,
 )
 from qedfuse.cli.qedfuse.main import main
 from qedfuse.cli.qedfuse.usage import USAGE
@@ -84,8 +90,65 @@ def test_short_options() -> None:
 def test_the_helper_of_mount_has_its_own_meanings() -> None:
     """As mount.qedfuse, -f means fake, -s means sloppy, and what mount(8) passes is accepted."""
     assert parse_mount_helper_arguments(
-        ["a", "mnt", "-sfnvrw", "-N", "ns", "-t", "fuse.qedfuse", "-o", "x"]
+        ["a", "mnt", "-sfnvrw", "-t", "fuse.qedfuse", "-o", "x"]
     ) == Arguments(["a", "mnt"], ["ro", "rw", "x"], fake=True, sloppy=True)
+
+
+def test_another_mount_namespace_is_refused() -> None:
+    """A mount in the namespace of mount(8), and not in the demanded one, must not be a success."""
+    with pytest.raises(UsageError, match=r"^option -N: .* is not supported \(nsenter "):
+        parse_mount_helper_arguments(["a", "mnt", "-o", "rw", "-N", "/proc/7/fd/4"])
+
+
+@pytest.mark.parametrize("is_posix", [False, True])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "a -o ro b",
+        "a b -t fuse.qedfuse -o rw,uid=1",
+        "a - -o -- b -- -f -o",
+        "--opt=x a --pid p b --pidfile=q -d",
+        "-ro x a -fox b -o -f",
+        "-- -o",
+        "a --",
+        "",
+        "a -z b",
+        "a --frob b",
+        "a --foreground=x b",
+        "a b -o",
+        "a b --pidfile",
+        "a --f b --p",
+        "--",
+    ],
+)
+def test_options_are_found_as_by_getopt(
+    words: str, monkeypatch: pytest.MonkeyPatch, *, is_posix: bool
+) -> None:
+    """The words are sorted as by GNU's getopt, also with POSIXLY_CORRECT in the environment."""
+    short, long = "o:fdsrVht:", ["foreground", "debug", "pidfile=", "options=", "fetch"]
+    monkeypatch.delenv("POSIXLY_CORRECT", raising=False)
+    expected: object
+    try:
+        expected = getopt.gnu_getopt(words.split(), short, long)
+    except getopt.GetoptError as error:
+        expected = str(error)
+    if is_posix:
+        monkeypatch.setenv("POSIXLY_CORRECT", "1")
+    found: object
+    try:
+        found = _permuting_getopt(words.split(), short, long)
+    except getopt.GetoptError as error:
+        found = str(error)
+    assert found == expected
+
+
+def test_posixly_correct_changes_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options after operands, as mount(8) passes them, are options for each of the commands."""
+    monkeypatch.setenv("POSIXLY_CORRECT", "1")
+    assert parse_arguments(["a", "m", "-o", "ro"]) == Arguments(["a", "m"], ["ro"])
+    assert parse_mount_helper_arguments(["a", "m", "-o", "ro"]) == Arguments(["a", "m"], ["ro"])
+    assert parse_umount_arguments(["m", "--timeout", "5"]) == UmountArguments("m", 5.0)
+    assert parse_stats_arguments(["m", "--watch"]) == StatsArguments(mountpoint="m", watch=True)
 
 
 @pytest.mark.parametrize("words", [["-z"], ["--frob"], ["-o"], ["--pidfile"], ["-n", "a", "b"]])
@@ -101,6 +164,10 @@ def test_unknown_words_are_refused(words: list[str]) -> None:
         ([], "expected SOURCE... and MOUNTPOINT (see: qedfuse --help)"),
         (["a"], "expected SOURCE... and MOUNTPOINT (see: qedfuse --help)"),
         (["a", "b", "-o", "frob"], "option frob: unknown"),
+        (
+            ["a", "b", "--pidfile", ""],
+            "option --pidfile: found '', expected a path (see: qedfuse --help)",
+        ),
         (["umount"], "umount: found 0 mountpoints, expected one (see: qedfuse --help)"),
         (["umount", "a", "b"], "umount: found 2 mountpoints, expected one (see: qedfuse --help)"),
         (

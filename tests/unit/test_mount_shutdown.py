@@ -326,22 +326,33 @@ async def test_a_signal_ends_the_compaction(
     assert 0 < found.leaks < len(DISCARDED)
 
 
-async def test_a_hangup_that_is_ignored_stays_ignored() -> None:
-    """SIGHUP is ignored as nohup(1) has set it; SIGTERM is received."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        async with trio.open_nursery() as nursery:
-            signals = SignalDispatcher(lambda _name: nursery.cancel_scope.cancel())
-            await nursery.start(signals.run)
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            signal.raise_signal(signal.SIGHUP)
-            await trio.testing.wait_all_tasks_blocked()
-            assert not nursery.cancel_scope.cancel_called
-            signal.raise_signal(signal.SIGTERM)
-            await trio.sleep(60)  # it is cancelled
-        assert nursery.cancel_scope.cancel_called
-    finally:
-        signal.signal(signal.SIGHUP, before)
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])
+async def test_a_signal_that_is_ignored_stays_ignored(ignored: signal.Signals) -> None:
+    """SIGHUP stays ignored as nohup(1) sets it, and SIGINT as a shell sets it in the background."""
+    signal.signal(ignored, signal.SIG_IGN)
+    async with trio.open_nursery() as nursery:
+        signals = SignalDispatcher(lambda _name: nursery.cancel_scope.cancel())
+        await nursery.start(signals.run)
+        assert signal.getsignal(ignored) == signal.SIG_IGN
+        signal.raise_signal(ignored)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not nursery.cancel_scope.cancel_called
+        signal.raise_signal(signal.SIGTERM)
+        await trio.sleep(60)  # it is cancelled
+    assert nursery.cancel_scope.cancel_called
+
+
+async def test_sigterm_is_received_even_if_it_is_ignored() -> None:
+    """A mount that ignored SIGTERM would be ended by SIGKILL, which loses data."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    received: list[str] = []
+    async with trio.open_nursery() as nursery:
+        signals = SignalDispatcher(received.append)
+        await nursery.start(signals.run)
+        signal.raise_signal(signal.SIGTERM)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert received == ["SIGTERM"]
 
 
 @pytest.mark.expect_log("SIGTERM: [Errno 24] Too many open files")

@@ -112,6 +112,9 @@ signal, because the end of a login session sends it together with `SIGTERM`.  A 
 image that is in progress after these 10 seconds is completed before the mount ends.  If the mount
 ends before everything is durable, the log says so and the exit code is 2.
 
+A `SIGINT` or `SIGHUP` that is ignored when `qedfuse` starts, as in a background job of a script or
+under nohup(1), stays ignored.
+
 After `SIGUSR1` the process logs a summary of its statistics in one line.  After `SIGUSR2` it also
 logs what each of its tasks waits for, which helps in a bug report.
 """

@@ -99,7 +99,7 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
     ``-s``, which libfuse has for a single thread, is ignored.
 
     Raises:
-        UsageError: An option or its value is wrong, or an operand is empty.
+        UsageError: An option or its value is wrong, or an operand or the pid file is empty.
     """
     return _parse(words, "o:fdsrVh", {})
 
@@ -107,10 +107,12 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
 def parse_mount_helper_arguments(words: Sequence[str]) -> Arguments:
     """Parse the command line with which mount(8) runs ``mount.qedfuse``; see `parse_arguments`.
 
-    ``-f`` means fake, and ``-s`` means sloppy.  ``-n``, ``-v``, ``-N`` and ``-t`` are ignored.
+    ``-f`` means fake, and ``-s`` means sloppy.  ``-n``, ``-v`` and ``-t`` are ignored.  ``-N`` is
+    refused: mount(8) runs the helper in its own mount namespace, and leaves it to the helper to
+    enter the given one.
 
     Raises:
-        UsageError: See `parse_arguments`.
+        UsageError: ``-N`` is given; or see `parse_arguments`.
     """
     return _parse(words, "o:fdsrwnvVhN:t:", _MOUNT_HELPER_FLAGS)
 
@@ -136,7 +138,16 @@ def _parse(
         elif name in ("-o", "--options"):
             arguments.options.append(value)
         elif name == "--pidfile":
+            if not value:  # for example, an unset variable of a script
+                msg = "option --pidfile: found '', expected a path (see: qedfuse --help)"
+                raise UsageError(msg)
             arguments.pidfile = value
+        elif name == "-N":
+            msg = (
+                "option -N: mounting in another mount namespace is not supported "
+                "(nsenter --mount=NAMESPACE mount ... does it)"
+            )
+            raise UsageError(msg)
     return arguments
 
 
@@ -215,11 +226,41 @@ def _getopt(
     An empty operand is refused, because it would stand for the working directory.
     """
     try:
-        given, operands = getopt.gnu_getopt(words, short, long)
+        given, operands = _permuting_getopt(words, short, long)
     except getopt.GetoptError as error:
         msg = f"{printable(str(error))} (see: qedfuse --help)"
         raise UsageError(msg) from error
     if "" in operands:
         msg = f"operand {operands.index('') + 1}: found '', expected a path (see: qedfuse --help)"
         raise UsageError(msg)
+    return given, operands
+
+
+def _permuting_getopt(
+    words: Sequence[str], short: str, long: list[str]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the options, each with its value or an empty string, and the operands.
+
+    The result is that of ``getopt.gnu_getopt``, which however takes everything after the first
+    operand for an operand if the environment has POSIXLY_CORRECT.  mount(8) passes options last.
+
+    Raises:
+        GetoptError: An option is unknown, or lacks its value, or has one that it does not take.
+    """
+    given: list[tuple[str, str]] = []
+    operands: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return given, operands + rest
+        if word == "-" or not word.startswith("-"):
+            operands.append(word)
+            continue
+        try:
+            given += getopt.getopt([word], short, long)[0]
+        except getopt.GetoptError:
+            # Only an option whose value is the next word is valid together with that word.
+            given += getopt.getopt([word, *rest[:1]], short, long)[0]
+            rest = rest[1:]
     return given, operands

@@ -66,7 +66,7 @@ def mount(arguments: Arguments) -> int:
     sources = tuple(absolute_source(path) for path in arguments.paths[:-1])
     mountpoint = os.path.realpath(arguments.paths[-1])
     option_strings = absolute_options(arguments.options)
-    pidfile = arguments.pidfile and str(Path(arguments.pidfile).absolute())
+    pidfile = None if arguments.pidfile is None else str(Path(arguments.pidfile).absolute())
 
     def serve(ready: Callable[[], None], log: logging.Handler | None = None) -> int:
         """Serve until the mount ends; call ``ready`` when the disks can be used.
@@ -84,7 +84,7 @@ def mount(arguments: Arguments) -> int:
 
             log_uncaught()
             request = MountRequest(
-                *(sources, mountpoint, options, pidfile or None, arguments.fake, option_strings),
+                *(sources, mountpoint, options, pidfile, arguments.fake, option_strings),
                 log=log,
             )
             return run_session(request, ready)

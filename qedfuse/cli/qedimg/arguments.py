@@ -106,6 +106,7 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir",
         metavar="DIR",
+        type=_directory,
         help="keep what was read from URLs in DIR ($XDG_CACHE_HOME/qedfuse or ~/.cache/qedfuse)",
     )
     parser.add_argument(
@@ -150,6 +151,18 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
         help="read variables such as AWS_ACCESS_KEY_ID from FILE, in lines NAME=VALUE; only "
         "the owner of FILE may have access to it (default: from the environment)",
     )
+
+
+def _directory(text: str) -> str:
+    """Return a path from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: The path is empty, as from an unset variable of a script.
+    """
+    if not text:
+        msg = "found '', expected a path"
+        raise argparse.ArgumentTypeError(msg)
+    return text
 
 
 def _cache_size(text: str) -> int:

@@ -31,11 +31,16 @@ class SignalDispatcher:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Receive signals until cancelled; after that, the signals have no effect on the process.
 
-        If the process ignores SIGHUP, as under nohup(1), SIGHUP stays ignored.
+        If the process ignores SIGHUP, as under nohup(1), SIGHUP stays ignored.  The same holds for
+        SIGINT, which a shell without job control ignores in a background job, so that Ctrl-C ends
+        only the job in the foreground.  SIGTERM is received in any case, because SIGKILL, which
+        would follow, loses data.
         """
-        numbers = list(SIGNALS)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            numbers.remove(signal.SIGHUP)
+        numbers = [
+            number
+            for number in SIGNALS
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
+        ]
         early = _replace_handlers(numbers)
         with trio.open_signal_receiver(*numbers) as signals:
             # Signals that arrived before the receiver was open are raised again, so that it gets
