@@ -43,10 +43,6 @@ _OWN_DIRECTORIES = ("lib", "lib64", "libexec")
 FIRST_FILE_DESCRIPTOR = 100
 """The descriptor of the first file in the program; the next files have the next numbers."""
 
-_FIRST_TEMPORARY_DESCRIPTOR = 300
-"""Lowest number of the temporary copies of descriptors.  It is above all final numbers, so no copy
-is overwritten when another one gets its final number."""
-
 _BLOCKED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that do not end the program.  systemd sends them to all processes of a service or a login
 session, but the server goes on while a disk is in use, and then needs the program."""
@@ -92,16 +88,19 @@ def launch_command(
     return [sys.executable, "-I", "-S", "-B", __file__, json.dumps(parameters)]
 
 
-def _raise_descriptor_limit() -> None:
-    """Raise the limit of open files to the hard limit: a VMDK image can have many extents.
+def _raise_descriptor_limit(needed: int) -> None:
+    """Raise the limit of open files to the hard limit; end the process if it is below ``needed``.
 
-    A refusal by the kernel is ignored.
+    A VMDK image can have many extents.  A refusal by the kernel is ignored.
     """
     maximum = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
     except (OSError, ValueError):  # the sysctl fs.nr_open was lowered below the hard limit
-        return
+        maximum = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if maximum != resource.RLIM_INFINITY and maximum < needed:
+        remedy = "(see: ulimit -Hn; for a service: LimitNOFILE=)"
+        sys.exit(f"found a limit of {maximum} open files, expected {needed} or more {remedy}")
 
 
 def _lower_limit(kind: int, wanted: int) -> None:
@@ -144,15 +143,18 @@ def _main(text: str) -> None:
     if parameters["cpu_seconds"] is not None:
         _lower_limit(resource.RLIMIT_CPU, parameters["cpu_seconds"])
     landlock.check_result(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
-    _raise_descriptor_limit()
     listeners = [] if parameters["listener"] is None else [parameters["listener"]]
     given = (*parameters["files"], *parameters["named"], *listeners)
-    opened = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_TEMPORARY_DESCRIPTOR) for fd in given]
+    # The temporary copies have numbers above all final ones, so none is overwritten when another
+    # file gets its final number.
+    first_copy = FIRST_FILE_DESCRIPTOR + len(parameters["files"])
+    _raise_descriptor_limit(first_copy + len(given))
+    opened = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, first_copy) for fd in given]
     # The program must not inherit the originals.  closerange does not reach the highest numbers, so
     # all are marked to be closed by execve.
     for fd in given:
         os.set_inheritable(fd, False)  # noqa: FBT003
-    os.closerange(3, _FIRST_TEMPORARY_DESCRIPTOR)
+    os.closerange(3, first_copy)
     if listeners:
         os.dup2(opened.pop(), 3)
     files = opened[: len(parameters["files"])]

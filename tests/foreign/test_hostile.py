@@ -483,6 +483,29 @@ def test_lower_limits_of_the_user_stay(
     assert (done.stdout, done.stderr) == (f"{expected}\n", "")
 
 
+@pytest.mark.parametrize("limit", [256, 102, 101])
+def test_low_limit_of_open_files(images: Path, limit: int) -> None:
+    """A low limit of open files is enough, or one line says what was found and expected."""
+    (images / "given").write_text("given", encoding="ascii")
+    with (images / "given").open("rb") as given:
+        command = launch_command(
+            [str(Path(sys.executable).resolve()), "-I", "-S", "-c", "print(open(100).read())"],
+            [given.fileno()],
+            None,
+        )
+        done = subprocess.run(
+            ["prlimit", f"--nofile={limit}", "--", *command],
+            pass_fds=[given.fileno()],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if limit > 101:
+        assert (done.stdout, done.stderr) == ("given\n", "")
+    else:
+        assert done.stderr.startswith("found a limit of 101 open files, expected 102 or more (see:")
+
+
 def test_encrypted(images: Path) -> None:
     """An encrypted image is refused with the reason."""
     path = images / "image.qcow2"

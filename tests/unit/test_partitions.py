@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
 from typing import TYPE_CHECKING
 
@@ -91,6 +92,36 @@ def gpt_disk(*entries: tuple[int, int], damaged: tuple[int, ...] = (), **other: 
     for sector in damaged:
         disk[sector * SECTOR + 16] ^= 1
     return disk
+
+
+def test_the_longest_table_is_read_in_few_calls() -> None:
+    """A hostile table of 8192 entries takes few calls of Python, because they block all disks."""
+    last = DISK // SECTOR - 1
+    packed = struct.pack("<16s16sQQQ72s", LINUX, bytes(16), 3000, 3001, 0, NAME) * 8192
+    disk = disk_of(
+        {
+            0: boot_record((0, 0xEE, 1, last)),
+            1: gpt_header(1, last, packed, at=2, last=last),
+            2: packed,
+            last: gpt_header(last, 1, packed, at=2, last=last),
+        }
+    )
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    reader = Reader(disk)
+    sys.setprofile(count)
+    try:
+        table = reader.table()
+    finally:
+        sys.setprofile(None)
+    assert table is not None
+    assert len(table.partitions) == 255
+    assert len(table.problems) == 1
+    assert calls < 8192
 
 
 def test_logical_partitions_follow_from_5() -> None:
