@@ -33,7 +33,7 @@ from qedfuse.util.threads import run_in_thread
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from qedfuse.mount.fuse.exporteddisk import ExportedDisks
+    from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
     from qedfuse.mount.fuse.laundering import Laundering
     from qedfuse.mount.process.unmounter import Unmounter
 
@@ -200,13 +200,19 @@ class Shutdown:
                 shown = printable(self._mountpoint)
                 _log.error("%s: cannot make everything durable: %s", shown, error)
 
-        with logged_failures():
-            if self._is_mounted():
-                # With the option ``uid`` the server may be excluded from its own mount.  Laundering
-                # writes back the same pages, and reports if it cannot.
-                with suppress(PermissionError):
-                    await run_in_thread(sync_mount, self._mountpoint, abandon_on_cancel=True)
-        for exported in self._disks:
+        async def sync() -> None:
+            with logged_failures():
+                if self._is_mounted():
+                    # With the option ``uid`` the server may be excluded from its own mount.
+                    # Laundering writes back the same pages, and reports if it cannot.
+                    with suppress(PermissionError):
+                        await run_in_thread(sync_mount, self._mountpoint, abandon_on_cancel=True)
+
+        async def make_durable(exported: ExportedDisk) -> None:
+            # Laundering may have to wait for that of another disk, whose host does not answer.
+            # What this server has already received must not wait for that.
+            with suppress(*_FAILURES):  # the flush below meets and reports the same error
+                await exported.disk.flush()
             with logged_failures():
                 # `sync_mount` may return before the writeback has ended; `launder` does not.
                 if (
@@ -219,6 +225,12 @@ class Shutdown:
                     raise HostError(msg)
             with logged_failures():
                 await exported.disk.flush()
+
+        # All at the same time, because a disk whose host does not answer must not delay the others.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sync)
+            for exported in self._disks:
+                nursery.start_soon(make_durable, exported)
         return durable
 
     async def _force(self) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import threading
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -221,6 +222,46 @@ async def test_durable_with_pages_that_are_written_back(monkeypatch: pytest.Monk
         kernel = Kernel(writes_back=True)
         await end_while_in_use(monkeypatch, disk, kernel=kernel)
         assert len(kernel.laundered) == 1
+
+
+@pytest.mark.parametrize("hanging", ["syncfs", "launder", "flush"])
+async def test_a_disk_is_flushed_while_another_one_hangs(
+    hanging: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the server has received for a disk is made durable, whatever another disk waits for."""
+    released = threading.Event()
+    flushed: list[int] = []
+
+    class Hanging(Kernel):
+        async def launder(self, exported: ExportedDisk) -> bool:
+            if hanging == "launder":
+                await trio.sleep_forever()
+            return await super().launder(exported)
+
+    def sync(_mountpoint: str) -> None:
+        if hanging == "syncfs":
+            released.wait()
+
+    async def flush(number: int) -> None:
+        if hanging == "flush" and number == 0:
+            await trio.sleep_forever()
+        flushed.append(number)
+
+    monkeypatch.setattr(shutdown, "sync_mount", sync)
+    monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
+    disks = [SimpleNamespace(flush=partial(flush, number)) for number in range(2)]
+    try:
+        async with trio.open_nursery() as nursery:
+            ending = Shutdown(
+                *(export(*disks), cast("Laundering", Hanging(writes_back=True)), "/mnt", "0:99"),
+                *(DirectUnmounter("/mnt"), list, nursery),
+            )
+            nursery.start_soon(ending._flush)
+            await trio.testing.wait_all_tasks_blocked()
+            assert 1 in flushed
+            nursery.cancel_scope.cancel()
+    finally:
+        released.set()
 
 
 @pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; the mount goes on")
