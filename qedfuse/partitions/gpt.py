@@ -51,8 +51,8 @@ _HEADER: Final[Any] = Struct(
     "entries_crc" / Int32ul,
 )
 _ENTRY: Final = struct.Struct("<16s16sQQ8x72s")
-"""An entry: type, UUID, first sector, last sector (inclusive), attributes, name in UTF-16LE.  No
-`construct` here: a hostile table has 8192 entries, for which it takes more than 100 ms."""
+"""An entry: type, UUID, first sector, last sector (inclusive), attributes, name in UTF-16LE.  It is
+not a struct of construct, which takes more than 100 ms for the 8192 entries of a hostile table."""
 
 
 class _Table(NamedTuple):
