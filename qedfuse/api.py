@@ -16,13 +16,14 @@ the asynchronous object that a `DiskFile` wraps.
 from __future__ import annotations
 
 import io
+import operator
 import os
 import threading
 import warnings
 import weakref
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, SupportsIndex
 
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.disk import Disk
@@ -101,7 +102,9 @@ class DiskFile(io.RawIOBase):
     threads can share a file.  For many small reads, wrap it in an `io.BufferedReader`.
 
     In a child of ``os.fork`` reads, writes and `truncate` raise `RuntimeError`, and `flush` and
-    `close` have no effect on the image.  The child can open files itself, except objects of stores
+    `close` have no effect on the image.  The child has copies of the descriptors, and with them the
+    locks: after a close in the parent, the image stays locked until the child ends or executes a
+    program.  The child can open files itself, except objects of stores
     (``s3://``, ``gs://``, ``az://``) if its parent had used a store: then `open` raises
     `RemoteError`, unless the cache has the whole object.
 
@@ -153,11 +156,12 @@ class DiskFile(io.RawIOBase):
         self._check_open()
         return self._position
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+    def seek(self, offset: SupportsIndex, whence: int = os.SEEK_SET, /) -> int:
         """Set the position, which can lie past the end, and return it.
 
         Raises:
             ValueError: ``whence`` is unknown, or the position would be negative.
+            TypeError: ``offset`` is not an integer.
         """
         with self._lock:
             self._check_open()
@@ -165,14 +169,14 @@ class DiskFile(io.RawIOBase):
             if whence not in starts:
                 msg = f"whence: found {whence}, expected 0, 1 or 2"
                 raise ValueError(msg)
-            position = starts[whence] + offset
+            position = starts[whence] + operator.index(offset)
             if position < 0:
                 msg = f"position: found {position}, expected 0 or more"
                 raise ValueError(msg)
             self._position = position
             return position
 
-    def read(self, size: int | None = -1, /) -> bytes:
+    def read(self, size: SupportsIndex | None = -1, /) -> bytes:
         """Read ``size`` bytes, fewer only at the end of the disk.
 
         With None or a negative ``size``, read up to the end.  At or past the end, return ``b""``.
@@ -185,7 +189,9 @@ class DiskFile(io.RawIOBase):
         with self._lock:
             self._check_open()
             left = max(0, self.size - self._position)
-            wanted = left if size is None or size < 0 else min(left, size)
+            # `operator.index` makes an int of an integer of numpy, whose sums can overflow.
+            length = -1 if size is None else operator.index(size)
+            wanted = left if length < 0 else min(left, length)
             chunks = [bytes(chunk) for chunk in self._chunks(wanted)]
             result = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             self._position += len(result)
@@ -264,11 +270,12 @@ class DiskFile(io.RawIOBase):
         self._portal.start(self._disk.write, position, bytes(data))
         return min(len(data), max(0, self.size - position)) or len(data)
 
-    def truncate(self, size: int | None = None, /) -> int:
+    def truncate(self, size: SupportsIndex | None = None, /) -> int:
         """Grow the disk to ``size`` bytes; return the size.
 
         If ``size`` is None, the new size is the position.  The added range reads as zeros, and the
-        position is unchanged.
+        position is unchanged.  An exception of a signal handler cancels the change, and is raised
+        when it has ended.
 
         Raises:
             UsageError: The disk would shrink, or the new size is not a multiple of 512 or is more
@@ -280,7 +287,7 @@ class DiskFile(io.RawIOBase):
         """
         with self._lock:
             self._check_writable()
-            wanted = self._position if size is None else size
+            wanted = self._position if size is None else operator.index(size)
             if wanted != self.size:
                 self._portal.call_to_end(self._disk.grow, wanted)
             return wanted

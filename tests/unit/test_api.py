@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import trio
 from hypothesis import given, settings
@@ -48,11 +49,11 @@ SIZE = 1 << 20
 CLUSTER = 4096
 
 
-def new_image(path: Path, size: int = SIZE) -> Path:
+def new_image(path: Path, size: int = SIZE, table_size: int = 1) -> Path:
     """Make an empty image of small clusters."""
 
     async def make() -> None:
-        await qedfuse.create_image(str(path), size, cluster_size=CLUSTER, table_size=1)
+        await qedfuse.create_image(str(path), size, cluster_size=CLUSTER, table_size=table_size)
 
     trio.run(make)
     return path
@@ -200,6 +201,54 @@ def test_bad_positions(image: Path) -> None:
             with pytest.raises(ValueError, match=r"found -?[0-9]+, expected"):
                 disk.seek(offset, whence)
         assert disk.tell() == 0
+
+
+def test_integers_of_other_types(tmp_path: Path) -> None:
+    """Positions and lengths can be integers of numpy, whose sums would overflow; floats cannot."""
+    size = (1 << 31) + SIZE
+    with qedfuse.open(new_image(tmp_path / "large.qed", size, 2), "r+b") as disk:
+        for kind in (np.int32, np.uint32, np.int64):
+            assert disk.seek(kind(2**31 - CLUSTER)) == 2**31 - CLUSTER
+            assert disk.read(kind(2 * CLUSTER)) == bytes(2 * CLUSTER)
+            assert disk.tell() == disk.seek(kind(0), os.SEEK_CUR) == (1 << 31) + CLUSTER
+            assert type(disk.tell()) is int
+            assert disk.write(b"x") == 1
+        assert disk.truncate(np.int64(size + 512)) == size + 512
+        position = disk.tell()
+        for use in (disk.seek, disk.read, disk.truncate):
+            with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+                use(4096.5)  # type: ignore[arg-type]
+        assert (disk.tell(), disk.size) == (position, size + 512)
+
+
+def test_a_child_keeps_the_locks(image: Path) -> None:
+    """After a close in the parent, the image is locked until its child has ended."""
+    program = """
+import os, sys, warnings
+import qedfuse
+from qedfuse.errors import ImageInUseError
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+disk = qedfuse.open(sys.argv[1], "r+b")
+end, keep = os.pipe()
+child = os.fork()
+if not child:
+    os.close(keep)
+    os.read(end, 1)
+    os._exit(0)
+disk.close()
+try:
+    qedfuse.open(sys.argv[1], "r+b")
+except ImageInUseError:
+    print("locked", flush=True)
+os.close(keep)
+os.waitpid(child, 0)
+qedfuse.open(sys.argv[1], "r+b").close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, image],
+        capture_output=True, timeout=60, check=True, cwd=ROOT, text=True,
+    )  # fmt: skip
+    assert done.stdout == "locked\n"
 
 
 @pytest.mark.parametrize(
