@@ -248,6 +248,26 @@ def test_bar_is_redrawn_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> N
     assert drawn[0] == 1001
 
 
+def test_an_interrupted_close_removes_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl-C while close() waits for the thread that shows the bar, the bar is removed."""
+    meter = Meter("Working", bar=True, lines=False, delay_seconds=100.0)
+    meter.show()
+    shown, starter = meter._progress, meter._starter
+    assert shown is not None
+    assert starter is not None
+    is_started = shown.live.is_started
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    join = starter.join
+    monkeypatch.setattr(starter, "join", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        meter.close()
+    join()
+    assert (is_started, shown.live.is_started) == (True, False)
+
+
 def test_bar_without_a_report() -> None:
     """A bar is shown for work that reports nothing in its first second."""
     run = """

@@ -100,12 +100,17 @@ class Meter:
 
     def close(self) -> None:
         """Remove the bar; the caller must not call `report` afterwards."""
-        self._closed.set()
-        if self._starter is not None:
-            self._starter.join()
-        if self._progress is not None:
-            with suppress(OSError):  # the terminal is gone
-                self._progress.stop()
+        try:
+            self._closed.set()
+            if self._starter is not None:
+                self._starter.join()
+        finally:
+            # Also if Ctrl-C has interrupted the join.  Then the thread may still be showing the
+            # bar, which hides the cursor; the lock waits for it.
+            with self._drawing:
+                if self._progress is not None:
+                    with suppress(OSError):  # the terminal is gone
+                        self._progress.stop()
 
     def _draw(self) -> None:
         """Show or update the bar; do nothing if another thread is drawing or `close` was called."""
