@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +22,7 @@ from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import ZERO, Feature
 from qedfuse.ondisk.header import Header, build_header
 from qedfuse.tools.repair import imagecheck as tool
+from qedfuse.tools.repair.backup import Backup
 from tests.support import qemu
 from tests.support.disks import (
     build_image,
@@ -337,9 +339,12 @@ def test_a_repair_saves_the_tables_and_reports_what_is_lost(
 
 
 def test_a_repair_that_takes_much_space_needs_force(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hostile overlay that needs a table for each bad entry is refused unless forced."""
+    """A hostile overlay that needs a table for each bad entry is refused unless forced.
+
+    The refusal comes before the backup, which can be longer than the image.
+    """
     path = tmp_path / "image.qed"
     head = Header(65536, 4, 1, 1, 0, 0, 65536, 1 << 46, 64, 4)
     with path.open("wb") as file:
@@ -353,7 +358,11 @@ def test_a_repair_that_takes_much_space_needs_force(
         file.write((head.l1_end + 4 * 65536).to_bytes(8, "little"))
         file.truncate(head.l1_end + 5 * 65536)
     before = digest(path)
-    assert main(["check", "-r", "all", str(path)]) == 1
+    saved: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Backup, "save", lambda _backup, offset, *_bytes: saved.append(offset))
+        assert main(["check", "-r", "all", str(path)]) == 1
+    assert not saved
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert "not repaired: found damage that takes 75 MiB to repair, expected at most 64" in said.err
@@ -546,6 +555,36 @@ def test_a_refusal_of_the_host_during_a_repair_names_the_image(
     assert said.count("\n") == 1
 
 
+def test_a_host_without_space_for_the_backup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A repair whose backup needs more space than the host has is refused before any change."""
+    host = tmp_path / "host"
+    host.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", host], check=True)
+    try:
+        path = host / "image.qed"
+        clusters = {number * 8192: b"x" for number in range(5)}
+        content = build_image(5 * 8192 * CLUSTER_BYTES, clusters, table_size=16)
+        for number in clusters:
+            for entry in (1, 8191):
+                put_entry(content, l2_entry_offset(content, number + entry), 1 << 50)
+        path.write_bytes(content)
+        assert main(["check", "-q", "-r", "all", str(path)]) == 1
+        said = capsys.readouterr().err
+        assert re.search(
+            r"found [0-9]+ KiB free .*, expected 1\.[0-9]+ MiB for the repair and", said
+        )
+        assert path.read_bytes() == content
+        assert os.listdir(host) == ["image.qed"]  # noqa: PTH208  names
+        subprocess.run(["mount", "-o", "remount,size=8M", host], check=True)
+        assert main(["check", "-q", "-r", "all", str(path)]) == 0
+        backup = (host / "image.qed.before-repair").stat().st_size
+        assert 1 << 20 < backup < 2 << 20
+    finally:
+        subprocess.run(["umount", host], check=True)
+
+
 def test_a_host_without_space_for_copies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -565,8 +604,9 @@ def test_a_host_without_space_for_copies(
             ballast.write(bytes((3 << 20) - len(content) - (300 << 10)))
         assert main(["check", "-q", "-r", "all", str(path)]) == 1
         said = capsys.readouterr().err
-        assert "not repaired: found 2" in said
-        assert " KiB free on the host, expected 600 KiB for the repair" in said
+        assert "not repaired: found 300" in said
+        assert " KiB free on the host, expected 6" in said
+        assert " KiB for the repair and its backup" in said
         assert said.count("\n") == 1
         assert path.read_bytes() == content
         assert sorted(os.listdir(host)) == ["ballast", "image.qed"]  # noqa: PTH208  names

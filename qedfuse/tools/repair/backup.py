@@ -138,6 +138,22 @@ class Backup:
         return file
 
 
+class BackupSize:
+    """Counts the bytes of a `Backup`, before one is made.
+
+    Attributes:
+        bytes: Length of a backup with the ranges so far.
+    """
+
+    def __init__(self) -> None:
+        """Count the lines of a backup without ranges; the last line is shorter than assumed."""
+        self.bytes = len(FIRST_LINE) + 80
+
+    def save(self, offset: int, old: bytes, new: bytes) -> None:
+        """Count the line of a range; for the arguments see `Backup.save`."""
+        self.bytes += len(f"{offset}  \n") + 2 * (len(old) + len(new))
+
+
 def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
     """Give a new file the image's owner, group, and permissions to read and write.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from qedfuse.check.checker import check_image
 from qedfuse.check.findings import RepairPlan
@@ -14,17 +14,22 @@ from qedfuse.disk.disk import Disk
 from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import CorruptImageError, HostError, NoSpaceError
+from qedfuse.errors import CorruptImageError, HostError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.hostio.regular import allocated_bytes
 from qedfuse.remote.address import require_local
 from qedfuse.remote.options import RemoteOptions
-from qedfuse.tools.repair.backup import Backup
+from qedfuse.tools.repair.backup import Backup, BackupSize
 from qedfuse.tools.repair.checkresult import CheckResult
+from qedfuse.tools.repair.refusals import (
+    implausible_message,
+    is_risky,
+    max_unforced_bytes,
+    refuse_excess,
+    refuse_without_space,
+)
 from qedfuse.tools.repair.undo import undo_repair
-from qedfuse.util.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,10 +38,6 @@ if TYPE_CHECKING:
     from qedfuse.check.findings import CheckReport
     from qedfuse.ondisk.header import Header
     from qedfuse.util.backgroundtasks import Progress
-
-
-_ALWAYS_ALLOWED_BYTES: Final = 64 << 20
-"""A repair may write this many bytes without ``force``, however small the file is."""
 
 
 async def check(
@@ -93,7 +94,7 @@ async def plan(
         # Leaks can be kept even if the image has none now.  The repair of errors can leak clusters:
         # those in the free list, which it drops, and the old clusters of a table that it moves.
         keep_leaks = _must_keep_leaks(file, level, report) and bool(report.errors or report.leaks)
-        risky = repair_plan.written > _max_unforced_bytes(file) or _is_risky(report, level)
+        risky = repair_plan.written > max_unforced_bytes(file) or is_risky(report, level)
         return CheckResult.of_check(
             header,
             file.size(),
@@ -128,7 +129,7 @@ async def repair(
         path: The image; no other program may have the image open.
         level: ``all`` repairs the image if it has errors, and otherwise reclaims leaked clusters.
             ``leaks`` only reclaims leaked clusters, and changes nothing if the image has errors.
-        force: Repair even if the repair writes more than `_max_unforced_bytes`, or if the tables
+        force: Repair even if the repair writes more than `max_unforced_bytes`, or if the tables
             seem to lie at another offset than the header says.
         progress: Called with the work done in the present step, and all work of that step: tables
             while the image is checked, bytes while clusters are moved.
@@ -146,15 +147,19 @@ async def repair(
     async with _open_image(path, LockMode.WRITE) as (file, header):
         size = file.size()
         before = after = await check_image(file, header, progress)
-        if _is_risky(before, level) and not force:
-            raise CorruptImageError(_implausible_message(file, before))
+        if is_risky(before, level) and not force:
+            raise CorruptImageError(implausible_message(file, before))
         repair_plan, backup_path = RepairPlan(), None
         keep_leaks = _must_keep_leaks(file, level, before)
         if before.errors and level == "all":
+            # The repair is planned twice, because the backup of a hostile image can be many times
+            # as long as the image.  So a refusal must come before the backup is written.
+            backup_size = BackupSize()
+            repair_plan = await plan_repair(file, header, backup_size.save)
+            refuse_excess(file, repair_plan, force=force)
+            refuse_without_space(file, repair_plan, backup_size.bytes)
             with Backup(_backup_path(path), file.stat()) as backup:
-                repair_plan = await plan_repair(file, header, backup.save)
-                _refuse_excess(file, repair_plan, force=force)
-                _refuse_without_space(file, repair_plan)
+                await plan_repair(file, header, backup.save)
                 backup.finish(size, repair_plan.end)
             # The image is changed only from here on, when the backup is complete and durable.
             backup_path = backup.path
@@ -225,65 +230,6 @@ def _must_keep_leaks(file: PosixFile, level: Literal["leaks", "all"], report: Ch
     """
     has_backup = os.path.lexists(_backup_path(file.path)) or file.stat().st_nlink > 1
     return level == "all" and (report.errors > 0 or has_backup)
-
-
-def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
-    """Return whether a repair could overwrite bytes that are not a table, or reclaim used clusters.
-
-    True if the header seems to name a wrong offset or size of the tables.  With ``leaks`` an image
-    that has errors is not changed, so the result is False.
-    """
-    return report.is_implausible and (level == "all" or not report.errors)
-
-
-def _implausible_message(file: PosixFile, report: CheckReport) -> str:
-    """Return the message of a repair that is refused because the header may be wrong."""
-    return (
-        f"{file.name}: not repaired: found {report.leaks} clusters leaked and "
-        f"{report.allocated_clusters} in use, expected more in use; the header may be "
-        "damaged and name a wrong offset of the tables (--force repairs anyway)"
-    )
-
-
-def _refuse_excess(file: PosixFile, repair_plan: RepairPlan, *, force: bool) -> None:
-    """Refuse a repair that writes more than `_max_unforced_bytes`, unless ``force`` is True.
-
-    A few bytes of a hostile image can cause thousands of new tables or copies of clusters, which
-    would fill the host.
-    """
-    allowed = _max_unforced_bytes(file)
-    if repair_plan.written > allowed and not force:
-        msg = (
-            f"{file.name}: not repaired: found damage that takes "
-            f"{format_size(repair_plan.written)} to repair, expected at most "
-            f"{format_size(allowed)} for a file of its size (--force repairs anyway)"
-        )
-        raise CorruptImageError(msg)
-
-
-def _refuse_without_space(file: PosixFile, repair_plan: RepairPlan) -> None:
-    """Refuse a repair for which the host has too little space.
-
-    The space that a repair needs has two upper limits: the bytes that it writes, and the growth of
-    the file.  The first is lower if copies have holes, the second if entries are replaced in place.
-    """
-    try:
-        host = os.fstatvfs(file.fd)
-    except OSError as error:
-        raise HostError.from_os(error, file.name, "statvfs") from error
-    available = host.f_bavail * host.f_frsize
-    needed = min(repair_plan.written, max(0, repair_plan.end - file.size()))
-    if needed > available:
-        msg = (
-            f"{file.name}: not repaired: found {format_size(available)} free on the host, expected "
-            f"{format_size(needed)} for the repair"
-        )
-        raise NoSpaceError(msg)
-
-
-def _max_unforced_bytes(file: PosixFile) -> int:
-    """Return the maximum number of bytes that a repair may write without ``force``."""
-    return max(_ALWAYS_ALLOWED_BYTES, allocated_bytes(file.stat()))
 
 
 async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> None:
