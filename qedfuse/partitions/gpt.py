@@ -56,7 +56,7 @@ not a struct of construct, which takes more than 100 ms for the 8192 entries of 
 
 
 class _Table(NamedTuple):
-    """A header and its entries as they are stored, both with correct checksums."""
+    """A header and its stored entries, both with correct checksums."""
 
     header: Any
     entries: bytes
