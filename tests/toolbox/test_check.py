@@ -18,6 +18,7 @@ import trio
 from qedfuse.check.fastcheck import fast_check
 from qedfuse.check.findings import Code
 from qedfuse.cli.qedimg.main import main
+from qedfuse.errors import HostError
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import ZERO, Feature
 from qedfuse.ondisk.header import Header, build_header
@@ -326,7 +327,7 @@ def test_a_repair_saves_the_tables_and_reports_what_is_lost(
     )
     assert "repaired: 1 entries cleared, 1 clusters copied" in said
     backup = tmp_path / "image.qed.before-repair"
-    assert f"backup of all that the repair has changed: {backup}\n" in said
+    assert f"backup of all that the repair changes: {backup}\n" in said
     for line in backup.read_text(encoding="ascii").splitlines()[1:-1]:
         entry_offset, old, _new = line.split()
         assert content[int(entry_offset) :].startswith(bytes.fromhex(old))
@@ -336,6 +337,90 @@ def test_a_repair_saves_the_tables_and_reports_what_is_lost(
         assert part == pattern(CLUSTER_BYTES, 4 if number == 3 else number)
     assert main(["check", "-q", str(path)]) == 3
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("words", [(), ("-q",), ("--output", "json")], ids=str)
+def test_what_an_interrupted_repair_has_lost_is_printed(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+) -> None:
+    """The lost ranges and the backup are printed before the first change; a second run has none."""
+    path = tmp_path / "image.qed"
+    content = build_image(
+        64 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(5)}, table_size=2
+    )
+    offset = l2_entry_offset(content, 2)
+    put_entry(content, offset, 1 << 40)
+    put_entry(content, offset + 8, get_entry(content, offset + 16))
+    path.write_bytes(content)
+    printed: list[str] = []
+    real = PosixFile.pwrite
+
+    async def pwrite(file: PosixFile, at: int, data: Buffer) -> None:
+        printed.append(capfd.readouterr().out)
+        await real(file, at, data)
+
+    async def truncate(file: PosixFile, _size: int) -> None:
+        msg = f"{file.name}: truncate: File too large"
+        raise HostError(msg)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PosixFile, "pwrite", pwrite)
+        patch.setattr(PosixFile, "truncate", truncate)
+        assert main(["check", "-r", "all", *words, str(path)]) == 1
+    assert get_entry(path.read_bytes(), offset) == 0
+    lost = f"\nlost: {CLUSTER_BYTES} bytes of the disk at {2 * CLUSTER_BYTES} (l2-out-of-file)\n"
+    backup = f"\nbackup of all that the repair changes: {path}.before-repair\n"
+    assert (lost in printed[0]) == (backup in printed[0]) == (not words)
+    assert "".join(printed[1:]) == capfd.readouterr().out == ""
+    assert main(["check", "-r", "all", str(path)]) in {0, 3}
+    assert "lost: " not in capfd.readouterr().out
+
+
+def test_what_a_killed_repair_has_lost_is_printed(tmp_path: Path) -> None:
+    """The lost ranges do not stay in a buffer of the process until its end."""
+    path = tmp_path / "image.qed"
+    content = build_image(64 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(5)})
+    put_entry(content, l2_entry_offset(content, 2), 1 << 40)
+    path.write_bytes(content)
+    script = (
+        "import os, sys\n"
+        "from qedfuse.cli.qedimg.main import main\n"
+        "from qedfuse.hostio.posixfile import PosixFile\n"
+        "PosixFile.pwrite = lambda *_: os._exit(9)\n"
+        "main(sys.argv[1:])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "check", "-r", "all", path],
+        capture_output=True,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        check=False,
+    )
+    assert done.returncode == 9
+    assert b"\nlost: %d bytes" % CLUSTER_BYTES in done.stdout
+
+
+def test_a_repair_whose_output_cannot_be_written_is_completed(tmp_path: Path) -> None:
+    """A full or closed stdout does not leave a repair undone behind its backup."""
+    path = tmp_path / "image.qed"
+    content = build_image(64 * CLUSTER_BYTES, {n: pattern(CLUSTER_BYTES, n) for n in range(5)})
+    put_entry(content, l2_entry_offset(content, 2), 1 << 40)
+    path.write_bytes(content)
+    with open("/dev/full", "w", encoding="ascii") as full:  # noqa: PTH123  a device
+        done = subprocess.run(
+            [sys.executable, "-m", "qedfuse.cli.qedimg", "check", "-r", "all", path],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    # Which code depends on whether Python buffers the output.
+    assert done.returncode in {1, 3}
+    assert done.stderr.count(b"\n") == 1
+    assert b"standard output: No space left on device" in done.stderr
+    assert get_entry(path.read_bytes(), l2_entry_offset(content, 2)) == 0
+    assert main(["check", "-q", str(path)]) == 3
 
 
 def test_a_repair_that_takes_much_space_needs_force(

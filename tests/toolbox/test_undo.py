@@ -369,7 +369,7 @@ def test_leaks_are_kept_by_every_name(
     (tmp_path / "links/link.qed").symlink_to(path)
     (tmp_path / "relative.qed").symlink_to("links/link.qed")
     assert main(["check", "-r", "all", str(tmp_path / first)]) == 3
-    assert f"has changed: {path}.before-repair\n" in capsys.readouterr().out
+    assert f"changes: {path}.before-repair\n" in capsys.readouterr().out
     before = path.read_bytes()
     assert main(["check", "-q", "-r", "all", str(tmp_path / second)]) == 3
     assert path.read_bytes() == before

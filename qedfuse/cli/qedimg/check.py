@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from qedfuse.check.fastcheck import fast_check
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import print_json, print_line
-from qedfuse.cli.qedimg.progress import progress
+from qedfuse.cli.qedimg.progress import erase_bar, progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
 from qedfuse.remote.address import is_url, shown_name, without_secrets
@@ -18,6 +20,7 @@ from qedfuse.util.sizes import format_size
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from qedfuse.check.findings import CheckReport
     from qedfuse.util.backgroundtasks import Progress
@@ -38,7 +41,8 @@ content is lost or doubtful are listed.  Before anything is changed, all bytes t
 change are saved in IMAGE.before-repair (IMAGE.before-repair.2 and so on if that exists),
 beside the file to which IMAGE leads if it is a symbolic link.  --undo with this file
 reverts the repair if nothing else has changed the image since.  If a repair is
-interrupted, run it again.
+interrupted, run it again.  The second run does not find what the first has cleared, so
+the text output lists the lost ranges before the first change.
 
 After -r all has cleared entries, the clusters to which these entries pointed are leaked,
 and may hold your data.  Therefore the same run frees no space, and exits with 3 if
@@ -112,10 +116,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.undo is not None and (arguments.repair or arguments.force_share):
         msg = "--undo: expected neither -r nor -U (see: qedimg check --help)"
         raise UsageError(msg)
+
+    def on_plan(planned: CheckResult) -> None:
+        """Print what a repair will change, before it begins; nothing for JSON."""
+        if arguments.output == "json":
+            return
+        erase_bar()
+        # A failed write must not keep the repair from being made.  The same write fails again when
+        # the result is printed, and is reported then.
+        with suppress(OSError):
+            _print_plan(arguments, planned)
+            sys.stdout.flush()
+
     result = _try_fast_check(arguments)
     if result is None:
         with progress(arguments, "Checking") as on_progress:
-            result = run_async(_work, arguments, on_progress)
+            result = run_async(_work, arguments, on_progress, on_plan)
     if arguments.output == "json":
         print_json(_as_json(arguments, result))
     else:
@@ -133,7 +149,11 @@ def _try_fast_check(arguments: argparse.Namespace) -> CheckResult | None:
     return found and CheckResult.of_check(*found)
 
 
-async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CheckResult:
+async def _work(
+    arguments: argparse.Namespace,
+    on_progress: Progress,
+    on_plan: Callable[[CheckResult], None],
+) -> CheckResult:
     """Do the full check, a dry run, a repair or an undo, and return its result."""
     from qedfuse.tools.repair.imagecheck import check, plan, repair, undo  # noqa: PLC0415  imported late: --help must not load it
 
@@ -145,7 +165,8 @@ async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CheckRe
         return await check(path, share=share, remote=remote, progress=on_progress)
     if arguments.dry_run:
         return await plan(path, level, share=share, progress=on_progress)
-    return await repair(path, level, force=arguments.force, progress=on_progress)
+    force = arguments.force
+    return await repair(path, level, force=force, progress=on_progress, on_plan=on_plan)
 
 
 def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, Any]:
@@ -203,13 +224,9 @@ _ADDED_KEYS: Final = ("file_clusters", "listed_clusters", "counts", "findings")
 
 def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print the findings, the outcome of a repair or an undo, and a summary."""
-    before = result.before
-    for finding in sorted(before.findings, key=lambda item: -item.severity):
-        line = f"{finding.severity.name.lower()}: {finding.code.value}: {finding.message}"
-        print_line(arguments, line)
-    name, hidden = shown_name(arguments.image), before.hidden_findings
-    if hidden:
-        print_line(arguments, f"{name}: {hidden} more findings of these kinds are not shown")
+    # If there is a backup, the plan was printed when the backup was complete.
+    if result.backup is None:
+        _print_plan(arguments, result)
     if arguments.repair:
         _print_repair(arguments, result)
     if result.undone:
@@ -221,22 +238,31 @@ def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
     _print_summary(arguments, result)
 
 
-def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print what a repair did, or what it would do, and what is lost."""
-    plan = result.plan
-    would = "would be " if result.dry else ""
+def _print_plan(arguments: argparse.Namespace, result: CheckResult) -> None:
+    """Print the findings, the ranges that are lost, and the name of the backup, if any."""
+    before = result.before
+    for finding in sorted(before.findings, key=lambda item: -item.severity):
+        line = f"{finding.severity.name.lower()}: {finding.code.value}: {finding.message}"
+        print_line(arguments, line)
+    name, hidden = shown_name(arguments.image), before.hidden_findings
+    if hidden:
+        print_line(arguments, f"{name}: {hidden} more findings of these kinds are not shown")
     for lost in result.lost:
         text = f"lost: {lost.length} bytes of the disk at {lost.start} ({lost.code.value})"
         print_line(arguments, f"would be {text}" if result.dry else text)
+    if result.backup is not None:
+        print_line(arguments, f"backup of all that the repair changes: {printable(result.backup)}")
+
+
+def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
+    """Print what a repair did, or what it would do."""
+    plan = result.plan
+    would = "would be " if result.dry else ""
     if plan.cleared or plan.copied:
         print_line(
             arguments,
             f"{would}repaired: {plan.cleared} entries cleared, {plan.copied} clusters copied, "
             f"about {format_size(plan.written)} written",
-        )
-    if result.backup is not None:
-        print_line(
-            arguments, f"backup of all that the repair has changed: {printable(result.backup)}"
         )
     if result.dry:
         if result.before.leaks and not result.before.errors and not result.leaks_kept:

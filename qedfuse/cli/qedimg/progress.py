@@ -161,6 +161,16 @@ class Meter:
         self._progress.start()
 
 
+def erase_bar() -> None:
+    """Erase the line of a bar, if there may be one, so that output can begin there.
+
+    The next update draws the bar again below the output.
+    """
+    if sys.stderr.isatty():
+        with suppress(OSError):
+            os.write(_STDERR_FD, _ERASE_LINE.encode())
+
+
 @contextmanager
 def progress(
     arguments: argparse.Namespace, label: str, *, bar: bool = True

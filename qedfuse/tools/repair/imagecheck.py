@@ -32,7 +32,7 @@ from qedfuse.tools.repair.refusals import (
 from qedfuse.tools.repair.undo import undo_repair
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from typing import Literal
 
     from qedfuse.check.findings import CheckReport
@@ -112,6 +112,7 @@ async def repair(
     *,
     force: bool = False,
     progress: Progress | None = None,
+    on_plan: Callable[[CheckResult], None] | None = None,
 ) -> CheckResult:
     """Check an image, and then repair its tables or reclaim its leaked clusters.
 
@@ -133,6 +134,9 @@ async def repair(
             seem to lie at another offset than the header says.
         progress: Called with the work done in the present step, and all work of that step: tables
             while the image is checked, bytes while clusters are moved.
+        on_plan: Called before the first change by a repair of errors, when the backup is complete,
+            with the planned result: its ``after`` is the report before the repair.  If the repair
+            is interrupted, the next repair no longer finds the ranges that this one has lost.
 
     Raises:
         UsageError: The image is a URL.
@@ -163,6 +167,9 @@ async def repair(
                 backup.finish(size, repair_plan.end)
             # The image is changed only from here on, when the backup is complete and durable.
             backup_path = backup.path
+            if on_plan is not None:
+                planned = {"plan": repair_plan, "backup": backup_path}
+                on_plan(CheckResult.of_check(header, size, before, **planned))
             after = (await repair_image(file, header)).after
         elif keep_leaks and header.need_check:
             # Leaks are kept because of the backup of an earlier repair.  NEED_CHECK is set, because
