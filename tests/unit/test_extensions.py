@@ -5,6 +5,7 @@ A missing extension would be left out silently.
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -52,9 +53,10 @@ def load(name: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
 
 def warning(directory: Path, name: str) -> str:
     """Return the warning about an extension of `outdated_extensions`."""
+    expected = importlib.import_module(name).INTERFACE
     return (
-        f"{directory}/{name}.so is not used: found interface 99, expected 1: it was built from "
-        "another version of the sources, install qedfuse again"
+        f"{directory}/{name}.so is not used: found interface 99, expected {expected}: it was built "
+        "from another version of the sources, install qedfuse again"
     )
 
 

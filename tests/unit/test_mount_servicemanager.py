@@ -19,6 +19,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def fill(path: Path) -> None:
+    """Send lines to a socket until its queue is full."""
+    sent = 1
+    # A sender reaches the limit of its own buffer first if the queue may be long
+    # (net.unix.max_dgram_qlen, which systemd makes longer).
+    while sent:
+        sent = 0
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, suppress(BlockingIOError):
+            other.connect(str(path))
+            other.settimeout(0)
+            while True:
+                other.send(b"WATCHDOG=1")
+                sent += 1
+
+
 @pytest.mark.parametrize("abstract", [False, True])
 def test_systemd_is_notified(
     tmp_path: Path,
@@ -64,12 +79,7 @@ def test_a_slow_service_manager_gets_all_lines(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(tmp_path / "notify"))
         with closing(ServiceManager()) as manager:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-                other.connect(str(tmp_path / "notify"))
-                other.settimeout(0)
-                with suppress(BlockingIOError):
-                    while True:
-                        other.send(b"WATCHDOG=1")
+            fill(tmp_path / "notify")
             manager.notify("READY=1")
             manager.notify("STOPPING=1")
         received = [b""]
@@ -86,12 +96,7 @@ def test_a_line_is_dropped_if_no_thread_can_be_started(
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(tmp_path / "notify"))
         with closing(ServiceManager()) as manager:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-                other.connect(str(tmp_path / "notify"))
-                other.settimeout(0)
-                with suppress(BlockingIOError):
-                    while True:
-                        other.send(b"WATCHDOG=1")
+            fill(tmp_path / "notify")
             before = open_descriptors()
             run_without(CLONE3, lambda: manager.notify("READY=1"))
             assert open_descriptors() == before
