@@ -68,9 +68,9 @@ class AutoCompaction:
     async def _run_within_limits(self, *, within_bound: bool) -> None:
         """Compact as far as the limits allow, if the scan is complete and the image undamaged."""
         components, options = self._components, self._components.options
-        if components.quarantine.count and not components.scan.finished.is_set():
-            # Clusters in quarantine become free only after the scan of the tables.  The close
-            # needs this scan anyway, so it costs no extra time here.
+        if components.needs_scan_at_close:
+            # Clusters in quarantine become free only after the scan.  As the close needs the scan
+            # anyway, it costs no extra time here.
             await components.scan.run()
         if components.allocator.scan_complete and not components.layer.damaged:
             self._has_run_within_limits = True

@@ -220,3 +220,13 @@ class Components:
             self.needcheck,
             self.reclaim,
         )
+
+    @property
+    def needs_scan_at_close(self) -> bool:
+        """Whether a close has to complete the scan: for the quarantine, the list or NEED_CHECK."""
+        needed = (
+            self.quarantine.count
+            or self.persistent_free_list.needs_scan
+            or self.needcheck.needs_scan
+        )
+        return bool(needed) and not self.scan.finished.is_set()

@@ -123,14 +123,19 @@ class Disk(GuestChanges):
 
     @property
     def space_error(self) -> QedError | None:
-        """Why free space could not be found, listed or returned to the host; None if it could.
+        """Why free space could not be found or returned to the host; None if it could.
 
         Such errors are logged and not raised elsewhere, because the disk works without free space.
         Valid after the close as well.  `damaged` covers damage.
         """
         parts = self._components
-        error = parts.scan.error or parts.persistent_free_list.error
-        error = error or (parts.reclaim.error if parts.reclaim.pending else None)
+        error = parts.scan.error or (parts.reclaim.error if parts.reclaim.pending else None)
+        return error and error.again()
+
+    @property
+    def free_list_error(self) -> QedError | None:
+        """Why the free list could not be stored; None if it could.  See `space_error`."""
+        error = self._components.persistent_free_list.error
         return error and error.again()
 
     async def autocompact(self) -> None:

@@ -130,17 +130,11 @@ class Lifecycle:
         """Cut off and punch out all free clusters that are known.
 
         Clusters that have lost their reference are in quarantine first.  `Reclaim.run` frees them
-        only after the scan for free clusters has ended.  So this method completes the scan if
-        clusters are in quarantine, or if the free list or `NeedCheck.clear` needs the scan.
+        only after the scan for free clusters has ended, so this method completes it if need be.
         """
         components = self._components
         await components.flusher.flush()
-        needed = (
-            components.quarantine.count
-            or components.persistent_free_list.needs_scan
-            or components.needcheck.needs_scan
-        )
-        if needed and not components.scan.finished.is_set():
+        if components.needs_scan_at_close:
             await components.scan.run()
         if components.reclaim.pending:
             await components.reclaim.run(max_runs=None)

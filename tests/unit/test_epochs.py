@@ -31,6 +31,23 @@ def test_an_epoch_waits_for_all_earlier_requests() -> None:
     epochs.leave(after)
 
 
+def test_epochs_without_requests_take_no_memory() -> None:
+    """While a request does not end, there are at most as many epochs as open requests and one."""
+    epochs = Epochs()
+    early = epochs.enter()
+    first = epochs.advance()
+    for _ in range(10):
+        assert epochs.advance() is first
+    assert len(epochs._epochs) == 2
+    late = epochs.enter()
+    second = epochs.advance()
+    epochs.leave(early)
+    assert epochs.is_drained(first)
+    assert not epochs.is_drained(second)
+    epochs.leave(late)
+    assert epochs.is_drained(second)
+
+
 async def test_waiting_for_an_epoch() -> None:
     """A task that waits for an epoch is woken exactly when it is drained."""
     epochs = Epochs()

@@ -410,6 +410,24 @@ async def test_a_close_completes_the_scan_of_a_grown_file(*, dangling: bool) -> 
 
 
 @pytest.mark.expect_log("Input/output error (while looking for free space)")
+async def test_a_cut_is_durable_before_the_bit_is_cleared_without_a_scan() -> None:
+    """An entry that no scan has read may point past the cut: a crash must not undo only the cut."""
+    recording = RecordingFile(two_tables(dangling=True))
+    file = FailingFile(recording)
+    file.fail("read", nth=4)
+    async with opened(file) as disk:
+        await disk.ensure_scanned()
+        file.fail("write", nth=2)  # that of the data, after the one of the header
+        with pytest.raises(HostError):
+            await disk.write(CLUSTER, b"new")
+    assert not in_file(recording)
+    cut = max(at for at, change in enumerate(recording.changes) if isinstance(change, Truncate))
+    after = recording.changes[cut + 1 :]
+    assert isinstance(after[0], Sync)
+    assert any(isinstance(change, Write) for change in after)
+
+
+@pytest.mark.expect_log("Input/output error (while looking for free space)")
 @pytest.mark.expect_log("NEED_CHECK stays set, because the file has grown and the tables could")
 async def test_not_cleared_over_a_grown_file_after_a_failed_scan(
     autojump_clock: MockClock,

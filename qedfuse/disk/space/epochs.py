@@ -55,6 +55,10 @@ class Epochs:
     def advance(self) -> Epoch:
         """Begin a new epoch; return the epoch that ends now, for `is_drained` and `wait`."""
         epoch = self._epochs[-1]
+        if not epoch.requests and len(self._epochs) > 1:
+            # No request has begun since the last call, so this epoch can be the new one.  Without
+            # that, the number of epochs would grow as long as an earlier request does not end.
+            return self._epochs[-2]
         epoch.closed = True
         self._epochs.append(Epoch())
         self._remove_drained()

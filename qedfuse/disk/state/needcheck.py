@@ -127,9 +127,13 @@ class NeedCheck:
             return not self._header_store.value.need_check
         # No change is under way, so no request is allocating, and the file can be cut off past
         # the last cluster in use.  If a crash loses the cut and keeps the cleared bit, the
-        # clusters past the last one in use are only leaked.
+        # clusters past the last one in use are only leaked.  But an entry that the scan has not
+        # read may point to one of them, and look valid then.  So the cut must be durable first.
         if await self._length.truncate_tail():
-            self._writeback.note_write()
+            if self._scan.entries_validated:
+                self._writeback.note_write()
+            else:
+                await self._writeback.barrier()
         # Meanwhile tables may have changed, or damage may have been found.  So `only_if` checks
         # both again.  No other task runs between this check and the start of the write.  The file
         # has its final length now, so `only_if` also checks whether the scan is needed.

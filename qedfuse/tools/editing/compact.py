@@ -70,6 +70,7 @@ async def compact(
             )
             raise CorruptImageError(msg)
         statistics = disk.statistics()
+    # An error that only left the free list out has been logged.
     if disk.space_error is not None:
         raise disk.space_error
     return CompactResult(before, statistics.file_bytes, moved, statistics.free_clusters or 0)

@@ -46,8 +46,9 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
                 f"qedimg check -r all {shlex.quote(disk.name)}"
             )
             raise CorruptImageError(msg)
-        if disk.space_error is not None:
-            raise disk.space_error
+        error = disk.space_error or disk.free_list_error
+        if error is not None:
+            raise error
     return info
 
 
