@@ -84,6 +84,8 @@ class _Checker:
         # L1 indices and file offsets of the L2 tables to read, in the order of the disk.
         self._tables = (np.empty(0, np.int64), np.empty(0, np.uint64))
         self._free_list: FreeList | None = None
+        # Number of clusters of the free list to which entries refer.
+        self._contradicted_clusters = 0
         # Number of clusters of the free list that count as owned, but are not marked in `_owners`.
         self._unclaimed_clusters = 0
         self._findings = FindingCollector()
@@ -156,7 +158,8 @@ class _Checker:
             return
         if self._owners.is_limited:
             # Marking might exceed the limit of `OwnerBitmap`, so the clusters are only counted.
-            self._unclaimed_clusters = self._free_list.clusters
+            # Those to which entries refer are marked already.
+            self._unclaimed_clusters = self._free_list.clusters - self._contradicted_clusters
             return
         for start in range(0, len(self._free_list.runs), _RUNS_PER_STEP):
             runs = self._free_list.runs[start : start + _RUNS_PER_STEP]
@@ -192,18 +195,20 @@ class _Checker:
                 duplicates[where[had_owner]] = True
                 code = Code.DUPLICATE_CLUSTER
                 self._report_entries(code, label, first, values, duplicates, cluster_size, start)
-                self._report_listed_entries(label, first, values, refers, start)
+                self._report_listed_entries(label, first, values, refers, duplicates, start)
                 self._allocated_clusters += len(where)
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
         """Count the clusters that do not begin where the one before ends.
 
-        Returns the offset at which the last cluster ends.
+        Args:
+            values: The L2 entries of a slice that have an offset, valid or not; not empty.
+            next_offset: The offset at which the last cluster of the table's earlier slices ends; 0
+                if these slices have no clusters.
 
-        ``values`` are the L2 entries with an offset, also an invalid one; at least one.
-        ``next_offset`` is where the last cluster of the table's earlier slices ends; 0 if there is
-        none.
+        Returns:
+            The offset at which the last cluster ends.
         """
         size = np.uint64(self._geometry.cluster_size)
         self._fragmented_clusters += int(np.count_nonzero(values[1:] - values[:-1] != size))
@@ -216,12 +221,18 @@ class _Checker:
         first: int,
         values: NDArray[np.uint64],
         refers: NDArray[np.bool_],
+        duplicates: NDArray[np.bool_],
         start: int,
     ) -> None:
-        """Report the entries that refer to a cluster of the free list; see `_report_entries`."""
+        """Report the entries that refer to a cluster of the free list, and count these clusters.
+
+        ``refers`` are the entries that refer to a cluster, and ``duplicates`` those whose cluster
+        had an owner before.  `_report_entries` describes the other arguments.
+        """
         if self._free_list is not None:
             clusters = values >> np.uint64(self._geometry.cluster_bits)
             mask = refers & self._free_list.contains(clusters)
+            self._contradicted_clusters += int((mask & ~duplicates).sum())
             size = self._geometry.cluster_size
             self._report_entries(
                 Code.FREE_LIST_CONTRADICTED, label, first, values, mask, size, start
@@ -287,14 +298,19 @@ class _Checker:
         owned = self._owners.count - (self._findings.counts[Code.L2_CUT_SHORT] > 0)
         leaked = max(0, self._clusters - owned - self._unclaimed_clusters)
         if leaked:
-            runs = self._owners.free_runs(self._clusters, _MAX_RUNS_SHOWN)
             size = self._geometry.cluster_size
-            shown = ", ".join(f"{count} at {first * size}" for first, count in runs)
             text = (
                 f"{self._file.name}: found {leaked} clusters of {size} bytes that nothing refers "
-                f"to, expected none (the first: {shown})"
+                "to, expected none"
             )
-            self._findings.add(Finding(Code.LEAKED_CLUSTERS, text, runs[0][0] * size), leaked)
+            first_offset = None
+            # If clusters of the free list are not marked, `free_runs` would return them as leaked.
+            if not self._unclaimed_clusters:
+                runs = self._owners.free_runs(self._clusters, _MAX_RUNS_SHOWN)
+                shown = ", ".join(f"{count} at {first * size}" for first, count in runs)
+                text += f" (the first: {shown})"
+                first_offset = runs[0][0] * size
+            self._findings.add(Finding(Code.LEAKED_CLUSTERS, text, first_offset), leaked)
         if leaked > max(_MAX_PLAUSIBLE_LEAKS, 2 * self._allocated_clusters):
             text = (
                 f"{self._file.name}: found {leaked} clusters leaked and "

@@ -93,8 +93,8 @@ class Finding:
     Attributes:
         code: The kind of the finding.
         message: One line that says where the finding is, what was found, and what was expected.
-        file_offset: Value of a table entry, valid or not; file offset of the first leaked cluster;
-            None for all other findings.
+        file_offset: Value of a table entry, valid or not; file offset of the first leaked cluster,
+            if known; None for all other findings.
         guest_start: If the finding is about one table entry, the guest offset of the range that the
             entry describes; None for other findings.
         guest_length: Length of that range; None if ``guest_start`` is None.

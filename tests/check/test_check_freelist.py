@@ -95,3 +95,23 @@ async def test_more_listed_clusters_than_fit_in_a_map(tmp_path: Path) -> None:
     assert found.leaks == length // CLUSTER_BYTES - first - (1 << 28) - 1
     assert set(found.counts) == {Code.LEAKED_CLUSTERS, Code.MOSTLY_LEAKED}
     assert header_of(content).has_free_list
+
+
+async def test_the_first_leak_in_a_file_too_long_for_a_map_has_no_place(tmp_path: Path) -> None:
+    """Clusters of a list that are only counted are not named as leaked, and are counted once."""
+    content = build_image(DISK_BYTES, {0: pattern(CLUSTER_BYTES, 0)})
+    first, length = len(content) // CLUSTER_BYTES, (1 << 44) - CLUSTER_BYTES
+    for number, cluster in enumerate((first + 5, first + 5, first + 6), 2):
+        put_entry(content, l2_entry_offset(content, number), cluster * CLUSTER_BYTES)
+    put_entry(content, l2_entry_offset(content, 1), length - CLUSTER_BYTES)
+    content.extend(bytes(CLUSTER_BYTES))
+    put_list(content, [(first, 1 << 28)], [first], file_bytes=length)
+    path = tmp_path / "sparse.qed"
+    path.write_bytes(content)
+    os.truncate(path, length)
+    found = (await check(str(path))).after
+    assert found.counts[Code.FREE_LIST_CONTRADICTED] == 3
+    assert found.leaks == length // CLUSTER_BYTES - first - (1 << 28) - 1
+    leak = next(item for item in found.findings if item.code is Code.LEAKED_CLUSTERS)
+    assert leak.message.endswith("that nothing refers to, expected none")
+    assert leak.file_offset is None
