@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from qedfuse.remote.client import ClientOptions, Version
 
 MAX_PART_SECONDS: Final = 600.0
-"""Maximum time to send or to read one part.  So four parts of 64 MiB that are sent concurrently
-need at least 437 KiB/s."""
+"""Maximum time to send one part.  So four parts of 64 MiB that are sent concurrently need at least
+437 KiB/s."""
 _COMPARE_BYTES: Final = 1 << 20
-"""After each such number of bytes, a comparison looks whether it must end."""
+"""A part is read in steps of this length.  After each step, a comparison looks whether it must
+end."""
 _READ_SECONDS: Final = 60.0
-"""Maximum time of an attempt to read a part.  The next attempt goes on where this one has ended."""
+"""Maximum time of an attempt to read a part.  The next attempt continues with the first step that
+has not arrived."""
+_READ_RETRY_SECONDS: Final = 600.0
+"""For how long attempts in which no step arrives are repeated."""
 _RETRY_SECONDS: Final = 30.0
 """For how long a failed request for the metadata is repeated."""
 
@@ -128,12 +132,13 @@ class UploadCheck:
 
     def _compare_content(self, version: Version, *, is_stoppable: bool) -> None:
         """Read a version of the object, and compare it with the content."""
-        # The time of an attempt limits the whole response of a store, which is a part here.  But a
-        # response that stalls must not take the whole time of its part.
+        # The client of a store limits the time of a whole response, and here a response can contain
+        # a whole part.  So the limit is higher than the default.  It is lower than the limit for
+        # sending a part, so that a response that stalls is soon requested again.
         options = replace(self._options, attempt_seconds=_READ_SECONDS)
         client = make_client(self._address, options)
         source = RemoteObject(
-            self._address, client, version, Deadlines(total_seconds=MAX_PART_SECONDS)
+            self._address, client, version, Deadlines(total_seconds=_READ_RETRY_SECONDS)
         )
         for number, start in enumerate(range(0, self._size, self._part_bytes)):
             length = min(self._part_bytes, self._size - start)

@@ -156,7 +156,10 @@ def _read_some(body: TimedResponse, view: memoryview, expected: int) -> int:
 
 
 def _truncated_error(expected: int) -> TruncatedError:
-    """Return the error for a response that breaks off; ``expected`` is the length of its part."""
+    """Return the error for a response that breaks off.
+
+    ``expected`` is the number of bytes in the message: of a part, or of the whole body.
+    """
     return TruncatedError(f"found an answer that breaks off, expected {expected} bytes")
 
 

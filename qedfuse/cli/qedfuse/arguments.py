@@ -260,7 +260,8 @@ def _permuting_getopt(
         try:
             given += getopt.getopt([word], short, long)[0]
         except getopt.GetoptError:
-            # Only an option whose value is the next word is valid together with that word.
+            # The value of the option can be the next word.  If the error has another cause, parsing
+            # the two words together raises it again.
             given += getopt.getopt([word, *rest[:1]], short, long)[0]
             rest = rest[1:]
     return given, operands

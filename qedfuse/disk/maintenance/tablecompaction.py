@@ -71,9 +71,10 @@ class TableCompaction:
         The target is the cluster at which the file should end after this pass of the compaction.
 
         Args:
-            pass_moves: How many clusters this pass may move.  The target is chosen so that no more
-                than this number are in use past it.
-            max_moves: How many clusters the whole compaction may move; None for no limit.
+            pass_moves: How many clusters may be in use past the target, and so have to move.  To
+                make adjacent space for tables, this method may move more.
+            max_moves: How many clusters the whole compaction may move, also to make space for
+                tables; None for no limit.
             counter: Counts the moves.
             within_bound: See `Compaction.run`.
 
@@ -134,15 +135,15 @@ class TableCompaction:
         first = allocator.anchor
         last = first + len(tables) * size
         end, bound = allocator.end >> self._bits, allocator.bound >> self._bits
-        # In the worst case all data clusters that are in the way, and one table, move to the end of
-        # the file.
-        fits = end + (last - first) + size <= bound
-        # In the worst case every table moves, and every cluster of the slots holds data that gives
-        # way: ``2 * (last - first)``.  A table that overlaps a slot moves twice, which costs
-        # ``size`` more.  But where it lies in the slots there is no data that gives way.  If it
-        # lies in them as a whole, that saves ``size``.  At most one table reaches past the last
-        # slot and saves less, so ``size`` is added once.
-        moves = 2 * (last - first) + size
+        # The data in the slots moves up.  A table that begins inside a slot, not at its start,
+        # moves to the end of the file, and later into a slot.  Where this table lies in the slots
+        # there is no data.  So a table that lies completely in the slots moves no more clusters up
+        # than data in its place would.  At most one table reaches past the last slot; for this
+        # table ``size`` is added.
+        moves_up = (last - first) + size
+        fits = end + moves_up <= bound
+        # Then every table may move into a slot.
+        moves = moves_up + (last - first)
         is_affordable = max_moves is None or counter.moved_clusters + moves <= max_moves
         if last > self._data.target() or (within_bound and not fits) or not is_affordable:
             log.debug("%s: not compacted further: tables cannot move", self._layer.file.name)
@@ -151,7 +152,7 @@ class TableCompaction:
         for slot in range(first, last, size):
             if slot in tables:
                 continue
-            # A table that overlaps the slot moves to the end of the file first.
+            # A table that begins inside the slot moves to the end of the file first.
             table = min((at for at in tables if slot < at < slot + size), default=None)
             if table is not None:
                 run = await self._space.allocate_table_at_end()
