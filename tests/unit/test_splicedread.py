@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
+import resource
+import subprocess
+import sys
 from array import array
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final
 
@@ -16,12 +22,12 @@ from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.hostio.systemcalls import inline_flags
 from qedfuse.mount.fuse import extraops
 from tests.support.fusewire import session_of
+from tests.support.programs import TREE, environment
 from tests.support.readsession import Session
 from tests.support.refusedcalls import CACHESTAT, MINCORE, run_without
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.skipif(
     extraops._extension is None, reason=f"no extension: {extraops._load_error}"
@@ -72,6 +78,13 @@ class File:
         data = self._session.read(offset, size)
         assert data == self.content[CLUSTER + offset : CLUSTER + offset + size]
         return self._session.wire.spliced > before
+
+    def error(self, offset: int, size: int) -> int:
+        """Read a range that cannot be read; return the errno of the answer."""
+        self._session.wire.answers.clear()
+        self._session.send(offset, size)
+        ((_number, error, _data),) = self._session.wire.answers
+        return -error
 
     def miss(self) -> None:
         """Send a read that the extension cannot answer."""
@@ -128,6 +141,55 @@ def test_no_page_is_spliced_untried_if_the_kernel_names_none(file: File) -> None
         assert not file.is_spliced(0, LONG)
     finally:
         os.seteuid(0)
+
+
+@contextmanager
+def limited(kind: int, limit: int) -> Iterator[None]:
+    """Lower a limit of this process for the block."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+def address_space() -> int:
+    """Return the size in bytes of the address space of this process."""
+    return int(Path("/proc/self/statm").read_text("ascii").split()[0]) * mmap.PAGESIZE
+
+
+def check_after_failed_answer(directory: str) -> None:
+    """Make an answer fail after the pages of the file are in the pipe; read again."""
+    length = 2 * LONG  # so long that only the kernel has the memory
+    with ExitStack() as cleanup, session_of(Session(can_splice=True)) as session:
+        file = File(Path(directory, "file"), session, cleanup)
+        for offset in range(0, length, CLUSTER):
+            assert not file.is_spliced(offset, CLUSTER)
+        # Only two descriptors are left, for the pipe of the extension.  libfuse, which gets no pipe
+        # of its own, then needs memory for the data.
+        taken = {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208  the names alone
+        free = [number for number in range(max(taken) + 4) if number not in taken]
+        with (
+            limited(resource.RLIMIT_NOFILE, free[1] + 1),
+            limited(resource.RLIMIT_AS, address_space()),
+        ):
+            assert file.error(0, length) == errno.ENOMEM
+        assert file.is_spliced(CLUSTER, CLUSTER)
+        assert file.is_spliced(0, length)
+
+
+def test_pages_of_a_failed_answer_are_not_in_the_next_one(tmp_path: Path) -> None:
+    """If libfuse answers with an error, it may leave the pages in the pipe, and returns success."""
+    call = f"check_after_failed_answer({os.fspath(tmp_path)!r})"
+    # With these settings each long piece of memory comes from the kernel.
+    memory = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import *\n{call}"],
+        check=True,
+        cwd=TREE,
+        env={**environment(), **memory},
+    )
 
 
 def test_nothing_is_spliced_without_cachestat(file: File) -> None:

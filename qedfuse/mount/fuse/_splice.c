@@ -14,6 +14,7 @@
 
 #include "_extraops.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -67,11 +68,15 @@ static int stage(int fd, off_t offset, size_t size)
 static void reply_staged(fuse_req_t request, size_t size)
 {
     struct fuse_bufvec pages = FUSE_BUFVEC_INIT(size);
+    char rest;
 
     pages.buf[0].flags = FUSE_BUF_IS_FD;
     pages.buf[0].fd = staging[0];
-    if (fuse_reply_data(request, &pages, 0))
-        close_pipe(); /* pages may have stayed in the pipe */
+    fuse_reply_data(request, &pages, 0);
+    /* The pages stay in the pipe if libfuse has answered with an error, for example because memory
+     * was lacking.  It returns 0 even then, so its result is of no use. */
+    if (read(staging[0], &rest, 1) >= 0 || errno != EAGAIN)
+        close_pipe();
 }
 
 int splice_reply(fuse_req_t request, int fd, int flags, off_t offset, size_t size)

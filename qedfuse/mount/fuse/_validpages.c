@@ -5,13 +5,14 @@
  * read them.  splice(2) waits for the first and reads the second again.  Both would stop the event
  * loop, and thus all disks of the mount, for as long as the host's disk does not answer.
  *
- * A read with RWF_NOWAIT that returns all bytes proves that their pages are valid, and they stay
- * valid until they leave the page cache, which cachestat(2) reports.  They can leave it and come back
- * between two looks.  Then a read has missed them, so all knowledge is dropped whenever a request has
- * to wait.  Only a read of another program, or read-ahead, remains.  The last byte of the range is
- * read as well, because read-ahead that is still going on has not reached the end.
+ * A read with RWF_NOWAIT that returns all bytes shows that their pages are valid.  They stay valid
+ * until they leave the page cache, which cachestat(2) reports, unless they have come back before it
+ * is called.  A read has brought them back then.  If that was a request of this mount, the request
+ * had to wait, and so all that is known about pages is dropped whenever a request has to wait.  If it
+ * was read-ahead or a read of another program that goes on still, it has not reached the end of the
+ * range in most cases.  So the last byte is read, too.
  *
- * For a long range that no read has proved, mincore(2) on a mapping says which pages are valid.
+ * For a long range that has not been read yet, mincore(2) on a mapping says which pages are valid.
  *
  * The functions that other files call are described in _extraops.h.
  */
@@ -90,12 +91,15 @@ void forget_valid_pages(void)
     generation++;
 }
 
-/* Returns whether all pages of a range were valid since the last request that had to wait. */
+/* Returns whether each page of a range was found valid once since the last request that had to
+ * wait. */
 static int were_valid(int fd, uint64_t offset, size_t size)
 {
     uint64_t first = page_of(offset), last = page_of(offset + size - 1), number, bits;
     const struct group *group;
 
+    if (fd >> FD_BITS)
+        return 0;
     for (number = first / GROUP_PAGES; number <= last / GROUP_PAGES; number++) {
         group = group_at(fd, number);
         bits = bits_of(number, first, last);
