@@ -52,11 +52,13 @@ class OpenDirectory:
     def holds(self, other: OpenDirectory) -> bool:
         """Return whether ``other`` is this directory, or lies below it at any depth.
 
-        Going up from ``other`` by its descriptor compares directories, not paths.  So no exchange
-        of names during the call can make a directory count that was never below this one.
+        This method goes up from ``other`` by descriptors, and compares directories, not paths.  So
+        the result does not change if a directory is exchanged with a link during the call.
+
+        Returns False also if a directory on the way may not be searched.
 
         Raises:
-            OSError: A system call failed.
+            OSError: Another system call failed.
         """
         wanted, root = os.fstat(self.fd), os.stat("/")  # noqa: PTH116  no Path is wanted
         fd = os.dup(other.fd)

@@ -8,11 +8,13 @@ After a second SIGTERM or SIGINT it unmounts even if disks are open.
 
 A SIGHUP never counts as the second signal.  At the end of a login session, logind has systemd send
 SIGTERM and SIGHUP to each process of the session (``SendSIGHUP=`` in systemd.kill(5)), while the
-file systems on the disks are still being unmounted.  A closed terminal sends it after Ctrl-C.
+file systems on the disks are still being unmounted.  And after Ctrl-C the user may close the
+terminal, which also sends SIGHUP.
 
-Each signal starts a task in the nursery of the mount.  These tasks call `pyfuse3.terminate`, which
-needs the session of libfuse.  They also flush disks, which must not happen during a close.  So the
-caller must cancel the nursery, and wait for its end, before it closes the connection and the disks.
+The first signal and the one that forces the end each start a task in the nursery of the mount.
+These tasks call `pyfuse3.terminate`, which needs the session of libfuse.  They also flush disks,
+which must not happen during a close.  So the caller must cancel the nursery, and wait for its end,
+before it closes the connection and the disks.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ import sys
 from typing import Final
 
 WEB_LIBRARY: Final = "urllib3>=2.2"
-"""What web servers need, as pip calls it; the optional dependencies of the project are the same."""
+"""The library for web servers, as pip calls it and as pyproject.toml requires it."""
 STORE_LIBRARY: Final = "obstore>=0.12"
-"""What object stores need."""
+"""The library for object stores, in the same form."""
 
 
 def missing_library(*, is_web: bool) -> str:

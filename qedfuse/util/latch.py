@@ -69,7 +69,10 @@ class Outcome(Latch, Generic[T]):
         self.set()
 
     def result(self) -> T:
-        """Wait until the call has ended; return its result or raise its error, which is dropped."""
+        """Wait until the call has ended; return its result or raise its error.
+
+        The caller can raise an error only once, because this object then no longer refers to it.
+        """
         self.wait()
         error, self._error = self._error, None
         if error is not None:

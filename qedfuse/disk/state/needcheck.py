@@ -162,7 +162,7 @@ class NeedCheck:
 
     @property
     def _lacks_result(self) -> bool:
-        """Whether the scan has ended before it has read all entries, and the bit needs them."""
+        """Whether `needs_scan` is true although the scan has ended: it could not read a table."""
         return self.needs_scan and self._scan.finished.is_set()
 
     async def run(self) -> None:

@@ -67,7 +67,10 @@ class SizeFixup:
         self._wake.set()
 
     async def run(self, device: str) -> None:
-        """Make the requested corrections until cancelled; log a failure, and do not try again.
+        """Make the requested corrections until cancelled.
+
+        A correction that fails because the disk has grown is tried again.  Any other failure is
+        logged, and ends the correction.
 
         Args:
             device: The device number of the mount, ``MAJOR:MINOR``.
@@ -96,8 +99,9 @@ class SizeFixup:
                         self.request(exported, may_shrink=may_shrink)
                     else:
                         _log.debug("%s: cannot correct the size: %s", exported.disk.name, error)
-                # After a cancellation, the thread may still truncate the file.  Then ``fixup_size``
-                # keeps its value: with -1, `Truncation` would take the request for a user's.
+                # A cancellation leaves this method before this line, because the thread may still
+                # truncate the file then.  With -1, `Truncation` would take that for a user's
+                # request.
                 exported.fixup_size = -1
 
     def _correct(
