@@ -393,6 +393,30 @@ def test_leaks_are_kept_by_another_hard_link(tmp_path: Path) -> None:
     assert other.stat().st_size < len(before)
 
 
+def test_the_reason_why_leaks_are_kept_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Leaks that only other hard links keep are not explained by a repair, also in a dry run."""
+    path, other = tmp_path / "image.qed", tmp_path / "other.qed"
+    content = two_tables()
+    put_entry(content, l2_entry_offset(content, 3), 0)
+    path.write_bytes(content)
+    other.hardlink_to(path)
+    for words, verb in ((["--dry-run"], "would stay"), ([], "stays")):
+        assert main(["check", "-r", "all", *words, str(path)]) == 3
+        lines = [line for line in capsys.readouterr().out.splitlines() if verb in line]
+        expected = (
+            f"leaked space {verb}, because the image has several hard links, and the backup of an "
+            "earlier repair may lie beside another one; if the image was never repaired, or you "
+            f"are satisfied with the repair, free the space with: qedimg check -r leaks {path}"
+        )
+        assert lines == [expected]
+    assert path.read_bytes() == content
+    (tmp_path / "image.qed.before-repair").touch()
+    assert main(["check", "-r", "all", str(path)]) == 3
+    assert "stays, because a bad entry may have pointed to it" in capsys.readouterr().out
+
+
 def test_the_documented_format_is_enough(tmp_path: Path) -> None:
     """The script in docs/repair.md undoes a repair without qedimg."""
     content = two_tables()

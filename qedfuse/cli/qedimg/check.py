@@ -202,7 +202,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
                 for item in result.lost
             ],
             "backup": result.backup,
-            "leaks-kept": result.leaks_kept,
+            "leaks-kept": result.keep_reason is not None,
             "file-size-before": result.bytes_before,
             "file-size": result.bytes_after,
         }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg.output import print_line
 from qedfuse.remote.address import shown_name
 from qedfuse.text import printable
+from qedfuse.tools.repair.checkresult import KeepReason
 from qedfuse.util.sizes import format_size
 
 if TYPE_CHECKING:
@@ -15,6 +16,17 @@ if TYPE_CHECKING:
 
     from qedfuse.check.findings import CheckReport
     from qedfuse.tools.repair.checkresult import CheckResult
+
+_KEEP_TEXTS: Final = {
+    KeepReason.REPAIR: (
+        "a bad entry may have pointed to it; once you are satisfied with the repair"
+    ),
+    KeepReason.HARD_LINKS: (
+        "the image has several hard links, and the backup of an earlier repair may lie beside "
+        "another one; if the image was never repaired, or you are satisfied with the repair"
+    ),
+}
+"""Why leaked space is kept, and when it may be freed."""
 
 
 def print_result(arguments: argparse.Namespace, result: CheckResult) -> None:
@@ -60,7 +72,7 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
             f"about {format_size(plan.written)} written",
         )
     if result.dry:
-        if result.before.leaks and not result.before.errors and not result.leaks_kept:
+        if result.before.leaks and not result.before.errors and not result.keep_reason:
             print_line(arguments, f"would be freed: {result.before.leaks} leaked clusters")
         if result.needs_force:
             print_line(arguments, "the repair needs --force")
@@ -78,15 +90,15 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print why leaked space was kept, and how to free it; nothing if none was kept."""
-    if result.leaks_kept:
+    if result.keep_reason:
         name = shlex.quote(shown_name(arguments.image))
         force = " --force" if result.after.is_implausible and not result.after.errors else ""
         space = "leaked space" if result.before.leaks else "space that the repair leaks"
         stays = "would stay" if result.dry else "stays"
         print_line(
             arguments,
-            f"{space} {stays}, because a bad entry may have pointed to it; once you are "
-            f"satisfied with the repair, free the space with: qedimg check -r leaks{force} {name}",
+            f"{space} {stays}, because {_KEEP_TEXTS[result.keep_reason]}, free the space with: "
+            f"qedimg check -r leaks{force} {name}",
         )
     elif result.before.leaks and result.after.errors and not result.dry:
         print_line(arguments, "leaked space is not freed while there is damage (see: -r all)")

@@ -7,12 +7,26 @@ numpy and trio, which the full check needs (`qedfuse.tools.repair.imagecheck`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Self
 
 from qedfuse.check.findings import CheckReport, LostRange, RepairPlan
 
 if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
+
+
+class KeepReason(Enum):
+    """Why a repair keeps leaked clusters.
+
+    Attributes:
+        REPAIR: They may hold data that this or an earlier repair lost.
+        HARD_LINKS: The image has several hard links.  So an earlier repair may have saved its
+            backup beside another one, where it is not found.
+    """
+
+    REPAIR = auto()
+    HARD_LINKS = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +44,7 @@ class CheckResult:
         dry: Whether the repair was only planned, and nothing was changed.
         needs_force: Whether `qedfuse.tools.repair.imagecheck.repair` would refuse the planned
             repair without ``force``.
-        leaks_kept: Whether leaked clusters were kept (if ``dry``: would be kept), because they may
-            hold data that this or an earlier repair lost.
+        keep_reason: Why leaked clusters were kept (if ``dry``: would be kept); None if none were.
         undone: Number of ranges that were restored; 0 unless a repair was undone.
     """
 
@@ -44,7 +57,7 @@ class CheckResult:
     backup: str | None = None
     dry: bool = False
     needs_force: bool = False
-    leaks_kept: bool = False
+    keep_reason: KeepReason | None = None
     undone: int = 0
 
     @classmethod

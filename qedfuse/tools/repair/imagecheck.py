@@ -21,7 +21,7 @@ from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.remote.address import require_local
 from qedfuse.remote.options import RemoteOptions
 from qedfuse.tools.repair.backup import Backup, BackupSize
-from qedfuse.tools.repair.checkresult import CheckResult
+from qedfuse.tools.repair.checkresult import CheckResult, KeepReason
 from qedfuse.tools.repair.refusals import (
     implausible_message,
     is_risky,
@@ -93,7 +93,7 @@ async def plan(
             repair_plan = await plan_repair(file, header)
         # Leaks can be kept even if the image has none now.  The repair of errors can leak clusters:
         # those in the free list, which it drops, and the old clusters of a table that it moves.
-        keep_leaks = _must_keep_leaks(file, level, report) and bool(report.errors or report.leaks)
+        keep_reason = _keep_reason(file, level, report)
         risky = repair_plan.written > max_unforced_bytes(file) or is_risky(report, level)
         return CheckResult.of_check(
             header,
@@ -102,7 +102,7 @@ async def plan(
             plan=repair_plan,
             dry=True,
             needs_force=risky,
-            leaks_kept=keep_leaks,
+            keep_reason=keep_reason if report.errors or report.leaks else None,
         )
 
 
@@ -154,7 +154,7 @@ async def repair(
         if is_risky(before, level) and not force:
             raise CorruptImageError(implausible_message(file, before))
         repair_plan, backup_path = RepairPlan(), None
-        keep_leaks = _must_keep_leaks(file, level, before)
+        keep_reason = _keep_reason(file, level, before)
         if before.errors and level == "all":
             # The repair is planned twice, because the backup of a hostile image can be many times
             # as long as the image.  So a refusal must come before the backup is written.
@@ -171,13 +171,13 @@ async def repair(
                 planned = {"plan": repair_plan, "backup": backup_path}
                 on_plan(CheckResult.of_check(header, size, before, **planned))
             after = (await repair_image(file, header)).after
-        elif keep_leaks and header.need_check:
-            # Leaks are kept because of the backup of an earlier repair.  NEED_CHECK is set, because
+        elif keep_reason and header.need_check:
+            # Leaks are kept because of an earlier repair.  NEED_CHECK is set, because
             # that repair was interrupted after it had written all entries, or because a later mount
             # was.  As there are no errors, `repair_image` only clears NEED_CHECK and drops the
             # persistent free list.
             after = (await repair_image(file, header)).after
-        if not keep_leaks and not after.errors and (after.leaks or header.need_check):
+        if not keep_reason and not after.errors and (after.leaks or header.need_check):
             await _reclaim(file, path, progress)
             after = await check_image(file, await read_header(file), progress)
         return CheckResult(
@@ -188,7 +188,7 @@ async def repair(
             file.size(),
             repair_plan,
             backup_path,
-            leaks_kept=keep_leaks and after.leaks > 0,
+            keep_reason=keep_reason if after.leaks else None,
         )
 
 
@@ -229,14 +229,19 @@ def _backup_path(path: str) -> str:
     return f"{target}.before-repair"
 
 
-def _must_keep_leaks(file: PosixFile, level: Literal["leaks", "all"], report: CheckReport) -> bool:
-    """Return whether leaked clusters must be kept, because they may hold data lost by a repair.
+def _keep_reason(
+    file: PosixFile, level: Literal["leaks", "all"], report: CheckReport
+) -> KeepReason | None:
+    """Return why leaked clusters must be kept; None if they may be freed.
 
-    The backup of an earlier repair shows that.  If the image has other hard links, the backup can
-    lie beside any of them, so it counts as present.
+    They may hold data that a repair loses: the present one, or an earlier one, which has left its
+    backup.  If the image has other hard links, the backup can lie beside any of them.
     """
-    has_backup = os.path.lexists(_backup_path(file.path)) or file.stat().st_nlink > 1
-    return level == "all" and (report.errors > 0 or has_backup)
+    if level != "all":
+        return None
+    if report.errors or os.path.lexists(_backup_path(file.path)):
+        return KeepReason.REPAIR
+    return KeepReason.HARD_LINKS if file.stat().st_nlink > 1 else None
 
 
 async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> None:
