@@ -36,10 +36,11 @@ ones and shortens the file.  It does not change an image that has damage.
 first gets a copy of it.  An invalid entry is cleared.  The ranges of the disk whose
 content is lost or doubtful are listed.  Before anything is changed, all bytes that will
 change are saved in IMAGE.before-repair (IMAGE.before-repair.2 and so on if that exists),
-beside the file to which IMAGE leads if it is a symbolic link.  --undo with this file
-reverts the repair if nothing else has changed the image since.  If a repair is
-interrupted, run it again.  The second run does not find what the first has cleared, so
-the text output lists the lost ranges before the first change.
+beside the file to which IMAGE leads if it is a symbolic link.  If that directory is not
+writable, repair a copy of the image elsewhere.  --undo with the saved file reverts the
+repair if nothing else has changed the image since.  If a repair is interrupted, run it
+again.  The second run does not find what the first has cleared, so the text output lists
+the lost ranges before the first change.
 
 After -r all has cleared entries, the clusters to which these entries pointed are leaked,
 and may hold your data.  Therefore the same run frees no space, and exits with 3 if

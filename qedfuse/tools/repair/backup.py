@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 FIRST_LINE: Final = b"qedimg-check-backup 1"
 LAST_LINE_KEYWORD: Final = b"complete"
 """First word of the last line, and of no other line."""
+_CREATION_FAILED: Final = "cannot create the backup (repair a copy of the image elsewhere)"
+"""What the message about a directory that accepts no file begins with."""
 
 
 class Backup:
@@ -80,9 +82,11 @@ class Backup:
         Raises:
             HostError: A system call failed.
         """
-        with self._host_errors():
-            if self._file is None:
+        if self._file is None:
+            with self._host_errors(_CREATION_FAILED):
                 self._file = self._create()
+        with self._host_errors():
+            if not self._saved_ranges:
                 self._file.write(FIRST_LINE + b"\n")
             self._file.write(b"%d %s %s\n" % (offset, old.hex().encode(), new.hex().encode()))
             self._saved_ranges += 1
@@ -109,12 +113,12 @@ class Backup:
                 self.complete = True
 
     @contextlib.contextmanager
-    def _host_errors(self) -> Iterator[None]:
-        """Turn an OSError in the ``with`` block into a HostError that names the backup."""
+    def _host_errors(self, action: str = "cannot save tables") -> Iterator[None]:
+        """Turn an OSError in the ``with`` block into a HostError; ``action`` is what failed."""
         try:
             yield
         except OSError as error:
-            raise HostError.from_os(error, printable(self.path), "cannot save tables") from error
+            raise HostError.from_os(error, printable(self.path), action) from error
 
     def _create(self) -> BinaryIO:
         """Create a file under an unused name, with the image's owner and mode; set `path`."""
