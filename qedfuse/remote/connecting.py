@@ -36,7 +36,8 @@ def connect(connection: HTTPConnection, host: str) -> socket.socket:
         raise NameResolutionError(connection.host, connection, error) from error
     except TimeoutError as error:
         msg = f"found no connection to {connection.host} within {seconds:.1f} seconds"
-        raise ConnectTimeoutError(connection, msg) from error
+        # Not with the connection, as urllib3 does: then the text is that of a tuple.
+        raise ConnectTimeoutError(msg) from error
     except OSError as error:
         raise NewConnectionError(connection, error.strerror or str(error)) from error
     for level, name, value in connection.socket_options or ():

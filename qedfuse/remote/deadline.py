@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _LONG_READ_BYTES: Final = 1 << 16
 """Minimum length of a read that fills its buffer with one system call (without TLS)."""
+_SKIPPED_STATUS: Final = range(102, 200)
+"""Statuses of informational responses, except 100, which the base class skips."""
 _BUFFER_BYTES: Final = 1 << 13
 """Length of the buffer of a response.  It must be less than `_LONG_READ_BYTES`: filling the buffer
 must not wait for more bytes than a short response has.  The default depends on the version of
@@ -90,6 +92,19 @@ class TimedResponse(http.client.HTTPResponse):
         super().__init__(sock, *args, **options)  # type: ignore[arg-type]
         self._timed = _TimedSocket(sock, self.fp.detach())
         self.fp = io.BufferedReader(self._timed, _BUFFER_BYTES)
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """Read the status line of the final response; skip informational responses before it.
+
+        The base class skips only those with status 100.  A server may send others as well, such as
+        103 (early hints).  Status 101 is a final response.
+        """
+        while True:
+            # The method is no part of the public interface.
+            line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if line[1] not in _SKIPPED_STATUS:
+                return line
+            http.client.parse_headers(self.fp)
 
     def restart_timeout(self, seconds: float) -> None:
         """Limit the time for reading the rest of the response to ``seconds``."""

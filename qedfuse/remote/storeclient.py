@@ -63,7 +63,11 @@ class StoreClient:
             return self._version(self._get(options)), None
         except (MissingError, RefusedError, UnusableError):
             # The response to a HEAD has no body; that to a GET names what is missing or refused.
-            return self._version(self._get({"range": (0, 1)})), None
+            try:
+                return self._version(self._get({"range": (0, 1)})), None
+            except ChangedError:
+                # Status 416: only an empty object has no first byte.
+                return self._version(self._get({})), None
 
     def get(
         self,

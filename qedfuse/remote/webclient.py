@@ -32,6 +32,7 @@ from qedfuse.remote.webpools import WebPools
 from qedfuse.remote.webresponse import (
     TruncatedError,
     content_range,
+    is_whole_empty_object,
     no_range_error,
     read_parts,
     seconds_since_change,
@@ -103,6 +104,8 @@ class WebClient:
             # Only an empty object has no first byte.
             if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 is_valid = found is None and size == 0
+            elif is_whole_empty_object(response):
+                is_valid, found, size = True, None, 0
             else:
                 is_valid = response.status == HTTPStatus.PARTIAL_CONTENT and found == range(1)
             if not is_valid or (found is not None and not size):

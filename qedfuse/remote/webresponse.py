@@ -10,6 +10,7 @@ import ssl
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Final
 
@@ -65,6 +66,18 @@ def content_range(response: BaseHTTPResponse) -> tuple[range | None, int] | None
         return None
     size = int(match[3])
     return (None if match[1] is None else range(int(match[1]), int(match[2]) + 1)), size
+
+
+def is_whole_empty_object(response: BaseHTTPResponse) -> bool:
+    """Return whether the response to a request for a range is a whole object without content.
+
+    Some servers that serve ranges (Apache) send it in place of status 416.
+    """
+    return (
+        response.status == HTTPStatus.OK
+        and response.length_remaining == 0
+        and response.headers.get("Accept-Ranges", "").lower() == "bytes"
+    )
 
 
 def version_of(response: BaseHTTPResponse, size: int) -> Version:

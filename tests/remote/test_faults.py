@@ -487,6 +487,34 @@ def test_empty_object(url_of: Callable[[WebServer], str], tmp_path: Path) -> Non
         assert not file.try_read(0, memoryview(bytearray(1)))
 
 
+@pytest.mark.parametrize("scheme", ["s3"])
+def test_empty_object_of_a_store_that_refuses_head(
+    url_of: Callable[[WebServer], str], tmp_path: Path
+) -> None:
+    """An empty object, which has no first byte, is opened also if the store refuses HEAD."""
+    with serving(b"") as server:
+        server.heads_fail, server.faults = True, ["status 403"]
+        with opened(url_of(server), tmp_path, deadlines=DEADLINES) as file:
+            assert server.struck["status 403"] == 1
+            assert file.size() == 0
+
+
+def test_empty_object_without_an_unsatisfiable_range(tmp_path: Path) -> None:
+    """A server with ranges may send all of an empty object, where other servers answer 416."""
+    with serving(b"") as server:
+        server.extra = {"Accept-Ranges": "bytes"}
+        server.always = "no range"
+        with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+            assert server.struck["no range"] == 1
+            assert file.size() == 0
+        server.extra = {}
+        with (
+            pytest.raises(RemoteError, match="found HTTP status 200 without a range"),
+            opened(server.url, tmp_path, deadlines=DEADLINES),
+        ):
+            pass
+
+
 def test_http_to_another_machine() -> None:
     """A URL without TLS of another machine is refused before it is connected."""
     with pytest.raises(UsageError, match="allow_http"):

@@ -179,6 +179,10 @@ ACCEPTED: Final[dict[str, Callable[[int, int], Iterable[bytes]]]] = {
     ],
     "no length": lambda a, b: [head(a, b, b"Connection: close") + b"\r\n" + body(a, b), b""],
     "an interim response": lambda a, b: [b"HTTP/1.1 100 x\r\n\r\n" + chunked(a, b)],
+    "further interim responses": lambda a, b: [
+        b"HTTP/1.1 103 x\r\nLink: </a.css>; rel=preload\r\n\r\nHTTP/1.1 102 x\r\n\r\n",
+        b"HTTP/1.1 100 x\r\n\r\nHTTP/1.1 199 x\r\n\r\n" + chunked(a, b),
+    ],
     "trailers": lambda a, b: [
         chunked(a, b, b'0\r\nETag: "two"\r\nContent-Range: bytes 0-0/1\r\n\r\n')
     ],

@@ -251,6 +251,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(412, {"Content-Length": "0"})
             return
         match = _RANGE.fullmatch(self.headers.get("Range", ""))
+        if not content and (match is None or fault == "no range"):
+            headers = {"Content-Length": "0", **self._validators(etag), **state.extra}
+            self._send(200, headers)
+            return
         assert match is not None, self.headers
         first, last = int(match[1]), min(int(match[2]), len(content) - 1)
         if first >= len(content):
