@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import ExitStack, closing, suppress
 from typing import Final
 
 _FLAGS: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _MAX_DEPTH: Final = 4096
 """Maximum number of directories above a directory that `OpenDirectory.holds` examines: more than
 the names in the longest path that the kernel accepts."""
+_MAX_LINKS: Final = 40
+"""Maximum number of symbolic links that the kernel follows in one path."""
 
 
 class OpenDirectory:
@@ -18,13 +22,17 @@ class OpenDirectory:
         fd: The descriptor; -1 after `close`.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, dir_fd: int | None = None) -> None:
         """Open a directory, which needs no permission to list it.
+
+        Args:
+            path: The path of the directory.
+            dir_fd: The directory where a relative path begins; None for the working directory.
 
         Raises:
             OSError: The directory cannot be opened.
         """
-        self.fd = os.open(path, _FLAGS)
+        self.fd = os.open(path, _FLAGS, dir_fd=dir_fd)
 
     @property
     def path(self) -> str:
@@ -33,7 +41,7 @@ class OpenDirectory:
         Raises:
             OSError: A system call failed.
         """
-        return os.readlink(f"/proc/self/fd/{self.fd}")  # noqa: PTH115  no Path is wanted
+        return kernel_path(self.fd)
 
     def has_entry(self, name: str, status: os.stat_result) -> bool:
         """Return whether ``name`` in the directory is the file with the attributes ``status``.
@@ -83,3 +91,78 @@ class OpenDirectory:
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
+
+
+def kernel_path(fd: int) -> str:
+    """Return the kernel's path of an open file or directory, without symbolic links.
+
+    Raises:
+        OSError: A system call failed.
+    """
+    return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115  no Path is wanted
+
+
+def real_directory(fd: int, name: str, directory: OpenDirectory) -> OpenDirectory:
+    """Return the directory that has an open file itself as an entry, not as a symbolic link.
+
+    The result is ``directory``, or else a new object, which the caller must close.
+
+    Args:
+        fd: The file.
+        name: The name by which the file was opened, which may be a symbolic link.
+        directory: The directory in which the name was looked up.
+
+    Raises:
+        OSError: The file has been moved or removed, or a system call failed.
+    """
+    status = os.fstat(fd)
+    if directory.has_entry(name, status):
+        return directory
+    with suppress(OSError), ExitStack() as stack:
+        parent, last = os.path.split(kernel_path(fd))
+        found = stack.enter_context(closing(OpenDirectory(parent)))
+        if found.has_entry(last, status):
+            stack.pop_all()
+            return found
+    # The user may lack the permission to search a directory in the kernel's path.
+    return _follow_links(name, directory, status)
+
+
+def _follow_links(name: str, directory: OpenDirectory, status: os.stat_result) -> OpenDirectory:
+    """Return the directory of the file to which a symbolic link leads, as a new object.
+
+    Args:
+        name: The name of the link.
+        directory: The directory of the link.
+        status: The attributes of the file that must be found.
+
+    Raises:
+        FileNotFoundError: The links lead to another file, or to none.
+        OSError: A system call failed.
+    """
+    with ExitStack() as stack:
+        for _ in range(_MAX_LINKS):
+            parent, name = os.path.split(_link_target(name, directory))
+            following = OpenDirectory(parent or ".", dir_fd=directory.fd)
+            stack.close()
+            stack.callback(following.close)
+            directory = following
+            if directory.has_entry(name, status):
+                stack.pop_all()
+                return directory
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def _link_target(name: str, directory: OpenDirectory) -> str:
+    """Return the path in a symbolic link.
+
+    Raises:
+        FileNotFoundError: There is no such name, or it is not a symbolic link.
+        OSError: A system call failed.
+    """
+    try:
+        return os.readlink(name, dir_fd=directory.fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from qedfuse.disk.lookup import basepolicy
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import BackingError, BackingRefusedError
@@ -18,7 +21,7 @@ from tests.support import qemu
 from tests.support.disks import build_image, pattern
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SIZE: Final = 4 * 4096
@@ -184,6 +187,187 @@ async def test_link_that_the_user_names(place: Directories) -> None:
     assert await read(path, trusted=str(place.home / "current.qed")) == SECRET
     with pytest.raises(BackingRefusedError, match=f"expected a file inside {place.images} "):
         await read(path, trusted=str(inner))
+
+
+async def test_trusted_base_without_a_directory(place: Directories) -> None:
+    """A base that the user names by an inherited descriptor may be in no directory any more."""
+    base = place.home / "base.raw"
+    fd = os.open(base, os.O_RDONLY)
+    try:
+        base.unlink()
+        path = place.image("top.qed", f"/dev/fd/{fd}")
+        assert await read(path, trusted=f"/dev/fd/{fd}") == SECRET
+        with pytest.raises(BackingError, match="cannot find its directory: No such file"):
+            await read(path)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("base_format", ["raw", "qed"])
+async def test_trusted_base_whose_directory_is_unknown(
+    place: Directories, monkeypatch: pytest.MonkeyPatch, base_format: str
+) -> None:
+    """If the image names a trusted base by another path, only files that it names are refused."""
+    (place.home / "own.raw").write_bytes(SECRET)
+    target = place.images / "target"
+    target.write_bytes(OWN if base_format == "raw" else build_image(SIZE, backing=b"own.raw"))
+    trusted = place.images / "trusted"
+    trusted.hardlink_to(target)
+    (place.home / "base.raw").unlink()
+    (place.home / "base.raw").symlink_to(target)
+    path = place.image("top.qed", "../home/base.raw")
+    before = open_paths()
+    around_base(monkeypatch, lambda: None, target.unlink)
+    if base_format == "raw":
+        assert await read(path, trusted=str(trusted)) == OWN
+    else:
+        message = r"home/base\.raw: backing file: refused: found no directory of this image"
+        with pytest.raises(BackingRefusedError, match=message):
+            await read(path, trusted=str(trusted))
+    assert open_paths() == before
+
+
+@contextmanager
+def below_unsearchable(place: Directories) -> Iterator[None]:
+    """In the block, work in ``images``, as a user who cannot search the directories above it."""
+    above = place.images.parent
+    mode, user, old = above.stat().st_mode & 0o777, os.geteuid(), os.open(".", os.O_PATH)
+    os.chdir(place.images)
+    try:
+        above.chmod(0)
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
+        os.fchdir(old)
+        os.close(old)
+        above.chmod(mode)
+
+
+@pytest.mark.parametrize("target", ["sub/base.raw", "second.raw"])
+async def test_link_below_an_unsearchable_directory(place: Directories, target: str) -> None:
+    """A link to a base in the image's directory needs no permission for the directories above."""
+    (place.images / "sub").mkdir()
+    (place.images / "sub" / "base.raw").write_bytes(SECRET)
+    (place.images / "second.raw").symlink_to("sub/../sub/base.raw")
+    (place.images / "link.raw").symlink_to(target)
+    path = place.image("top.qed", "link.raw")
+    before = open_paths()
+    with below_unsearchable(place):
+        with pytest.raises(PermissionError):
+            path.stat()
+        assert await read(path.relative_to(place.images)) == SECRET
+    assert open_paths() == before
+
+
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        ("base.raw", "Too many levels of symb"),
+        ("other.raw", "No such file"),
+        (None, "No such file"),
+    ],
+)
+async def test_link_that_changes_below_an_unsearchable_directory(
+    place: Directories, monkeypatch: pytest.MonkeyPatch, then: str | None, reason: str
+) -> None:
+    """A link that leads elsewhere once the base is open is refused in one line."""
+    path = place.image("top.qed", "base.raw")
+    (place.images / "base.raw").rename(place.images / "target.raw")
+    (place.images / "other.raw").write_bytes(OWN)
+    link = place.images / "base.raw"
+    link.symlink_to("target.raw")
+    place.images.chmod(0o777)
+
+    def exchange() -> None:
+        os.unlink("base.raw")  # noqa: PTH108  relative to the working directory
+        if then is not None:
+            os.symlink(then, "base.raw")  # noqa: PTH211  relative to the working directory
+
+    before = open_paths()
+    around_base(monkeypatch, lambda: None, exchange)
+    with (
+        below_unsearchable(place),
+        pytest.raises(BackingError, match=f"cannot find its directory: {reason}"),
+    ):
+        await read(path.relative_to(place.images))
+    assert open_paths() == before
+
+
+async def test_link_that_changes(place: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that leads to another image once the base is open does not matter."""
+    path = place.image("top.qed", "base.raw")
+    link = place.images / "base.raw"
+    link.rename(place.images / "target.raw")
+    link.symlink_to("target.raw")
+
+    def exchange() -> None:
+        link.unlink()
+        link.symlink_to(place.home / "base.raw")
+
+    around_base(monkeypatch, lambda: None, exchange)
+    assert await read(path) == OWN
+
+
+@pytest.fixture(params=["looping link", "long name", "file", "dead server"])
+def unusable(place: Directories, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Give a path that leads to no directory, or to one whose server has ended."""
+    path = place.home / "unusable"
+    if request.param == "looping link":
+        path.symlink_to(path)
+    elif request.param == "long name":
+        path = place.home / ("n" * 256)
+    elif request.param == "file":
+        path.touch()
+    else:
+        path.mkdir()
+        mount_dead(path)
+    yield path
+    if request.param == "dead server":
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def mount_dead(directory: Path) -> None:
+    """Mount a FUSE file system whose server has ended."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system without a server")
+    with closing(open("/dev/fuse", "r+b", buffering=0)) as device:  # noqa: PTH123  a device
+        fd = device.fileno()
+        options = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
+        command = ["mount", "-i", "-t", "fuse", "-o", options, "dead", str(directory)]
+        subprocess.run(command, check=True, pass_fds=(fd,))
+    with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+        directory.stat()
+
+
+async def test_unusable_directory(place: Directories, unusable: Path) -> None:
+    """A directory of the policy that cannot be used is ignored."""
+    allowed = (str(unusable), str(place.home))
+    before = open_paths()
+    assert await read(place.image("top.qed", "base.raw"), directories=allowed[:1]) == OWN
+    path = place.image("out.qed", "../home/base.raw")
+    assert await read(path, directories=allowed) == SECRET
+    with pytest.raises(BackingRefusedError, match=f"expected a file inside {place.images} "):
+        await read(path, directories=allowed[:1])
+    assert open_paths() == before
+
+
+async def test_no_free_descriptor(place: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a free descriptor, an allowed directory does not count as one that is missing."""
+
+    class Failing(OpenDirectory):
+        def __init__(self, path: str, *, dir_fd: int | None = None) -> None:
+            if path == str(place.home):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            super().__init__(path, dir_fd=dir_fd)
+
+    path = place.image("top.qed", "../home/base.raw")
+    before = open_paths()
+    monkeypatch.setattr(basepolicy, "OpenDirectory", Failing)
+    with pytest.raises(BackingError, match="cannot find its directory: Too many open files"):
+        await read(path, directories=(str(place.home),))
+    assert open_paths() == before
 
 
 @pytest.mark.parametrize("is_link", [False, True])

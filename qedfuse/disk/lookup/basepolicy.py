@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import ExitStack, closing, suppress
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.lookup.backingpath import has_protocol
 from qedfuse.errors import BackingError, BackingRefusedError, HostError, ImageError
-from qedfuse.hostio.opendirectory import OpenDirectory
+from qedfuse.hostio.opendirectory import OpenDirectory, kernel_path, real_directory
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.remote.address import is_url, parse_address, shown_name
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qedfuse.disk.options import BackingPolicy
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.remote.address import Address
+
+_NO_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of open(2) that do not depend on the path."""
 
 
 def checked_name(raw: bytes, image: str) -> str:
@@ -89,7 +94,8 @@ def _confine(base: PosixFile, image: HostFile, policy: BackingPolicy, trusted: s
     If the last name in the path of the base is a symbolic link, ``directory`` is that of the link.
     QEMU and `backing_path` begin there with relative names, but an image can name a link that is
     anywhere, such as one that its victim has made.  So if the directory of the link is not allowed
-    for the base itself, the directory of the file replaces it.
+    for the base itself, the directory of the file replaces it.  A trusted base for which that
+    directory cannot be found gets none, so only the files that it names are refused.
 
     Raises:
         BackingRefusedError: The base lies outside.
@@ -97,58 +103,84 @@ def _confine(base: PosixFile, image: HostFile, policy: BackingPolicy, trusted: s
     """
     link = _directory_of(base)
     is_trusted = is_named(base.path, base, trusted)
-    real = _real_directory(base, link)
+    paths = [*policy.directories]
+    if is_trusted and trusted is not None:
+        paths.append(os.path.dirname(trusted) or ".")  # noqa: PTH120  no Path is wanted
+    is_link_allowed = _is_allowed(link, image, paths)
+    if is_trusted and is_link_allowed:
+        return
     try:
-        with ExitStack() as stack:
-            allowed = [_directory_of(image)]
-            paths = [*policy.directories]
-            if is_trusted and trusted is not None:
-                paths.append(os.path.dirname(trusted) or ".")  # noqa: PTH120  no Path is wanted
-            for path in paths:
-                with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-                    allowed.append(stack.enter_context(closing(OpenDirectory(path))))
-            if not is_trusted and not any(parent.holds(real) for parent in allowed):
-                raise _refusal(base, image)
-            if not any(parent.holds(link) for parent in allowed):
-                base.directory, real = real, link
+        name = os.path.basename(base.path)  # noqa: PTH119  no Path is wanted
+        real = real_directory(base.fd, name, link)
+    except OSError:
+        if not is_trusted:
+            raise
+        base.close_directory()
+        return
+    try:
+        if not is_trusted and not _is_allowed(real, image, paths):
+            raise _refusal(base, image)
+        if not is_link_allowed:
+            base.directory, real = real, link
     finally:
         if real is not base.directory:
             real.close()
+
+
+def _is_allowed(directory: OpenDirectory, image: HostFile, paths: Sequence[str]) -> bool:
+    """Return whether a directory is that of an image, one at ``paths``, or below one of these.
+
+    A path is examined only if no directory before it decides.  A path that leads to no usable
+    directory is ignored: it can be that of a file system whose server is gone.
+
+    Raises:
+        BackingRefusedError: No directory was opened with the image.
+        OSError: No descriptor is free, or another system call failed.
+    """
+    if _directory_of(image).holds(directory):
+        return True
+    for path in paths:
+        allowed = _usable_directory(path)
+        if allowed is not None:
+            with closing(allowed):
+                if allowed.holds(directory):
+                    return True
+    return False
+
+
+def _usable_directory(path: str) -> OpenDirectory | None:
+    """Return the directory at a path, which the caller must close; None if it cannot be used.
+
+    Raises:
+        OSError: No descriptor or no memory is free.
+    """
+    try:
+        with ExitStack() as stack:
+            directory = stack.enter_context(closing(OpenDirectory(path)))
+            # A directory of a server that is gone can be opened, and fails here.
+            os.fstat(directory.fd)
+            stack.pop_all()
+    except OSError as error:
+        if error.errno in _NO_RESOURCES:
+            raise
+        return None
+    return directory
 
 
 def _directory_of(file: HostFile) -> OpenDirectory:
     """Return the directory that was opened with a local file.
 
     Raises:
-        BackingRefusedError: No directory was opened, or it was closed too early.
+        BackingRefusedError: The file has no such directory, or it was closed too early.
     """
     found = file.directory if isinstance(file, PosixFile) else None
     if found is None:
-        msg = f"{file.name}: found no open directory of this file, expected one to confine its base"
+        msg = (
+            f"{file.name}: backing file: refused: found no directory of this image, expected one "
+            "that confines its backing file (backing=any allows any file)"
+        )
         raise BackingRefusedError(msg)
     return found
-
-
-def _real_directory(base: PosixFile, link: OpenDirectory) -> OpenDirectory:
-    """Return the directory that has an open base itself as an entry, not as a symbolic link.
-
-    The result is ``link``, in which the name of the base was looked up, or else a new object, which
-    the caller must close.
-
-    Raises:
-        OSError: The base has been moved or removed, or a system call failed.
-    """
-    status = os.fstat(base.fd)
-    name = os.path.basename(base.path)  # noqa: PTH119  no Path is wanted
-    if link.has_entry(name, status):
-        return link
-    parent, name = os.path.split(_kernel_path(base.fd))
-    with ExitStack() as stack:
-        directory = stack.enter_context(closing(OpenDirectory(parent)))
-        if not directory.has_entry(name, status):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        stack.pop_all()
-    return directory
 
 
 def _refusal(base: PosixFile, image: HostFile) -> BackingRefusedError:
@@ -157,7 +189,7 @@ def _refusal(base: PosixFile, image: HostFile) -> BackingRefusedError:
     Raises:
         OSError: A system call failed.
     """
-    real, expected = _kernel_path(base.fd), _directory_of(image).path
+    real, expected = kernel_path(base.fd), _directory_of(image).path
     msg = (
         f"{image.name}: backing file {base.name}: refused: found {printable(real)}, expected a "
         f"file inside {printable(expected)} (allow it with backing_dir="
@@ -197,15 +229,6 @@ def is_same_url(address: Address, trusted: str | None) -> bool:
         UsageError: ``trusted`` is a URL that is not valid.
     """
     return trusted is not None and is_url(trusted) and parse_address(trusted) == address
-
-
-def _kernel_path(fd: int) -> str:
-    """Return the kernel's path of an open file, without symbolic links.
-
-    Raises:
-        OSError: A system call failed.
-    """
-    return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115  no Path is wanted
 
 
 def _is_same_file(file: HostFile, path: str) -> bool:
