@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR
 from qedfuse.nbd import messages
 from qedfuse.text import printable
 from qedfuse.util.exitstatus import describe_exit
+from qedfuse.util.timeval import NO_TIMEOUT, timeval
 
 if TYPE_CHECKING:
     from qedfuse.foreign.graph import Graph
@@ -114,9 +114,9 @@ class QemuNbd:
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 # Not `settimeout`: on a full queue connect(2) of a non-blocking socket fails.
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(READY_SECONDS))
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(READY_SECONDS))
                 client.connect(f"/proc/self/fd/{path_fd}")
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, NO_TIMEOUT)
             except BaseException:
                 client.close()
                 raise
@@ -257,11 +257,6 @@ def _private_listener() -> tuple[socket.socket, int]:
         listener.close()
         raise
     return listener, path_fd
-
-
-def _timeval(seconds: float) -> bytes:
-    """Return a ``struct timeval``, as setsockopt(2) takes it; 0 stands for no limit."""
-    return struct.pack("@ll", *divmod(round(seconds * 1e6), 1_000_000))
 
 
 def _negotiate(client: socket.socket) -> None:

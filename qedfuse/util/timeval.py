@@ -8,6 +8,9 @@ from typing import Final
 _TIMEVAL: Final = struct.Struct("ll")
 """The C struct timeval: seconds and microseconds."""
 
+NO_TIMEOUT: Final = _TIMEVAL.pack(0, 0)
+"""The value of SO_RCVTIMEO or SO_SNDTIMEO with which a call waits without a limit."""
+
 
 def timeval(seconds: float) -> bytes:
     """Return the value of SO_RCVTIMEO or SO_SNDTIMEO for a finite number of seconds.
