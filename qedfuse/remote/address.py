@@ -283,4 +283,8 @@ def _store_address(text: str, parts: SplitResult) -> Address:
     if port:
         raise invalid_url(text, "port", "one", "none after the name of a bucket")
     path = parse_name(text, parts.path)
+    # In stores, `/x` and `x` are two objects, but obstore removes a slash at the beginning of a key
+    # and would use the other object.  It has no form for keys with other empty parts.
+    if path.startswith("/") or "//" in path:
+        raise invalid_url(text, "path", "an empty part", "a key without empty parts")
     return Address(parts.scheme, bucket, path, version=parse_version(text, parts.query))

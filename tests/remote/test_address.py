@@ -178,6 +178,16 @@ def test_refused(url: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
+@pytest.mark.parametrize("path", ["/x", "a//b", "a//", "/", "//"])
+def test_a_key_with_an_empty_part(scheme: str, path: str) -> None:
+    """A URL of a store has no empty part: obstore would use the object x for the key /x."""
+    for parse in (parse_address, parse_prefix):
+        with pytest.raises(UsageError, match="URL path: found an empty part"):
+            parse(f"{scheme}://bucket/{path}")
+    assert parse_prefix(f"{scheme}://bucket/a/").path == "a/"
+
+
 @pytest.mark.parametrize(
     "url",
     [

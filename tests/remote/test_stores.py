@@ -278,12 +278,6 @@ def test_two_identities(
     assert "hush" not in text
 
 
-@pytest.mark.usefixtures("store")
-def test_key_that_obstore_cannot_name(options: RemoteOptions) -> None:
-    """A key with an empty segment is refused in one line."""
-    assert "empty path segment" in failure("s3://golden/a//b", options)
-
-
 def test_public_bucket_without_credentials(
     nginx: Nginx, options: RemoteOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
