@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from contextlib import suppress
+from string import ascii_letters, digits
 from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
@@ -18,6 +19,9 @@ _MAX_NAME_BYTES: Final = 4096
 """Maximum length of the name of an NBD export; object stores allow only shorter names."""
 _SAFE_IN_SEGMENT: Final = "!$&'()*+,;=:@-._~"
 """Characters that a segment of a path may have unescaped (RFC 3986, ``pchar``)."""
+_UNRESERVED: Final = frozenset(f"{ascii_letters}{digits}-._~")
+"""Characters that mean the same escaped and unescaped (RFC 3986, section 2.3)."""
+_ESCAPE: Final = r"%([0-9A-Fa-f]{2})?"
 _SERVER: Final = r"[A-Za-z][A-Za-z0-9+.-]*://[^/\\?#]*"
 
 
@@ -49,45 +53,65 @@ def parse_host(text: str, authority: str, host: str) -> str:
 
 
 def parse_path(text: str, path: str) -> str:
-    """Return the normalised path of the URL ``text``, without its first slash.
+    """Return the normalised path of the URL of a web server, without its first slash.
+
+    Other servers can distinguish ``%2B`` and ``+``: Amazon S3 reads ``+`` as a space.  So only
+    `_UNRESERVED` characters lose their escapes, and the other reserved ones stay as given.
+
+    Args:
+        text: The URL, for messages.
+        path: The path of the URL.
 
     Raises:
-        UsageError: A segment is not valid; see `_segment`.
+        UsageError: A segment is not valid; see `_check_segments`.
     """
-    segments = path.removeprefix("/").split("/")
-    return "/".join(_segment(text, segment) for segment in segments)
+    path = path.removeprefix("/")
+    _check_segments(text, path)
+    return quote(re.sub(_ESCAPE, _normal_escape, path), safe=f"/%{_SAFE_IN_SEGMENT}")
 
 
 def parse_name(text: str, path: str) -> str:
     """Return the normalised path of a URL whose path is the name of an object or export.
 
+    The server gets the name without escapes, so only characters that must be escaped stay so.
+
     Raises:
         UsageError: A segment is not valid, or the name is too long or not in UTF-8.
     """
-    path = parse_path(text, path)
-    raw = unquote_to_bytes(path)
+    path = path.removeprefix("/")
+    _check_segments(text, path)
+    raw = unquote_to_bytes(path)  # has the same slashes, because none is escaped
     try:
         raw.decode()
     except UnicodeDecodeError:
         raise invalid_url(text, "path", "bytes that are not UTF-8", "a name") from None
     if len(raw) > _MAX_NAME_BYTES:
         raise invalid_url(text, "path", f"{len(raw)} bytes", f"at most {_MAX_NAME_BYTES}")
-    return path
+    return quote(raw, safe=f"/{_SAFE_IN_SEGMENT}")
 
 
-def _segment(text: str, segment: str) -> str:
-    """Return one normalised segment of a path: only characters that must be escaped are escaped.
+def _normal_escape(match: re.Match[str]) -> str:
+    """Return the normalised form of an escape, or of a ``%`` that begins none."""
+    if match[1] is None:
+        return "%25"
+    character = chr(int(match[1], 16))
+    return character if character in _UNRESERVED else match[0].upper()
 
-    An escaped slash, backslash or control character is refused, because some servers do not treat
-    it as part of the segment.
+
+def _check_segments(text: str, path: str) -> None:
+    """Check the segments of a path.
+
+    Raises:
+        UsageError: A segment is ``.`` or ``..``, or has an escaped slash, backslash or control
+            character, which some servers do not treat as part of the segment.
     """
-    raw = unquote_to_bytes(segment)
-    if raw in (b".", b".."):
-        raise invalid_url(text, "path", printable(segment), "no . or .. in it")
-    if re.search(_FORBIDDEN, raw):
-        expected = "no escaped slash, backslash or control character"
-        raise invalid_url(text, "path", printable(segment), expected)
-    return quote(raw, safe=_SAFE_IN_SEGMENT)
+    for segment in path.split("/"):
+        raw = unquote_to_bytes(segment)
+        if raw in (b".", b".."):
+            raise invalid_url(text, "path", printable(segment), "no . or .. in it")
+        if re.search(_FORBIDDEN, raw):
+            expected = "no escaped slash, backslash or control character"
+            raise invalid_url(text, "path", printable(segment), expected)
 
 
 def parse_version(text: str, query: str) -> str:

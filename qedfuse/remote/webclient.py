@@ -12,13 +12,13 @@ from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urldefrag, urljoin
+from urllib.parse import urljoin
 
 import urllib3
 from urllib3.exceptions import HTTPError
 
 from qedfuse.errors import UsageError
-from qedfuse.remote.address import is_below, parse_address
+from qedfuse.remote.address import is_below, is_url, parse_address
 from qedfuse.remote.client import (
     AttemptError,
     ChangedError,
@@ -249,7 +249,9 @@ class WebClient:
     def _redirected(self, source: Address, location: str) -> Address:
         """Return the target of a redirection, if it is usable and allowed."""
         try:
-            target = parse_address(urldefrag(urljoin(source.url, location)).url)
+            # Of a URL, urljoin() would remove a semicolon at the end of the path.
+            joined = location if is_url(location) else urljoin(source.url, location)
+            target = parse_address(joined.partition("#")[0])
         except UsageError as error:
             msg = f"found a redirection that is not a usable URL ({error})"
             raise UnusableError(msg) from error

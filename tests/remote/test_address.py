@@ -24,6 +24,8 @@ SEGMENT = st.one_of(
     st.text(string.ascii_letters + string.digits + "-._~!$&'()*+,;=:@", min_size=1, max_size=8),
     st.builds(lambda code: f"%{code:02X}", st.integers(0x20, 0xFF)),
 ).filter(lambda text: text not in {".", "..", "%2F", "%5C", "%2E", "%7F"})
+RESERVED = "!$&'()*+,;=:@"
+"""Characters that a path may have escaped or unescaped, with two meanings."""
 PATH = st.lists(SEGMENT, min_size=1, max_size=4).map("/".join)
 HOST = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?(\.[a-z0-9]{1,5})?", fullmatch=True)
 SCHEME = st.sampled_from(["http", "https", "s3", "gs", "az"])
@@ -82,7 +84,11 @@ def test_key_of_a_store_is_text() -> None:
         ("https://example.org/a?", "https://example.org/a"),
         ("http://[::1]/a", "http://[0:0:0:0:0:0:0:1]/a"),
         ("http://[::FFFF:127.0.0.1]/a", "http://[::ffff:7f00:1]/a"),
+        ("https://example.org/a%2bb%3b", "https://example.org/a%2Bb%3B"),
+        ("https://example.org/%%41%4%31", "https://example.org/%25A%254%31"),
+        ("https://example.org/[a]", "https://example.org/%5Ba%5D"),
         ("s3://bucket/a%2Bb", "s3://bucket/a+b"),
+        ("nbd://example.org/a%2Bb", "nbd://example.org/a+b"),
     ],
 )
 def test_equal_urls_have_equal_addresses(one: str, other: str) -> None:
@@ -100,6 +106,8 @@ def test_equal_urls_have_equal_addresses(one: str, other: str) -> None:
         ("https://h/a", "https://h//a"),
         ("https://h/a?x", "https://h/a?y"),
         ("https://h/a%3Fx", "https://h/a?x"),
+        *((f"https://h/a%{ord(reserved):X}b", f"https://h/a{reserved}b") for reserved in RESERVED),
+        ("https://h/a%252Bb", "https://h/a%2Bb"),
         ("s3://h/a?versionId=1", "s3://h/a?versionId=2"),
     ],
 )
@@ -271,6 +279,8 @@ def test_prefix_matches_no_half_name(scheme: str, host: str, path: str, more: st
         ("https://h/a/b", "https://h/a//"),
         ("https://h/a", "https://h/a/"),
         ("https://h/a%3F/b", "https://h/a%3Fb"),
+        ("https://h/a%2Bb/c", "https://h/a+b"),
+        ("https://h/a+b/c", "https://h/a%2Bb"),
     ],
 )
 def test_not_below(url: str, prefix: str) -> None:

@@ -607,6 +607,28 @@ def test_parallel_reads_remember_a_redirection(tmp_path: Path) -> None:
         assert server.struck["redirect elsewhere"] == 1
 
 
+@pytest.mark.parametrize("path", ["/a%2Bb%3B", "/a+b;"])
+@pytest.mark.parametrize("is_redirected", [False, True])
+def test_the_given_spelling_of_a_path_is_requested(
+    tmp_path: Path,
+    path: str,
+    is_redirected: bool,  # noqa: FBT001  a parameter of the test
+) -> None:
+    """The server is asked for the path of the URL, of two that it distinguishes."""
+    with serving(b"no object") as server, serving(b"no object") as origin:
+        server.others = {spelling: spelling.encode() for spelling in ("/a%2Bb%3B", "/a+b;")}
+        url = server.url.removesuffix("/images/disk.qed") + path
+        if is_redirected:
+            origin.always, origin.elsewhere = "redirect elsewhere", url
+        allowed = (parse_prefix(server.url.removesuffix("/images/disk.qed")),)
+        options = RemoteOptions(cache_directory=str(tmp_path), deadlines=DEADLINES, allowed=allowed)
+        file = open_remote(parse_address(origin.url if is_redirected else url), options)
+        try:
+            assert read(file, 0, len(path)) == path.encode()
+        finally:
+            file.close()
+
+
 def test_a_home_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without a home directory reads from stores; there are just no files of settings."""
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
