@@ -48,8 +48,10 @@ static int open_pipe(void)
         staging[0] = staging[1] = -1;
         return 0;
     }
-    if (fcntl(staging[1], F_SETPIPE_SZ, PIPE_BYTES) < PIPE_BYTES)
+    if (fcntl(staging[1], F_SETPIPE_SZ, PIPE_BYTES) < PIPE_BYTES) {
         close_pipe();
+        can_splice = 0; /* the limit for the pipes of this user would refuse every later attempt */
+    }
     return staging[0] >= 0;
 }
 
