@@ -1,7 +1,7 @@
 """A client for web servers: reads ranges of one version of the object at a URL.
 
-A redirection is followed only to the scheme and host of the URL itself, and to prefixes that the
-user allows.  So a server cannot make its clients send requests to any other machine.
+A redirection is followed only to the host of the URL itself, and to prefixes that the user allows.
+So a server cannot make its clients send requests to any other machine.
 """
 
 from __future__ import annotations
@@ -258,8 +258,7 @@ class WebClient:
         except ValueError as error:
             msg = "found a redirection to something other than a URL"
             raise UnusableError(msg) from error
-        origin = (self._address.scheme, self._address.host)
-        if (target.scheme, target.host) == origin:
+        if _is_same_host(target, self._address):
             return target
         is_secure = target.scheme == "https" or target.is_loopback or self._options.allow_http
         is_allowed = any(is_below(target, prefix) for prefix in self._options.redirect_prefixes)
@@ -293,3 +292,15 @@ class WebClient:
             raise AttemptError(msg)
         msg += ", expected 206"
         raise UnusableError(msg)
+
+
+def _is_same_host(target: Address, origin: Address) -> bool:
+    """Return whether a redirection from ``origin`` to ``target`` stays on its host.
+
+    The port stays the same, or changes with the scheme from that of HTTP to that of HTTPS.
+    """
+    if (target.scheme, target.host) == (origin.scheme, origin.host):
+        return True
+    is_upgrade = (origin.scheme, target.scheme) == ("http", "https")
+    has_default_ports = (origin.port, target.port) == (80, 443)
+    return is_upgrade and has_default_ports and target.hostname == origin.hostname

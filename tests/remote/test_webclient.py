@@ -23,11 +23,18 @@ from qedfuse.errors import RemoteError
 from qedfuse.remote import client, connecting, deadline, resolver, webresponse
 from qedfuse.remote import object as remote_object
 from qedfuse.remote.address import parse_address, parse_prefix
-from qedfuse.remote.client import AttemptError, ClientOptions, Version, settled_version
+from qedfuse.remote.client import (
+    AttemptError,
+    ClientOptions,
+    UnusableError,
+    Version,
+    settled_version,
+)
 from qedfuse.remote.object import make_client, open_object
 from qedfuse.remote.opening import open_remote
 from qedfuse.remote.options import Deadlines, RemoteOptions
 from qedfuse.remote.resolver import Resolver
+from qedfuse.remote.webclient import WebClient
 from qedfuse.remote.webpools import WebPools
 from tests.support.remotes import DEADLINES, PATIENT, opened, read, some_bytes
 from tests.support.webserver import serving
@@ -585,6 +592,29 @@ def test_each_host_has_its_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert proxy_for("https://near.example/x") is None
     assert proxy_for("http://far.example/x") is None
     assert proxy_for("https://127.0.0.1/x") is None
+
+
+@pytest.mark.parametrize(
+    ("url", "location", "is_followed"),
+    [
+        ("http://images.example/x", "https://images.example/y", True),
+        ("http://images.example:80/x", "https://images.example:443/y", True),
+        ("https://images.example/x", "https://images.example:443/y", True),
+        ("http://images.example/x", "https://images.example:8443/y", False),
+        ("http://images.example:8080/x", "https://images.example/y", False),
+        ("http://images.example/x", "https://other.example/y", False),
+        ("https://images.example/x", "http://images.example/y", False),
+        ("https://images.example:80/x", "https://images.example:443/y", False),
+    ],
+)
+def test_redirections_on_the_same_host(url: str, location: str, *, is_followed: bool) -> None:
+    """A redirection on the same host keeps the port, or leads from HTTP to HTTPS."""
+    client = WebClient(parse_address(url), ClientOptions())
+    if is_followed:
+        assert client._redirected(parse_address(url), location) == parse_address(location)
+        return
+    with pytest.raises(UnusableError, match=r"found a redirection to .*, expected "):
+        client._redirected(parse_address(url), location)
 
 
 def test_parallel_reads_remember_a_redirection(tmp_path: Path) -> None:
