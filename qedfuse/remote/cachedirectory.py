@@ -25,7 +25,7 @@ from qedfuse.remote.cacheentry import (
     make_entry,
     remove_entry,
 )
-from qedfuse.remote.cachemetadata import entry_name, name_hash, read_metadata
+from qedfuse.remote.cachemetadata import entry_name, name_hash, read_metadata, repair_metadata
 from qedfuse.remote.cacheroot import directory_waits_for_server, prepare_directory
 from qedfuse.remote.unitfile import UnitFile, open_directory
 from qedfuse.text import printable
@@ -120,6 +120,7 @@ class CacheDirectory:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         entry = _open_or_discard(path, version.size)
         if entry is not None:
+            repair_metadata(entry, address.shown, version)
             mark_used(entry)
             return entry
         self.evict()

@@ -29,6 +29,8 @@ _NEW_NAME: Final = re.compile(r"about(?:-[0-9a-f]{32})?\.new")
 """A file about-RANDOM.new becomes ``about.json`` when it is complete.  Processes that record the
 same entry concurrently use different names.  A cache can still have an ``about.new`` of an earlier
 version of qedfuse."""
+_NO_FILE: Final = (errno.ENOENT, errno.ELOOP, errno.ENXIO)
+"""Errors of opening ``about.json`` if it is missing, a symbolic link or a socket."""
 _MAX_NEW_FILE_SECONDS: Final = 3600.0
 """Age at which a file about-RANDOM.new was left by a process that was killed."""
 _MAX_BYTES: Final = 32 << 20
@@ -67,7 +69,7 @@ def write_metadata(path: str, shown: str, version: Version) -> None:
     """
     directory = open_directory(path)
     try:
-        _write_file(directory, _NAME, _json_text({"url": shown, "version": asdict(version)}))
+        _write_file(directory, _NAME, _new_text(shown, version))
     finally:
         os.close(directory)
 
@@ -84,6 +86,25 @@ def read_metadata(path: str) -> EntryMetadata:
         return _parsed(_read_json(directory), path)
     finally:
         os.close(directory)
+
+
+def repair_metadata(entry: UnitFile, shown: str, version: Version) -> None:
+    """Write the metadata of an entry again if they are missing or damaged; ignore a failure.
+
+    The new metadata have no record of the units that readers need.
+
+    Args:
+        entry: The entry.
+        shown: The URL of the object without secrets.
+        version: The version of the object.
+    """
+    with suppress(OSError):
+        directory = open_directory(entry.path)
+        try:
+            if entry.is_in(directory) and not _has_metadata(directory, entry.path):
+                _replace_json(directory, _new_text(shown, version))
+        finally:
+            os.close(directory)
 
 
 def mark_usable_offline(entry: UnitFile, needed: bytes) -> None:
@@ -122,8 +143,8 @@ def mark_usable_offline(entry: UnitFile, needed: bytes) -> None:
         raise CacheError.from_os(error, shown, f"record in {_NAME}") from error
     except ValueError as error:
         msg = (
-            f"{shown}: {_NAME}: found damaged metadata, expected those of the entry (remove this "
-            "directory, and the next opening makes a new entry)"
+            f"{shown}: {_NAME}: found damaged metadata, expected those of the entry (the "
+            "next opening writes them again)"
         )
         raise CacheError(msg) from error
 
@@ -208,6 +229,24 @@ def _read_json(directory: int) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(_NAME)  # noqa: TRY004  damaged data, not a wrong call
     return found
+
+
+def _has_metadata(directory: int, path: str) -> bool:
+    """Return whether an open directory, that of the entry ``path``, has valid metadata."""
+    try:
+        _parsed(_read_json(directory), path)
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        return False
+    return True
+
+
+def _new_text(shown: str, version: Version) -> bytes:
+    """Return the content of the file ``about.json`` of a new entry."""
+    return _json_text({"url": shown, "version": asdict(version)})
 
 
 def _json_text(about: dict[str, Any]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -425,6 +426,37 @@ def test_metadata_that_are_a_directory(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         read_key_file(str(about))
     assert open_files(os.getpid()) == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda about: about.write_bytes(b""),
+        lambda about: about.write_text(json.dumps({"version": {"size": 1}})),
+        lambda about: about.unlink(),
+        lambda about: (about.unlink(), about.symlink_to("data")),
+    ],
+    ids=["empty", "another version", "missing", "a link"],
+)
+def test_damaged_metadata_are_written_again(
+    damage: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """An opening repairs the metadata of an entry and keeps its units; valid metadata stay."""
+    directory = CacheDirectory(CacheOptions(str(tmp_path)))
+    content = some_bytes(1)
+    with directory.open_entry(ADDRESS, VERSION) as entry:
+        entry.store(0, content)
+        mark_usable_offline(entry, b"\1")
+        about = Path(entry.path, "about.json")
+    recorded = about.read_bytes()
+    with directory.open_entry(ADDRESS, VERSION):
+        assert about.read_bytes() == recorded
+    damage(about)
+    with directory.open_entry(ADDRESS, VERSION) as entry:
+        assert entry.has_units(None)
+        assert read_metadata(entry.path) == (VERSION, None)
+        assert json.loads(about.read_bytes())["url"] == ADDRESS.shown
+        assert not about.is_symlink()
 
 
 def test_needed_units_without_a_pattern(tmp_path: Path) -> None:
