@@ -21,7 +21,7 @@ import os
 import threading
 import warnings
 import weakref
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, SupportsIndex
 
@@ -37,6 +37,7 @@ from qedfuse.util.portalthreads import in_portal_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from typing_extensions import Buffer
 
@@ -163,7 +164,7 @@ class DiskFile(io.RawIOBase):
             ValueError: ``whence`` is unknown, or the position would be negative.
             TypeError: ``offset`` is not an integer.
         """
-        with self._lock:
+        with self._exclusive():
             self._check_open()
             starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}
             if whence not in starts:
@@ -186,7 +187,7 @@ class DiskFile(io.RawIOBase):
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A file cannot be read from the host or from a server.
         """
-        with self._lock:
+        with self._exclusive():
             self._check_open()
             left = max(0, self.size - self._position)
             # `operator.index` makes an int of an integer of numpy, whose sums can overflow.
@@ -211,7 +212,7 @@ class DiskFile(io.RawIOBase):
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A file cannot be read from the host or from a server.
         """
-        with self._lock, memoryview(buffer).cast("B") as view:
+        with self._exclusive(), memoryview(buffer).cast("B") as view:
             self._check_open()
             done = 0
             for chunk in self._chunks(len(view)):
@@ -246,7 +247,7 @@ class DiskFile(io.RawIOBase):
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host's file system or kernel refused.
         """
-        with self._lock, memoryview(data).cast("B") as view:
+        with self._exclusive(), memoryview(data).cast("B") as view:
             self._check_writable()
             done = 0
             # `Disk.write` raises for a range that begins at or past the end, and writes only the
@@ -261,7 +262,7 @@ class DiskFile(io.RawIOBase):
     def _write_at(self, position: int, data: memoryview) -> int:
         """Write at a position; return the number of bytes written, fewer only at the disk's end.
 
-        In the thread of a portal, the write is only started, with a copy of ``data``.
+        In a finalizer that must not wait, the write is only started, with a copy of ``data``.
         """
         if not in_portal_thread():
             # To its end, because the caller can change or free the buffer after an interrupt.
@@ -285,7 +286,7 @@ class DiskFile(io.RawIOBase):
             CorruptImageError: A table entry for the added range is bad, or refers to data.
             HostError: The host's file system or kernel refused.
         """
-        with self._lock:
+        with self._exclusive():
             self._check_writable()
             wanted = self._position if size is None else operator.index(size)
             if wanted != self.size:
@@ -300,15 +301,15 @@ class DiskFile(io.RawIOBase):
                 each later flush raises the error again.
             RuntimeError: The event loop of the file has failed.  `close` raises the cause.
         """
-        with self._lock:
+        with self._exclusive():
             self._check_open()
             if self.mode != "r+b":
                 return
             if self._portal.is_alive():
-                if in_portal_thread():  # a finalizer, which must not wait
+                if in_portal_thread():
                     self._portal.start(self._disk.flush)
-                    return
-                self._portal.call(self._disk.flush)
+                else:
+                    self._portal.call(self._disk.flush)
             else:
                 # Nothing can be flushed, for one of three reasons:
                 # - The portal has closed the disk, and IOBase.close() calls this method.
@@ -356,15 +357,13 @@ class DiskFile(io.RawIOBase):
             raise failure
 
     def _close_in_finalizer(self) -> None:
-        """Begin to close the file in the thread of a portal, which must not wait.
+        """Begin to close the file in a finalizer that must not wait.
 
         If another thread is using the file, the file itself is not marked as closed.
         """
-        if self._lock.acquire(blocking=False):
-            try:
+        with _try_lock(self._lock) as is_locked:
+            if is_locked:
                 super().close()
-            finally:
-                self._lock.release()
         # After the writes and the flush that finalizers have started.
         self._portal.ask_to_close()
 
@@ -388,6 +387,16 @@ class DiskFile(io.RawIOBase):
         msg = "a DiskFile cannot be copied or pickled"
         raise TypeError(msg)
 
+    def _exclusive(self) -> AbstractContextManager[object]:
+        """Return the lock, or a context that does not wait for it if the caller must not wait.
+
+        A finalizer in a thread that portals use goes on without the lock if another thread holds
+        it: that thread may wait for the thread of the finalizer.
+        """
+        # Python code must not take the lock for the program: the exception of a signal handler
+        # could come after that, but before the block.
+        return _try_lock(self._lock) if in_portal_thread() else self._lock
+
     def _check_open(self) -> None:
         if self.closed:
             msg = "I/O operation on closed file"
@@ -398,6 +407,17 @@ class DiskFile(io.RawIOBase):
         if self.mode != "r+b":
             msg = "not writable"
             raise io.UnsupportedOperation(msg)
+
+
+@contextmanager
+def _try_lock(lock: threading.RLock) -> Iterator[bool]:
+    """Hold ``lock`` and yield True, or yield False if another thread holds it."""
+    is_locked = lock.acquire(blocking=False)
+    try:
+        yield is_locked
+    finally:
+        if is_locked:
+            lock.release()
 
 
 _files: Final[weakref.WeakSet[DiskFile]] = weakref.WeakSet()

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, TypeVarTuple
@@ -31,7 +30,7 @@ import trio
 
 from qedfuse.util.latch import Latch, Outcome
 from qedfuse.util.portalcall import Call, LoggedCall, PortalClosedError, closed_error
-from qedfuse.util.portalthreads import PortalThread, watcher
+from qedfuse.util.portalthreads import PortalThread, in_portal_thread, serves_portal, watcher
 from qedfuse.util.threads import start
 
 if TYPE_CHECKING:
@@ -119,14 +118,14 @@ class Portal(Generic[T]):
         Raises:
             PortalClosedError: The portal is closing or closed, runs in another process, or failed
                 during the call.  In the last case ``function`` may have been cancelled.  Also if
-                the caller runs in the portal's own thread, which would wait for itself.
+                the caller must not wait (`in_portal_thread`).
         """
         call = Call(partial(function, *args))
         # Record the call before it is queued: when the loop ends, `_run` fails all recorded calls,
         # so no caller waits forever.
         self._pending.add(call)
         try:
-            if not self.is_alive() or threading.current_thread() is self._thread:
+            if not self.is_alive() or in_portal_thread():
                 raise closed_error()
             self._send(partial(self._start, call))
             return call.result()
@@ -145,7 +144,7 @@ class Portal(Generic[T]):
         call = Call(partial(function, *args))
         self._pending.add(call)
         try:
-            if not self.is_alive() or threading.current_thread() is self._thread:
+            if not self.is_alive() or in_portal_thread():
                 raise closed_error()
             try:
                 self._send(partial(self._start, call))
@@ -191,8 +190,8 @@ class Portal(Generic[T]):
         """Leave the context manager, and wait until the thread has ended.
 
         A second call waits as well, and returns the same.  An exception of a signal handler can end
-        the wait; then the portal closes in the background.  The portal's own thread must not call
-        this method, because it would wait for itself.
+        the wait; then the portal closes in the background.  A caller that must not wait
+        (`in_portal_thread`) must not call this method.
 
         Returns:
             The error of the context manager or of one of its background tasks, or None.  It is
@@ -239,8 +238,8 @@ class Portal(Generic[T]):
 
         If the context manager is still being entered, entering is cancelled.  `close` returns
         the error if leaving fails.  If leaving began before `close` was called, the error is also
-        logged.  A finalizer, which Python can run in the portal's own thread, may call this method,
-        but not `close`.
+        logged.  A finalizer, which Python can run in any thread, may call this method, but not
+        `close`.
         """
         self._close_requested = True
         self.call_soon(self._begin_closing)
@@ -254,6 +253,7 @@ class Portal(Generic[T]):
 
     def _run(self, manager: AbstractAsyncContextManager[T]) -> None:
         """Run the event loop; the thread ends with it."""
+        serves_portal.set(True)
         try:
             trio.run(self._serve, manager)
         except BaseException as error:  # noqa: BLE001  raised by the constructor, or returned by close

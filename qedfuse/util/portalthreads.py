@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, Protocol
 
-from qedfuse.util.threads import start_thread
+from qedfuse.util.threads import HelperThread, start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,14 +32,53 @@ class PortalThread(threading.Thread):
         super().__init__(target=run, name=name, daemon=False)
 
 
-def in_portal_thread() -> bool:
-    """Return whether the caller runs in the thread of a portal.
+serves_portal: Final = ContextVar("serves_portal", default=False)
+"""True in the event loop of a portal.  Trio copies it to the tasks and to their calls in its worker
+threads."""
 
-    Such a caller is a finalizer, as the program's code does not run there: the garbage collector
-    can run in any thread.  It must not wait for a portal: it would wait for itself, or an event
-    loop would stand still.
+
+class _Collector(threading.local):
+    """Whether the garbage collector is running in the current thread."""
+
+    is_running = False
+
+
+_collector: Final = _Collector()
+
+
+def _note_collection(
+    phase: str,
+    _info: dict[str, int],
+    # Bound here, because the collector can run when Python has already cleared this module.
+    collector: _Collector = _collector,
+) -> None:
+    """Note that a collection begins or ends in the current thread."""
+    collector.is_running = phase == "start"
+
+
+gc.callbacks.append(_note_collection)
+
+
+def in_portal_thread() -> bool:
+    """Return whether the caller is a finalizer in a thread that portals use.
+
+    The garbage collector can run in any thread.  A finalizer in one of these threads must wait for
+    no portal and for no lock that is held during a call of a portal: an event loop would stand
+    still, or wait for the thread, and so for the finalizer.  The threads are:
+
+    - the threads of the event loops, and this package's own threads;
+    - the worker threads of trio, during a call from a portal;
+    - the same threads between two calls, when an event loop may already wait for the next one.
+      Because the program can use trio as well, the caller is then a finalizer only if the collector
+      is running.
     """
-    return isinstance(threading.current_thread(), PortalThread)
+    thread = threading.current_thread()
+    return (
+        isinstance(thread, PortalThread | HelperThread)
+        or serves_portal.get()
+        # The threads of trio are daemons.
+        or (thread.daemon and _collector.is_running)
+    )
 
 
 class _Watcher:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from qedfuse.errors import HostError
@@ -17,6 +18,14 @@ Args = TypeVarTuple("Args")
 T = TypeVar("T")
 
 
+class HelperThread(threading.Thread):
+    """A daemon thread in which only functions of this package run, not the program's own code."""
+
+    def __init__(self, run: Callable[[], object], name: str | None) -> None:
+        """Prepare to call ``run`` in a thread with this name."""
+        super().__init__(target=run, name=name, daemon=True)
+
+
 def start_thread(
     function: Callable[[*Args], object], *args: *Args, name: str | None = None
 ) -> threading.Thread:
@@ -25,7 +34,7 @@ def start_thread(
     Raises:
         OSError: The host cannot start a thread (EAGAIN).
     """
-    thread = threading.Thread(target=function, args=args, name=name, daemon=True)
+    thread = HelperThread(partial(function, *args), name)
     start(thread)
     return thread
 

@@ -40,6 +40,7 @@ from qedfuse.util import portal
 from qedfuse.util.latch import Latch
 from qedfuse.util.portal import Portal
 from qedfuse.util.portalcall import PortalClosedError
+from qedfuse.util.threads import start_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -489,13 +490,108 @@ def test_a_buffered_file_that_is_finalized_in_the_thread_of_a_portal(
     cycle.append(cycle)  # type: ignore[arg-type]
     gc.disable()
     try:
-        del raw, buffered, cycle
+        del buffered, cycle  # not ``raw``, whose finalizer could run first
         collector.call_soon(gc.collect)
         thread.join(60)
     finally:
         gc.enable()
     assert not thread.is_alive(), "the finalizer hangs"
     second.close()
+    assert not header_of(image).need_check
+    with qedfuse.open(image) as disk:
+        assert disk.read(8) == b"buffered"
+
+
+def test_a_finalizer_in_the_thread_of_a_portal_waits_for_no_other_thread(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrapper is collected in the event loop while another thread is inside a read."""
+    inside, go_on, read = threading.Event(), threading.Event(), Disk.read
+
+    async def held(disk: Disk, start: int, length: int) -> bytes | bytearray:
+        inside.set()
+        await trio.to_thread.run_sync(go_on.wait)
+        return await read(disk, start, length)
+
+    raw = qedfuse.open(image, "r+b")
+    (thread,) = [one for one in threading.enumerate() if "image.qed" in one.name]
+    buffered = io.BufferedRandom(raw)
+    assert buffered.read(1) == bytes(1)
+    buffered.write(b"buffered")  # its flush seeks back to the second byte of the disk
+    monkeypatch.setattr(Disk, "read", held)
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(raw.read(4)))
+    reader.start()
+    assert inside.wait(60)
+    cycle = [buffered]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    gc.disable()
+    try:
+        del buffered, cycle
+        raw._portal.call_soon(gc.collect)
+        raw._portal.call_soon(go_on.set)
+        assert go_on.wait(60), "the finalizer hangs"
+    finally:
+        gc.enable()
+    reader.join()
+    thread.join(60)
+    assert not thread.is_alive(), "the finalizer has not closed the file"
+    raw.close()
+    assert found == [bytes(4)]
+    with qedfuse.open(image) as disk:
+        assert disk.read(9) == b"\0buffered"
+
+
+@pytest.mark.parametrize("place", ["loop", "worker", "worker between calls", "own thread"])
+def test_a_finalizer_in_a_thread_that_a_portal_waits_for(image: Path, place: str) -> None:
+    """A portal whose task waits for the thread of a finalizer writes, closes and ends."""
+    raw = qedfuse.open(image, "r+b")
+    (thread,) = [one for one in threading.enumerate() if "image.qed" in one.name]
+    wrappers: list[object] = [io.BufferedWriter(raw)]
+    wrappers[0].write(b"buffered")  # type: ignore[attr-defined]
+    seen: list[int] = []
+
+    def drop() -> None:
+        seen.append(threading.get_ident())
+        wrappers.clear()
+
+    def collect() -> None:
+        cycle = [wrappers.pop()]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+        drop()
+
+    async def wait_for_thread() -> None:
+        token, has_ended = trio.lowlevel.current_trio_token(), trio.Event()
+
+        def end(_: object = None) -> None:
+            token.run_sync_soon(has_ended.set)
+
+        def drop_and_end() -> None:
+            drop()
+            end()
+
+        if place == "loop":
+            drop()
+        elif place == "worker":
+            await trio.to_thread.run_sync(drop)
+        elif place == "own thread":
+            start_thread(drop_and_end)
+            await has_ended.wait()
+        else:  # such a function has no context, like the code of trio around a call
+            trio.lowlevel.start_thread_soon(collect, end)
+            await has_ended.wait()
+
+    gc.disable()
+    try:
+        raw._portal.start(wait_for_thread)
+        thread.join(60)
+    finally:
+        gc.enable()
+    assert not thread.is_alive(), "the finalizer hangs"
+    assert not wrappers
+    assert (seen == [thread.ident]) == (place == "loop")
     assert not header_of(image).need_check
     with qedfuse.open(image) as disk:
         assert disk.read(8) == b"buffered"

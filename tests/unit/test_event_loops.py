@@ -32,6 +32,7 @@ SAFE_TO_SHARE: Final = {
     "qedfuse.remote.resolver.RESOLVER": "has a lock",
     "qedfuse.remote.storesettings._GUARD": "one flag, set once; a forked child has one thread",
     "qedfuse.util.portal.watcher": "changes in single steps, and a lock for its thread",
+    "qedfuse.util.portalthreads._collector": "each thread has its own value",
     "qedfuse.util.portalthreads.watcher": "changes in single steps, and a lock for its thread",
     "qedfuse.check.fastcheck._load": "a cache of the standard library, of one value",
     "qedfuse.tools.inspection.fastmap._load": "a cache of the standard library, of one value",

@@ -359,6 +359,30 @@ def test_a_started_call_is_not_waited_for() -> None:
         portal.start(inside.fail)
 
 
+def test_a_thread_of_a_portal_does_not_wait_for_another() -> None:
+    """A call from another portal's event loop or worker thread fails; one of the program works."""
+    inside, others = Resource(), Resource()
+    portal = Portal(opened_resource(inside), "test one")
+    other = Portal(opened_resource(others), "test other")
+
+    def call() -> object:
+        return portal.call(inside.echo, 1)
+
+    async def call_here() -> object:
+        return call()
+
+    async def call_in_worker() -> object:
+        return await trio.to_thread.run_sync(call)
+
+    for refused in (call_here, call_in_worker):
+        with pytest.raises(PortalClosedError):
+            other.call(refused)
+    # The same worker thread may make this call, for the program.
+    assert trio.run(call_in_worker) == 1
+    assert other.close() is None
+    assert portal.close() is None
+
+
 @pytest.mark.expect_log("test interrupted close: leave")
 def test_a_close_can_be_interrupted_at_each_instruction() -> None:
     """After Ctrl-C at any point of a close, Python knows the thread, and another close waits."""
