@@ -48,11 +48,23 @@ def nbd_query(text: str, scheme: str, query: str) -> str:
             found = f"{name}={printable(raw)}"
             expected = "a value that is not empty and has no control characters"
             raise invalid_url(text, "query", found, expected)
+        if name == "tls-hostname" and not _is_host_name(raw):
+            found = f"{name}={printable(raw)}"
+            raise invalid_url(text, "query", found, "a host name or an IP address")
         values[name] = quote(raw, safe="/-._~")
     if "socket" in allowed and not values.get("socket", "").startswith("/"):
         found = values.get("socket") or "no socket"
         raise invalid_url(text, "query", found, "socket=PATH with an absolute path")
     return "&".join(f"{name}={values[name]}" for name in allowed if name in values)
+
+
+def _is_host_name(raw: bytes) -> bool:
+    """Return whether Python's ssl module can compare a certificate with the name ``raw``."""
+    try:
+        raw.decode().encode("idna")
+    except UnicodeError:  # no UTF-8, or a label that is empty or too long
+        return False
+    return True
 
 
 def nbd_parameters(query: str) -> dict[str, str]:

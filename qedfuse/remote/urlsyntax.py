@@ -15,6 +15,10 @@ from qedfuse.text import printable
 # The expressions are compiled when first used, because few mounts have URLs.
 _HOST: Final = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
 _FORBIDDEN: Final = rb"[\x00-\x1f\x7f/\\]"
+_DOT_SEGMENT: Final = rb"(?:\A|[/\\])\.\.?(?:[;/\\]|\Z)"
+_MAX_HOST_BYTES: Final = 253
+_MAX_LABEL_BYTES: Final = 63
+"""Maximum lengths of the name of a host, and of each of its parts (RFC 1035, section 2.3.4)."""
 _MAX_NAME_BYTES: Final = 4096
 """Maximum length of the name of an NBD export; object stores allow only shorter names."""
 _SAFE_IN_SEGMENT: Final = "!$&'()*+,;=:@-._~"
@@ -47,7 +51,9 @@ def parse_host(text: str, authority: str, host: str) -> str:
         with suppress(ValueError):
             return f"[{ipaddress.IPv6Address(host).compressed}]"
         host = f"[{host}]"
-    if not re.fullmatch(_HOST, host):
+    # The idna codec, which Python uses for the name in a certificate, fails for other labels.
+    is_name = all(0 < len(label) <= _MAX_LABEL_BYTES for label in host.split("."))
+    if not (is_name and len(host) <= _MAX_HOST_BYTES and re.fullmatch(_HOST, host)):
         raise invalid_url(text, "host", host or "none", "a host name or an IP address")
     return host
 
@@ -102,12 +108,14 @@ def _check_segments(text: str, path: str) -> None:
     """Check the segments of a path.
 
     Raises:
-        UsageError: A segment is ``.`` or ``..``, or has an escaped slash, backslash or control
-            character, which some servers do not treat as part of the segment.
+        UsageError: Some servers take a part of a segment for ``.`` or ``..``, or a segment has an
+            escaped slash, backslash or control character, which some servers do not treat as part
+            of the segment.
     """
     for segment in path.split("/"):
         raw = unquote_to_bytes(segment)
-        if raw in (b".", b".."):
+        # Some servers remove parameters (`..;x`) from a segment, or replace escapes twice.
+        if any(re.search(_DOT_SEGMENT, form) for form in (raw, unquote_to_bytes(raw))):
             raise invalid_url(text, "path", printable(segment), "no . or .. in it")
         if re.search(_FORBIDDEN, raw):
             expected = "no escaped slash, backslash or control character"

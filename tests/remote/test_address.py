@@ -146,6 +146,15 @@ def test_message_for_a_host_or_a_port(url: str, expected: str) -> None:
         "https://h/a/../b",
         "https://h/a/%2e%2e/b",
         "https://h/a/.%2E/b",
+        "https://h/a/..;/b",
+        "https://h/a/..%3Bx/b",
+        "https://h/a/..;x",
+        "https://h/a/.;/b",
+        "https://h/a/%252e%252E/b",
+        "https://h/a/..%253b/b",
+        "https://h/a/..%252fb",
+        "https://h/a%252f..%255Cb",
+        "s3://b/a/..;/b",
         "https://h/./b",
         "https://h/%2e/b",
         "https://h/a%2fb",
@@ -169,6 +178,15 @@ def test_message_for_a_host_or_a_port(url: str, expected: str) -> None:
         "https://[1.2.3.4]/a",
         "https://-h/a",
         "https://h./a",
+        "https://a..b/c",
+        "https://.a/b",
+        f"http://{'a' * 64}.b/c",
+        f"http://{'a.' * 127}a/c",
+        "nbds://a..b/c",
+        "nbds://h/a?tls-hostname=a..b",
+        "nbds://h/a?tls-hostname=.a",
+        f"nbds+unix:///a?socket=/s&tls-hostname={'a' * 64}",
+        "nbds://h/a?tls-hostname=%FF",
         "https://user@h/a",
         "https://user:word@h/a",
         "ftp://h/a",
@@ -184,6 +202,26 @@ def test_refused(url: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_address(url)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://h/..a;/.b/c./...",
+        "https://h/a;../b;.",
+        "https://h/a%252Fb%252e%255cc",
+        f"https://{'a' * 63}.{'b' * 63}/c",
+        f"https://{'a.' * 126}a/c",
+        "nbds://h/a?tls-hostname=h.",
+        "nbds://h/a?tls-hostname=%C3%A4",
+        "nbds://h/a?tls-hostname=127.0.0.1",
+        f"nbds://h/a?tls-hostname={'a' * 63}",
+        "nbd+unix:///a?socket=/%FF..",
+    ],
+)
+def test_accepted(url: str) -> None:
+    """A URL that has only one meaning is accepted, also if it resembles one that is refused."""
+    assert parse_address(url) == parse_address(parse_address(url).url)
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
