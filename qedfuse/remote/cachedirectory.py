@@ -123,7 +123,8 @@ class CacheDirectory:
             repair_metadata(entry, address.shown, version)
             mark_used(entry)
             return entry
-        self.evict()
+        with suppress(CacheError):  # `make_entry` raises the reason
+            self.evict()
         make_entry(parent, path, address.shown, version)
         return UnitFile.open(path, version.size)
 
@@ -168,40 +169,59 @@ class CacheDirectory:
                 return (stored, version.size) if stored else None
         return None
 
-    def evict(self, unlinked_bytes: int = 0) -> int:
+    def evict(self, in_use: UnitFile | None = None) -> int:
         """Remove entries that no process has open, until the cache is within its limits.
 
         Unfinished entries that a crash has left are removed in any case.  The directory of the
         cache is made if it is missing.
 
         Args:
-            unlinked_bytes: Disk space in bytes of removed files that the caller still has open.
+            in_use: The entry for which space is needed; None for none.  If it was removed from the
+                cache, its disk space still counts.
 
         Returns:
-            How many bytes may be stored before the next call; 0 if the cache is still at a limit,
-            or after an error.
+            How many bytes may be stored before the next call; 0 if the cache is still at a limit.
+
+        Raises:
+            CacheError: The directory cannot be used, and ``in_use`` was not removed from it.
         """
+        removed = None if in_use is None else in_use.removed_usage()
+        used = 0 if removed is None else removed.allocated_bytes
         try:
             self._path = prepare_directory(self._given)
+        except CacheError:
+            # The cache was deleted during a mount, and the sandbox of the mount forbids to make the
+            # directory again.  The files of the removed entry can still be used.
+            if removed is None:
+                raise
+            return self._grant(removed.filesystem, used)
+        try:
             entries = list_entries(list_objects(self._path))
-            used = unlinked_bytes + sum(entry.length for entry in entries)
+            used += sum(entry.length for entry in entries)
             for entry in entries:
                 if self._must_evict(entry, used) and remove_entry(entry.path):
                     used -= entry.length
-            return min(max(self._free_bytes(used), 0), _MAX_GRANT_BYTES)
-        except (OSError, CacheError):
-            return 0
+            return self._grant(os.statvfs(self._path), used)
+        except OSError as error:
+            msg = f"{printable(self._path)}: cache directory: {error.strerror}"
+            raise CacheError(msg, error.errno or 0) from error
 
     def _must_evict(self, entry: Entry, used: int) -> bool:
         """Return whether an entry must be removed while the cache takes up ``used`` bytes."""
         if entry.is_new:
             return time.time() - entry.used / 1e9 > _MAX_NEW_ENTRY_SECONDS
-        return self._free_bytes(used) <= 0
+        return self._free_bytes(os.statvfs(self._path), used) <= 0
 
-    def _free_bytes(self, used: int) -> int:
-        """Return how many bytes may be stored beside ``used`` bytes; negative above a limit."""
+    def _grant(self, host: os.statvfs_result, used: int) -> int:
+        """Return how many bytes may be stored now beside ``used`` bytes; at least 0."""
+        return min(max(self._free_bytes(host, used), 0), _MAX_GRANT_BYTES)
+
+    def _free_bytes(self, host: os.statvfs_result, used: int) -> int:
+        """Return how many bytes may be stored beside ``used`` bytes; negative above a limit.
+
+        ``host`` is the state of the file system of the cache.
+        """
         free = _MAX_GRANT_BYTES
-        host = os.statvfs(self._path)
         if host.f_blocks:  # some file systems do not report their size
             kept = int(host.f_blocks * _FREE_FRACTION)
             free = (host.f_bavail - kept) * host.f_frsize

@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.errors import CacheError
 from qedfuse.util.threads import start_thread
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ class CacheSpace:
 
         Args:
             evict: Removes entries of the cache; returns how many bytes may be stored before the
-                next call.  Called by one thread at a time.
+                next call.  Called by one thread at a time.  If it raises CacheError, reservations
+                fail for this reason.
         """
         self._evict = evict
         self._changed = threading.Condition()
         # The condition protects the following attributes.
         self._free = 0  # bytes that may be reserved
+        self._failure = ""  # why the last eviction has failed
         self._storing = 0  # bytes that are reserved, and perhaps not in the file yet
         self._taken = 0  # bytes that the running eviction has perhaps not counted as used
         # The bytes that were refused since the last eviction for lack of space.  After a
@@ -78,7 +81,7 @@ class CacheSpace:
                     return "older entries are still being removed"
             if length > self._free:
                 self._refused = self._refused % _RETRY_BYTES + length
-                return "no room is left"
+                return self._failure or "no room is left"
             self._refused = _RETRY_BYTES
             self._free -= length
             self._storing += length
@@ -98,11 +101,14 @@ class CacheSpace:
 
     def _run_eviction(self) -> None:
         """Evict entries, and count the space that results."""
-        free = 0
+        free, failure = 0, ""
         try:
             free = self._evict()
+        except CacheError as error:
+            failure = str(error)
         finally:
             with self._changed:
+                self._failure = failure
                 self._free = free - self._taken
                 self._is_evicting = False
                 self._changed.notify_all()

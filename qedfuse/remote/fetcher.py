@@ -57,7 +57,7 @@ class Fetcher:
         self,
         source: RemoteObject,
         cache: UnitFile | None,
-        evict: Callable[[int], int] | None = None,
+        evict: Callable[[UnitFile], int] | None = None,
     ) -> None:
         """Make a fetcher for the object ``source``; no thread is started yet.
 

@@ -22,7 +22,7 @@ import mmap
 import os
 import stat
 import zlib
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from qedfuse.hostio.regular import allocated_bytes
 from qedfuse.hostio.residency import Residency
@@ -52,6 +52,18 @@ UNIT_BYTES: Final = 1 << 18
 
 DATA_NAME: Final = "data"
 MAP_NAME: Final = "map"
+
+
+class RemovedUsage(NamedTuple):
+    """What an open data file takes up that was removed from the cache.
+
+    Attributes:
+        allocated_bytes: The disk space of the file in bytes.
+        filesystem: The state of its file system.
+    """
+
+    allocated_bytes: int
+    filesystem: os.statvfs_result
 
 
 class UnitFile:
@@ -205,20 +217,22 @@ class UnitFile:
         finally:
             self._use.leave()
 
-    def unlinked_bytes(self) -> int:
-        """Return the disk space in bytes of the data file if it was removed, and otherwise 0.
+    def removed_usage(self) -> RemovedUsage | None:
+        """Return what the data file takes up if it was removed from the cache; otherwise None.
 
-        Also returns 0 after `close`, or if the host refuses.
+        Also returns None after `close`, or if the host refuses.
         """
         if not self._use.enter():
-            return 0
+            return None
         try:
             status = os.fstat(self.data_fd)
+            if status.st_nlink:
+                return None
+            return RemovedUsage(allocated_bytes(status), os.fstatvfs(self.data_fd))
         except OSError:
-            return 0
+            return None
         finally:
             self._use.leave()
-        return 0 if status.st_nlink else allocated_bytes(status)
 
     def length(self, unit: int) -> int:
         """Return the number of bytes in a unit; only the last may be shorter than the others."""

@@ -45,21 +45,22 @@ class UnitStore:
     """
 
     def __init__(
-        self, units: int, cache: UnitFile | None, evict: Callable[[int], int] | None
+        self, units: int, cache: UnitFile | None, evict: Callable[[UnitFile], int] | None
     ) -> None:
         """Make a store that keeps units in ``cache``; no unit is ready yet.
 
         Args:
             units: Number of units of the object.
             cache: The entry of the cache, which the store closes; None for no cache.
-            evict: Removes entries of the cache; None if the size of the cache is not limited.
+            evict: Removes other entries of the cache (`CacheDirectory.evict`); None if the size of
+                the cache is not limited.
         """
         self.ready = bytearray(units)
         self.zeros = ZeroBlocks(units if cache is not None else 0)
         self._cache = cache
         self._space: CacheSpace | None = None
         if cache is not None and evict is not None:
-            self._space = CacheSpace(lambda: evict(cache.unlinked_bytes()))
+            self._space = CacheSpace(lambda: evict(cache))
         self._lock = threading.Lock()
         # The lock protects the attributes below, and the changes that this object makes to `ready`
         # and `_cache`.

@@ -597,6 +597,65 @@ def test_removed_files_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert 0 < os.fstat(kept.fileno()).st_blocks * 512 <= limit
 
 
+@pytest.fixture
+def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forbid to make a directory, as the sandbox of a mount does outside of the cache."""
+
+    def fail(path: str, **_: object) -> None:
+        if not os.path.lexists(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "makedirs", fail)
+
+
+def test_a_deleted_cache_that_cannot_be_made_again(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units are stored in the removed files of an open entry, and count against the limit."""
+    monkeypatch.setattr(cachedirectory, "_MAX_GRANT_BYTES", UNIT_BYTES)
+    path = tmp_path / "cache"
+    with serving(CONTENT) as server, opened(server.url, path) as file:
+        assert read(file, 0, UNIT_BYTES) == CONTENT[:UNIT_BYTES]
+        shutil.rmtree(path)
+        request.getfixturevalue("forbidden")
+        monkeypatch.setattr(cachedirectory, "_MAX_GRANT_BYTES", 8 * UNIT_BYTES)
+        assert read(file, 0, len(CONTENT)) == CONTENT
+        assert file.fetcher.is_stored(0, 5)
+        assert not path.exists()
+
+
+@pytest.mark.parametrize(("limit", "granted"), [(3, 2), (2, 1), (1, 0), (0, 0)])
+def test_limit_of_a_deleted_cache(
+    limit: int, granted: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The space that an open entry takes up counts also if the cache cannot be made again."""
+    path = tmp_path / "cache"
+    directory = CacheDirectory(CacheOptions(str(path), limit * UNIT_BYTES))
+    with directory.open_entry(ADDRESS, VERSION) as entry:
+        entry.store(0, some_bytes(1))
+        shutil.rmtree(path)
+        request.getfixturevalue("forbidden")
+        assert directory.evict(entry) == granted * UNIT_BYTES
+        with pytest.raises(CacheError, match="cache directory: Permission denied"):
+            directory.evict()
+
+
+@pytest.mark.expect_log("cache directory: Permission denied")
+def test_a_cache_that_cannot_be_reached_any_more(
+    tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If the path of the cache no longer leads to it, the log says so, and reads go on."""
+    path, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    with serving(CONTENT) as server, opened(server.url, path) as file:
+        path.rename(elsewhere)
+        request.getfixturevalue("forbidden")
+        assert read(file, 0, len(CONTENT)) == CONTENT
+        (record,) = caplog.records
+        assert record.getMessage().endswith(
+            f"cannot store in the cache: {path}: cache directory: Permission denied"
+        )
+
+
 def test_entry_that_vanishes_while_room_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,7 @@ def _load_all(directory: str, size: int) -> None:
             assert content == (stored if is_right else None), f"unit {unit}"
         assert entry.has_units(bytes(present))
         assert entry.has_units() == (0 not in present)
-        assert not entry.unlinked_bytes()
+        assert entry.removed_usage() is None
 
 
 def _bytes_at(path: str, offset: int, length: int) -> bytes:
