@@ -47,6 +47,8 @@ again, because the kernel does not report when a process leaves a working direct
 _FORCED_SYNC_SECONDS: Final = 10.0
 """Maximum time for which a forced unmount waits until all data is durable.  If a write-back cycle
 is running at the end of this time, the unmount waits for the end of the cycle as well."""
+_FLUSH_SECONDS: Final = 1.0
+"""Time between two flushes of a disk that waits for laundering."""
 _FAILURES: Final = (OSError, QedError)
 """Exceptions that are logged, and after which the shutdown goes on."""
 
@@ -211,17 +213,8 @@ class Shutdown:
                         await run_in_thread(sync_mount, self._mountpoint, abandon_on_cancel=True)
 
         async def make_durable(exported: ExportedDisk) -> None:
-            # Laundering may have to wait for that of another disk, whose host does not answer.
-            # What this server has already received must not wait for that.
-            with suppress(*_FAILURES):  # the flush below meets and reports the same error
-                await exported.disk.flush()
             with logged_failures():
-                # `sync_mount` may return before the writeback has ended; `launder` does not.
-                if (
-                    self._laundering is not None
-                    and exported.writers
-                    and not await self._laundering.launder(exported)
-                ):
+                if not await self._launder(exported):
                     name = exported.disk.name
                     msg = f"{name}: the kernel may have data that it has not written back"
                     raise HostError(msg)
@@ -234,6 +227,33 @@ class Shutdown:
             for exported in self._disks:
                 nursery.start_soon(make_durable, exported)
         return durable
+
+    async def _launder(self, exported: ExportedDisk) -> bool:
+        """Make the kernel write back its dirty pages of a disk; return whether it has done so.
+
+        This may have to wait until another disk is laundered, whose host does not answer.
+        Meanwhile `sync_mount` makes the kernel send the pages of this disk.  So until this disk is
+        laundered, what the server has received is made durable each `_FLUSH_SECONDS`.
+        """
+
+        async def flush() -> None:
+            with suppress(*_FAILURES):  # the flush after laundering meets and reports the same
+                await exported.disk.flush()
+
+        async def flush_repeatedly() -> None:
+            while True:
+                await trio.sleep(_FLUSH_SECONDS)
+                await flush()
+
+        await flush()
+        if self._laundering is None or not exported.writers:
+            return True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flush_repeatedly)
+            # `sync_mount` may return before the writeback has ended; `launder` does not.
+            written_back = await self._laundering.launder(exported)
+            nursery.cancel_scope.cancel()
+        return written_back
 
     async def _force(self) -> None:
         """Make all disks durable, detach the mount even if it is in use, and end `pyfuse3.main`.

@@ -264,6 +264,42 @@ async def test_a_disk_is_flushed_while_another_one_hangs(
         released.set()
 
 
+async def test_pages_that_the_kernel_sends_while_another_disk_is_laundered_are_flushed(
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
+) -> None:
+    """What syncfs(2) makes the kernel send becomes durable while laundering waits for its turn."""
+    lock, has_begun = trio.Lock(), trio.Event()
+    received: list[int] = []
+
+    class OneAtATime(Kernel):
+        async def launder(self, exported: ExportedDisk) -> bool:
+            async with lock:  # as in `Laundering`: the first disk never releases it
+                self.laundered.append(exported)
+                has_begun.set()
+                return await trio.sleep_forever()
+
+    async def flush(number: int) -> None:
+        if received:
+            flushed[number].set()
+
+    monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: False)
+    flushed = [trio.Event() for _ in range(2)]
+    disks = [SimpleNamespace(flush=partial(flush, number)) for number in range(2)]
+    async with trio.open_nursery() as nursery:
+        ending = Shutdown(
+            *(export(*disks), cast("Laundering", OneAtATime(writes_back=True)), "/mnt", "0:99"),
+            *(DirectUnmounter("/mnt"), list, nursery),
+        )
+        nursery.start_soon(ending._flush)
+        await has_begun.wait()
+        received.append(1)  # the kernel sends pages of both disks
+        with trio.fail_after(60):
+            for event in flushed:
+                await event.wait()
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; the mount goes on")
 async def test_durable_in_a_mount_that_excludes_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that may not open its mountpoint launders, and makes everything durable so."""
