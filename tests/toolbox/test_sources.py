@@ -297,3 +297,21 @@ def test_a_stated_format_is_not_logged(tmp_path: Path, caplog: pytest.LogCapture
     assert not caplog.messages
     open_and_close(path)
     assert len(caplog.messages) == 1
+
+
+@pytest.mark.expect_log("although the name ends with .raw")
+@pytest.mark.parametrize("form", ["qed", "qcow2"])
+def test_a_base_in_a_raw_file_is_logged_unless_its_format_is_stated(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An image as the base of a copy is logged like one as the source, but not with -F."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").write_bytes(bytes(1 << 20))
+    source, base = tmp_path / "source", tmp_path / "base.raw"
+    qemu.convert(source, base, source_format="raw", target_format=form)
+    for words, lines in (([], 1), (["-F", form], 0), (["-F", "raw"], 0)):
+        caplog.clear()
+        assert main(["convert", "-B", "base.raw", *words, "-f", "raw", "source", "copy.qed"]) == 0
+        found = [line for line in caplog.messages if line.startswith("base.raw: found a ")]
+        assert len(found) == len(caplog.messages) == lines
+        (tmp_path / "copy.qed").unlink()

@@ -15,7 +15,7 @@ from qedfuse.remote.address import require_storable, shown_name
 from qedfuse.text import printable
 from qedfuse.tools.common.formatprobe import probe_any
 from qedfuse.tools.common.newbacking import foreign_base_driver
-from qedfuse.tools.source.source import open_source
+from qedfuse.tools.source.source import open_source, warn_if_named_raw
 from qedfuse.tools.target.qedtarget import NewQedTarget
 
 if TYPE_CHECKING:
@@ -111,15 +111,20 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
         if spec.backing_format is None:
             expected += ", or -F raw for any other content"
         found: FormatChoice = "raw"
-        if foreign_base_driver(path, spec.backing_format) is not None:
+        driver = foreign_base_driver(path, spec.backing_format)
+        if driver is not None:
             found = "auto"
         elif spec.backing_format != "raw":
             found = await probe_any(path, options.remote, expected)
         if found not in ("auto", spec.backing_format or "qed"):
             msg = f"{shown_name(path)}: found no QED magic, expected {expected}"
             raise BackingError(msg)
+        if spec.backing_format is None:
+            warn_if_named_raw(path, shown_name(path), driver or found)
         async with AsyncExitStack() as stack:
-            base = await stack.enter_async_context(open_source(path, found, options))
+            base = await stack.enter_async_context(
+                open_source(path, found, options, warn_if_foreign=False)
+            )
             if base.is_device:
                 msg = f"{printable(path)}: found a block device, expected a regular file"
                 raise BackingError(msg)

@@ -150,6 +150,7 @@ async def open_source(
     options: OpenOptions | None = None,
     *,
     whole_sectors: bool = False,
+    warn_if_foreign: bool = True,
 ) -> AsyncIterator[Source]:
     """Open and lock a disk for reading; close it at the end of the ``async with`` block.
 
@@ -162,6 +163,7 @@ async def open_source(
         options: How to open the file; ``writable`` is ignored.  None for the defaults.
         whole_sectors: Whether zeros extend a raw disk to whole sectors, as for QEMU and for a raw
             base.  Needed for a copy to a QED disk where the last sector may hold other bytes.
+        warn_if_foreign: Whether to log an image of a foreign format in a file with such a name.
 
     Raises:
         UsageError: The URL is not valid.  Or the format is ``auto``, and the disk is encrypted by
@@ -174,7 +176,8 @@ async def open_source(
     unit = SECTOR if whole_sectors else 1
     if format == "auto" and (driver := foreign_driver_of(path)) is not None:
         with open_image_file(path, options.read_lock) as file:
-            _warn_if_named_raw(path, file.name, driver)
+            if warn_if_foreign:
+                warn_if_named_raw(path, file.name, driver)
             async with foreign_disk(file, driver, options) as disk:
                 yield RawSource(disk, _rounded_up(disk.size(), unit))
         return
@@ -183,7 +186,7 @@ async def open_source(
             if format == "auto":
                 signature = await remote_file.pread(0, SIGNATURE_BYTES)
                 format = format_of(signature, remote_file.name)  # noqa: A001
-                _warn_if_named_raw(path, remote_file.name, format)
+                warn_if_named_raw(path, remote_file.name, format)
             if format == "raw":
                 yield RawSource(remote_file, _rounded_up(remote_file.size(), unit))
                 return
@@ -192,7 +195,7 @@ async def open_source(
         return
     if format == "auto":
         format = probe_format(path)  # noqa: A001
-        _warn_if_named_raw(path, printable(path), format)
+        warn_if_named_raw(path, printable(path), format)
     if format == "qed":
         if foreign_driver_of(path) is not None:  # the user has stated the format QED
             msg = f"{printable(path)}: not a QED image: found no QED magic at the file's beginning"
@@ -213,7 +216,7 @@ async def open_source(
         file.close()
 
 
-def _warn_if_named_raw(path: str, name: str, found: str) -> None:
+def warn_if_named_raw(path: str, name: str, found: str) -> None:
     """Log that a file is read as an image, if it is one and its name ends with ``.raw``.
 
     The guest of a raw disk can write the header of an image to the disk, and name another file of
