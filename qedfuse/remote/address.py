@@ -150,7 +150,8 @@ def shown_name(name: str) -> str:
     if not is_url(name):
         return printable(name)
     try:
-        return _parse(name).shown
+        # Not `_parse`: in a URL that names no object, an ``@`` may end a password with a slash.
+        return parse_address(name).shown
     except UsageError:
         return hide_secrets(name)
 

@@ -251,6 +251,8 @@ def test_a_key_with_an_empty_part(scheme: str, path: str) -> None:
         "s3://b/a?token=SECRET",
         "https://h/a b?SECRET",
         "https://user@h/a?SECRET",
+        "https://user:/SECRET@h/",
+        "https://user/SECRET@h/a/",
         "https://h/a#SECRET",
         "https://h/a#SECRET?b",
         "https://h/a?b#SECRET",
