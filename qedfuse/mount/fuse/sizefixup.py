@@ -8,7 +8,8 @@ mount to the size that the disk has.
 On a disk that can grow, a program may write past the end just before a truncation that makes the
 cached size smaller.  The kernel then drops this write, which it has accepted.  So the cached size
 is made smaller only after a write past the end has failed, and the writes that the kernel has
-accepted are sent first.
+accepted are sent first.  One window stays: a write that the kernel accepts after that, and before
+the truncation, is dropped without an error.
 
 Without the write-back cache, the cached size can be wrong after a truncation with ``truncate=zero``
 (`qedfuse.mount.fuse.truncation`).  In this mode the kernel takes over the size from the reply to
