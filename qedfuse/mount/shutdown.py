@@ -20,22 +20,22 @@ before it closes the connection and the disks.
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
 import trio
 
 from qedfuse.errors import HostError, QedError
+from qedfuse.mount.durability import flush_mount
 from qedfuse.mount.system.mounttable import find_mount
-from qedfuse.mount.system.unmount import BusyError, sync_mount
+from qedfuse.mount.system.unmount import BusyError
 from qedfuse.text import printable
 from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+    from qedfuse.mount.fuse.exporteddisk import ExportedDisks
     from qedfuse.mount.fuse.laundering import Laundering
     from qedfuse.mount.process.unmounter import Unmounter
 
@@ -47,8 +47,9 @@ again, because the kernel does not report when a process leaves a working direct
 _FORCED_SYNC_SECONDS: Final = 10.0
 """Maximum time for which a forced unmount waits until all data is durable.  If a write-back cycle
 is running at the end of this time, the unmount waits for the end of the cycle as well."""
-_FLUSH_SECONDS: Final = 1.0
-"""Time between two flushes of a disk that waits for laundering."""
+_SLOW_FLUSH_SECONDS: Final = 5.0
+"""Time after which it is logged that not everything is durable yet."""
+_UNTIL_LAST_CLOSE: Final = "the mount goes on until the last close; "
 _FAILURES: Final = (OSError, QedError)
 """Exceptions that are logged, and after which the shutdown goes on."""
 
@@ -135,20 +136,20 @@ class Shutdown:
                 if not self._disks.open_handles:
                     self._terminate()
                     return
-                in_use = True
+                in_use, goes_on = True, _UNTIL_LAST_CLOSE
             except BusyError:
-                in_use = True
+                in_use, goes_on = True, _UNTIL_LAST_CLOSE
             except _FAILURES as error:
-                in_use = self._disks.open_handles > 0
+                # The next attempt may fail as well, so the last close need not end the mount.
+                in_use, goes_on = self._disks.open_handles > 0, ""
                 if not is_failure_logged:
                     is_failure_logged = True
                     _log.warning("%s: %s", signal_name, error)
             if in_use and not has_tried_flush:
                 has_tried_flush = True
-                _log.warning(
-                    "%s: %s: still in use: %s; the mount goes on until the last close; a second "
-                    "SIGTERM or SIGINT ends the mount by force",
-                    *(printable(self._mountpoint), signal_name, await self._flush_for_log()),
+                await self._flush_and_log(
+                    f"{signal_name}: still in use: ",
+                    f"{goes_on}a second SIGTERM or SIGINT ends the mount by force",
                 )
             with trio.move_on_after(_RETRY_SECONDS):
                 await all_closed.wait()
@@ -159,9 +160,7 @@ class Shutdown:
 
         Normally the server ends within `_RETRY_SECONDS`, which cancels this task.
         """
-        shown = printable(self._mountpoint)
         await trio.sleep(_RETRY_SECONDS)
-        durability = await self._flush_for_log()
         try:
             mounts = await run_in_thread(
                 self._unmounter.describe_visible_mounts, self._device, abandon_on_cancel=True
@@ -169,91 +168,44 @@ class Shutdown:
         except _FAILURES as error:
             _log.warning(
                 "%s: %s: cannot find where else the disks are mounted: %s",
-                *(shown, signal_name, error),
+                *(printable(self._mountpoint), signal_name, error),
             )
+            await self._flush()
             return
         if mounts is None and self._disks.open_handles:
             mounts = "still in use"  # through a mount that is not visible here
-        if mounts is not None:
-            _log.warning(
-                "%s: %s: unmounted here, but %s; %s; the server goes on until no mount is left; a "
-                "second SIGTERM or SIGINT ends the server by force",
-                *(shown, signal_name, mounts, durability),
+        if mounts is None:
+            await self._flush()
+        else:
+            await self._flush_and_log(
+                f"{signal_name}: unmounted here, but {mounts}; ",
+                "the server goes on until no mount is left; a second SIGTERM or SIGINT ends the "
+                "server by force",
             )
 
-    async def _flush_for_log(self) -> str:
-        """Make everything durable as `_flush` does; return in words for the log whether it is."""
-        durable = await self._flush()
-        return "everything is durable now" if durable else "not everything is durable"
+    async def _flush_and_log(self, start: str, end: str) -> None:
+        """Make everything durable; log between the texts ``start`` and ``end`` whether it is.
+
+        If a host does not answer, this takes any length of time, so the texts are also logged after
+        `_SLOW_FLUSH_SECONDS`.
+        """
+
+        def log(durability: str) -> None:
+            _log.warning("%s: %s%s; %s", printable(self._mountpoint), start, durability, end)
+
+        async def log_if_slow() -> None:
+            await trio.sleep(_SLOW_FLUSH_SECONDS)
+            log("not everything is durable yet")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(log_if_slow)
+            durable = await self._flush()
+            nursery.cancel_scope.cancel()
+        log("everything is durable now" if durable else "not everything is durable")
 
     async def _flush(self) -> bool:
-        """Make the kernel write back its dirty pages, and make all disks durable.
-
-        Return True if everything that the kernel had cached before this call is durable.  Failures
-        are logged.
-        """
-        durable = True
-
-        @contextmanager
-        def logged_failures() -> Iterator[None]:
-            nonlocal durable
-            try:
-                yield
-            except _FAILURES as error:
-                durable = False
-                shown = printable(self._mountpoint)
-                _log.error("%s: cannot make everything durable: %s", shown, error)
-
-        async def sync() -> None:
-            with logged_failures():
-                if self._is_mounted():
-                    # With the option ``uid`` the server may be excluded from its own mount.
-                    # Laundering writes back the same pages, and reports if it cannot.
-                    with suppress(PermissionError):
-                        await run_in_thread(sync_mount, self._mountpoint, abandon_on_cancel=True)
-
-        async def make_durable(exported: ExportedDisk) -> None:
-            with logged_failures():
-                if not await self._launder(exported):
-                    name = exported.disk.name
-                    msg = f"{name}: the kernel may have data that it has not written back"
-                    raise HostError(msg)
-            with logged_failures():
-                await exported.disk.flush()
-
-        # All at the same time, because a disk whose host does not answer must not delay the others.
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(sync)
-            for exported in self._disks:
-                nursery.start_soon(make_durable, exported)
-        return durable
-
-    async def _launder(self, exported: ExportedDisk) -> bool:
-        """Make the kernel write back its dirty pages of a disk; return whether it has done so.
-
-        This may have to wait until another disk is laundered, whose host does not answer.
-        Meanwhile `sync_mount` makes the kernel send the pages of this disk.  So until this disk is
-        laundered, what the server has received is made durable each `_FLUSH_SECONDS`.
-        """
-
-        async def flush() -> None:
-            with suppress(*_FAILURES):  # the flush after laundering meets and reports the same
-                await exported.disk.flush()
-
-        async def flush_repeatedly() -> None:
-            while True:
-                await trio.sleep(_FLUSH_SECONDS)
-                await flush()
-
-        await flush()
-        if self._laundering is None or not exported.writers:
-            return True
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(flush_repeatedly)
-            # `sync_mount` may return before the writeback has ended; `launder` does not.
-            written_back = await self._laundering.launder(exported)
-            nursery.cancel_scope.cancel()
-        return written_back
+        """Make everything durable; return whether that succeeded, as `flush_mount` does."""
+        return await flush_mount(self._disks, self._laundering, self._mountpoint, self._is_mounted)
 
     async def _force(self) -> None:
         """Make all disks durable, detach the mount even if it is in use, and end `pyfuse3.main`.

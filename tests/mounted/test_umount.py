@@ -239,7 +239,7 @@ HELD_FLUSH = """
 import sys, threading
 import qedfuse.mount.session  # before pyfuse3: the extension is loaded first
 import pyfuse3
-from qedfuse.mount import shutdown
+from qedfuse.mount import durability
 from qedfuse.mount.process.unmounter import HelperUnmounter
 
 flushing, closed = threading.Event(), threading.Event()
@@ -258,7 +258,8 @@ def close_and_release(**how):
     close(**how)
     closed.set()
 
-shutdown.sync_mount, HelperUnmounter.unmount, pyfuse3.close = hold, unmount_later, close_and_release
+durability.sync_mount = hold
+HelperUnmounter.unmount, pyfuse3.close = unmount_later, close_and_release
 """
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import resource
 import signal
 import threading
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import pyfuse3
 import pytest
@@ -17,7 +18,7 @@ import trio
 
 from qedfuse.disk.maintenance import datacompaction
 from qedfuse.errors import HostError, PrivilegeError
-from qedfuse.mount import shutdown
+from qedfuse.mount import durability, shutdown
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.process import unmounter
 from qedfuse.mount.process.signals import SIGNALS, SignalDispatcher
@@ -29,7 +30,7 @@ from tests.support.disks import build_image, inspect_image, opened, pattern
 from tests.support.hostfiles import FailingFile, MemoryFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from trio.testing import MockClock
@@ -108,9 +109,11 @@ async def end_while_in_use(
         finally:
             flushed.set()
 
+    # The mock clock jumps while a worker thread runs.
+    monkeypatch.setattr(shutdown, "_SLOW_FLUSH_SECONDS", math.inf)
     monkeypatch.setattr(unmounter, "unmount", unmount)
     monkeypatch.setattr(Shutdown, "_flush", flush_and_notify)
-    monkeypatch.setattr(shutdown, "sync_mount", sync)
+    monkeypatch.setattr(durability, "sync_mount", sync)
     monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
     monkeypatch.setattr(unmounter, "describe_visible_mounts", lambda _device: None)
     async with trio.open_nursery() as nursery:
@@ -139,7 +142,7 @@ async def test_durable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.expect_log("SIGTERM: [Errno 24] Too many open files")
-@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; the mount goes on")
+@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; a second SIGTERM or")
 async def test_durable_after_a_failed_attempt(
     monkeypatch: pytest.MonkeyPatch,
     autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
@@ -154,12 +157,15 @@ async def test_durable_after_a_failed_attempt(
 
 
 @pytest.mark.expect_log("SIGTERM: fusermount3 is not installed")
-@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; the mount goes on")
+@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; a second SIGTERM or")
 async def test_durable_although_the_mount_cannot_be_unmounted(
     monkeypatch: pytest.MonkeyPatch,
     autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
 ) -> None:
-    """A mount in use is flushed also if every attempt to unmount fails."""
+    """A mount in use is flushed also if every attempt to unmount fails.
+
+    The log does not claim that the last close ends the mount.
+    """
     msg = "fusermount3 is not installed"
     attempts = 0
 
@@ -171,8 +177,9 @@ async def test_durable_although_the_mount_cannot_be_unmounted(
             raise PrivilegeError(msg)
         assert file.counts["datasync"] == 1
 
+    monkeypatch.setattr(shutdown, "_SLOW_FLUSH_SECONDS", math.inf)
     monkeypatch.setattr(unmounter, "unmount", unmount)
-    monkeypatch.setattr(shutdown, "sync_mount", lambda _mountpoint: None)
+    monkeypatch.setattr(durability, "sync_mount", lambda _mountpoint: None)
     monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
     monkeypatch.setattr(unmounter, "describe_visible_mounts", lambda _device: None)
     file = MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
@@ -247,7 +254,7 @@ async def test_a_disk_is_flushed_while_another_one_hangs(
             await trio.sleep_forever()
         flushed.append(number)
 
-    monkeypatch.setattr(shutdown, "sync_mount", sync)
+    monkeypatch.setattr(durability, "sync_mount", sync)
     monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
     disks = [SimpleNamespace(flush=partial(flush, number)) for number in range(2)]
     try:
@@ -262,6 +269,48 @@ async def test_a_disk_is_flushed_while_another_one_hangs(
             nursery.cancel_scope.cancel()
     finally:
         released.set()
+
+
+@pytest.mark.expect_log("; a second SIGTERM or SIGINT ends the ")
+@pytest.mark.parametrize("is_busy", [True, False])
+async def test_a_host_that_does_not_answer_keeps_no_message_from_the_log(
+    is_busy: bool,  # noqa: FBT001  a parameter of the test
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
+) -> None:
+    """While a flush waits for a host, the log names what is in use or where it is mounted."""
+
+    def unmount(_mountpoint: str, *, lazy: bool) -> None:
+        assert not lazy
+        if is_busy:
+            msg = "in use"
+            raise BusyError(msg)
+
+    async def call(
+        function: Callable[..., object],
+        *arguments: object,
+        abandon_on_cancel: bool,
+    ) -> object:
+        assert abandon_on_cancel
+        return function(*arguments)
+
+    async def flush(_self: Shutdown) -> NoReturn:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(unmounter, "unmount", unmount)
+    monkeypatch.setattr(Shutdown, "_flush", flush)
+    monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
+    monkeypatch.setattr(unmounter, "describe_visible_mounts", lambda _device: "still mounted at /b")
+    monkeypatch.setattr(shutdown, "run_in_thread", call)
+    async with trio.open_nursery() as nursery:
+        Shutdown(export(), None, "/mnt", "0:99", DirectUnmounter("/mnt"), list, nursery).receive(
+            "SIGTERM"
+        )
+        await trio.sleep(60)
+        state = "still in use: " if is_busy else "unmounted here, but still mounted at /b; "
+        assert f"SIGTERM: {state}not everything is durable yet; the " in caplog.text
+        nursery.cancel_scope.cancel()
 
 
 async def test_pages_that_the_kernel_sends_while_another_disk_is_laundered_are_flushed(
