@@ -410,6 +410,15 @@ def test_a_file_after_file_is_local(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 # --- faults ---------------------------------------------------------------------------
 
+REPEATED: Final[set[Fault]] = {"status 503", "reset", "garbage", "silence", "half", "stall"}
+"""Faults after which a request is repeated until its time is over."""
+
+
+def patience(fault: Fault) -> tuple[str, str]:
+    """Return a time limit that is short if the whole of it passes, and long if none of it does."""
+    return "--remote-timeout", "0.3" if fault in REPEATED else "60"
+
+
 AT_OPENING: Final[dict[Fault, str]] = {
     "status 404": "found no such object",
     "status 403": "refused: found HTTP status 403",
@@ -436,7 +445,7 @@ def test_faults_at_opening(
     with serving(bytes(build_image(MIB))) as server:
         server.elsewhere = "https://example.org/x?token=secret"
         server.always = fault
-        words = command(name, f"{server.url}?key=secret", "--remote-timeout", "0.3")
+        words = command(name, f"{server.url}?key=secret", *patience(fault))
         line = run(*words, capsys=capsys, code=codes.get(name, code))
         assert server.struck[fault]
     assert line.startswith(f"qedimg: {server.url}?...: ")
@@ -462,7 +471,7 @@ def test_faults_while_reading(
     with serving(path.read_bytes()) as server:
         server.healthy = OPEN_REQUESTS[name]
         server.always = fault
-        words = command(name, server.url, "--remote-timeout", "0.3")
+        words = command(name, server.url, *patience(fault))
         line = run(*words, capsys=capsys, code=codes.get(name, code))
         assert server.struck[fault]
         assert not server.healthy
