@@ -47,6 +47,7 @@ async def flush_mount(
         True if everything that the kernel had cached before this call is durable.
     """
     durable = True
+    unsure: list[ExportedDisk] = []
 
     @contextmanager
     def logged_failures() -> Iterator[None]:
@@ -68,9 +69,7 @@ async def flush_mount(
     async def make_durable(exported: ExportedDisk) -> None:
         with logged_failures():
             if not await _launder(exported, laundering):
-                name = exported.disk.name
-                msg = f"{name}: the kernel may have data that it has not written back"
-                raise HostError(msg)
+                unsure.append(exported)
         with logged_failures():
             await exported.disk.flush()
 
@@ -79,6 +78,15 @@ async def flush_mount(
         nursery.start_soon(sync)
         for exported in disks:
             nursery.start_soon(make_durable, exported)
+    # Before Linux 6.16 laundering fails while the kernel sends pages of other disks for more than a
+    # second.  Now it has sent those that it had.
+    for exported in unsure:
+        with logged_failures():
+            if not await _launder(exported, laundering):
+                name = exported.disk.name
+                msg = f"{name}: the kernel may have data that it has not written back"
+                raise HostError(msg)
+            await exported.disk.flush()
     return durable
 
 

@@ -79,6 +79,14 @@ class Kernel:
         return self._writes_back
 
 
+async def call_directly(
+    function: Callable[..., object], *arguments: object, abandon_on_cancel: bool
+) -> object:
+    """Stand for `run_in_thread`: the mock clock does not jump, and no other task runs meanwhile."""
+    assert abandon_on_cancel
+    return function(*arguments)
+
+
 async def end_while_in_use(
     monkeypatch: pytest.MonkeyPatch,
     *disks: object,
@@ -178,6 +186,7 @@ async def test_durable_although_the_mount_cannot_be_unmounted(
         assert file.counts["datasync"] == 1
 
     monkeypatch.setattr(shutdown, "_SLOW_FLUSH_SECONDS", math.inf)
+    monkeypatch.setattr(shutdown, "run_in_thread", call_directly)
     monkeypatch.setattr(unmounter, "unmount", unmount)
     monkeypatch.setattr(durability, "sync_mount", lambda _mountpoint: None)
     monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
@@ -287,14 +296,6 @@ async def test_a_host_that_does_not_answer_keeps_no_message_from_the_log(
             msg = "in use"
             raise BusyError(msg)
 
-    async def call(
-        function: Callable[..., object],
-        *arguments: object,
-        abandon_on_cancel: bool,
-    ) -> object:
-        assert abandon_on_cancel
-        return function(*arguments)
-
     async def flush(_self: Shutdown) -> NoReturn:
         await trio.sleep_forever()
 
@@ -302,7 +303,7 @@ async def test_a_host_that_does_not_answer_keeps_no_message_from_the_log(
     monkeypatch.setattr(Shutdown, "_flush", flush)
     monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
     monkeypatch.setattr(unmounter, "describe_visible_mounts", lambda _device: "still mounted at /b")
-    monkeypatch.setattr(shutdown, "run_in_thread", call)
+    monkeypatch.setattr(shutdown, "run_in_thread", call_directly)
     async with trio.open_nursery() as nursery:
         Shutdown(export(), None, "/mnt", "0:99", DirectUnmounter("/mnt"), list, nursery).receive(
             "SIGTERM"
@@ -311,6 +312,35 @@ async def test_a_host_that_does_not_answer_keeps_no_message_from_the_log(
         state = "still in use: " if is_busy else "unmounted here, but still mounted at /b; "
         assert f"SIGTERM: {state}not everything is durable yet; the " in caplog.text
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; the mount goes on")
+async def test_durable_although_pages_of_another_disk_are_sent_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A disk is laundered again after the kernel has sent the pages of the other disks."""
+    is_sent = trio.Event()
+
+    class OldKernel(Kernel):
+        async def launder(self, exported: ExportedDisk) -> bool:
+            self.laundered.append(exported)
+            if exported.inode == 2:
+                if not is_sent.is_set():
+                    is_refused.set()
+                    return False
+            else:
+                await is_refused.wait()
+                is_sent.set()
+            return True
+
+    is_refused = trio.Event()
+    async with (
+        opened(MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))) as first,
+        opened(MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))) as second,
+    ):
+        kernel = OldKernel(writes_back=True)
+        await end_while_in_use(monkeypatch, first, second, kernel=kernel)
+    assert sorted(exported.inode for exported in kernel.laundered) == [2, 2, 3]
 
 
 async def test_pages_that_the_kernel_sends_while_another_disk_is_laundered_are_flushed(
@@ -388,7 +418,8 @@ async def test_not_durable_with_dirty_pages(
             await disk.write(0, pattern(CLUSTER, 1))
         kernel = Kernel(writes_back=False)
         await end_while_in_use(monkeypatch, first, second, kernel=kernel)
-        assert len(kernel.laundered) == 2
+        assert set(kernel.laundered[:2]) == set(kernel.laundered[2:])
+        assert len(kernel.laundered) == 4
         assert [file.counts["datasync"] for file in files] == [1, 1]
     assert "everything is durable now" not in caplog.text
 
