@@ -15,7 +15,8 @@ After ``os.fork`` every call in the child process fails immediately.  In the par
 portal stays open.
 
 An exception of a signal handler, such as KeyboardInterrupt, can end the wait for a call or for the
-end of a portal at any point.  So such waits use no lock of Python code (`Latch`).
+end of a portal at any point.  Other waits of Python can then leave a lock of theirs taken, so these
+waits use a `Latch`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Portal(Generic[T]):
         self._failure: BaseException | None = None
         self._close_requested = False  # set by `ask_to_close`, which `close` calls too
         self._close_called = False  # set only by `close`
-        self._log_failure = False  # True if no call of `close` may be waiting for the failure
+        self._log_failure = False  # True if perhaps no call of `close` waits for the failure
         self._closing = trio.Event()
         # The scope of the whole event loop, cancelled only while `_opened` is not set.
         self._scope = trio.CancelScope()
@@ -211,7 +212,8 @@ class Portal(Generic[T]):
         """Wait until the thread has ended, or return immediately in a forked child."""
         if self._process == os.getpid():
             self._ended.wait()
-            # Before, an interrupted join would mark the running thread as ended (see `latch`).
+            # Not without the line above: an interrupted join can mark a thread that still runs as
+            # ended (see `latch`).
             self._thread.join()
 
     def call_soon(self, function: Callable[[], object]) -> None:

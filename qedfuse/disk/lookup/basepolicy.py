@@ -87,15 +87,15 @@ def open_local_base(
 def _confine(base: PosixFile, image: HostFile, policy: BackingPolicy, trusted: str | None) -> None:
     """Refuse a base that lies outside of all allowed directories; see `open_local_base`.
 
-    ``directory`` of the image, and of the base for the files that the base names, is allowed.  It
-    was opened with the file, so it stays the same if a program puts a link or another directory in
-    its place.
+    The files that an image names may lie in the image's ``directory``, and those that its base
+    names in that of the base.  A directory was opened with its file, so it stays the same if a
+    program puts a link or another directory in its place.
 
-    If the last name in the path of the base is a symbolic link, ``directory`` is that of the link.
-    QEMU and `backing_path` begin there with relative names, but an image can name a link that is
-    anywhere, such as one that its victim has made.  So if the directory of the link is not allowed
-    for the base itself, the directory of the file replaces it.  A trusted base for which that
-    directory cannot be found gets none, so only the files that it names are refused.
+    If the last name in the path of the base is a symbolic link, ``directory`` is that of the link,
+    because relative names are looked up there (`backing_path`, as in QEMU).  But a hostile image
+    can name any link, also one that another user has made.  So if the directory of the link is not
+    allowed for the base itself, the directory of the file replaces it.  A trusted base for which
+    that directory cannot be found gets none, so only the files that it names are refused.
 
     Raises:
         BackingRefusedError: The base lies outside.
