@@ -189,13 +189,14 @@ class DiskFile(io.RawIOBase):
         """
         with self._exclusive():
             self._check_open()
-            left = max(0, self.size - self._position)
+            start = self._position
+            left = max(0, self.size - start)
             # `operator.index` makes an int of an integer of numpy, whose sums can overflow.
             length = -1 if size is None else operator.index(size)
             wanted = left if length < 0 else min(left, length)
             chunks = [bytes(chunk) for chunk in self._chunks(wanted)]
             result = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-            self._position += len(result)
+            self._position = start + len(result)
             return result
 
     def readall(self) -> bytes:
@@ -214,11 +215,11 @@ class DiskFile(io.RawIOBase):
         """
         with self._exclusive(), memoryview(buffer).cast("B") as view:
             self._check_open()
-            done = 0
+            start, done = self._position, 0
             for chunk in self._chunks(len(view)):
                 view[done : done + len(chunk)] = chunk
                 done += len(chunk)
-            self._position += done
+            self._position = start + done
             return done
 
     def _chunks(self, length: int) -> Iterator[bytes | bytearray]:
@@ -249,14 +250,15 @@ class DiskFile(io.RawIOBase):
         """
         with self._exclusive(), memoryview(data).cast("B") as view:
             self._check_writable()
-            done = 0
+            # Read once, because a finalizer that must not wait can move the position meanwhile.
+            start, done = self._position, 0
             # `Disk.write` raises for a range that begins at or past the end, and writes only the
             # first part of a range that crosses the end.  After such a part the loop ends, so the
             # caller gets the number of bytes written instead of an error.
-            while done < len(view) and (not done or self._position + done < self.size):
+            while done < len(view) and (not done or start + done < self.size):
                 chunk = view[done : done + _MAX_CALL_BYTES]
-                done += self._write_at(self._position + done, chunk)
-            self._position += done
+                done += self._write_at(start + done, chunk)
+            self._position = start + done
             return done
 
     def _write_at(self, position: int, data: memoryview) -> int:

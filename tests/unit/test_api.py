@@ -542,6 +542,30 @@ def test_a_finalizer_in_the_thread_of_a_portal_waits_for_no_other_thread(
         assert disk.read(9) == b"\0buffered"
 
 
+def test_a_finalizer_that_moves_the_position_does_not_move_a_write(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long read or write takes its parts from one place, also if a finalizer seeks meanwhile."""
+    monkeypatch.setattr(api, "_MAX_CALL_BYTES", 512)
+    with qedfuse.open(image, "r+b") as disk:
+        for name in ("call", "call_to_end"):
+            method = getattr(Portal, name)
+
+            def moving(self: Portal[Disk], *args: object, method: object = method) -> object:
+                disk._position = CLUSTER
+                return method(self, *args)  # type: ignore[operator]
+
+            monkeypatch.setattr(Portal, name, moving)
+        assert disk.write(b"a" * 1024) == 1024
+        assert disk.tell() == 1024
+        disk.seek(0)
+        assert disk.read(1024) == b"a" * 1024
+        assert disk.tell() == 1024
+        disk.seek(0)
+        assert disk.readinto(bytearray(1024)) == 1024
+        assert disk.tell() == 1024
+
+
 @pytest.mark.parametrize("place", ["loop", "worker", "worker between calls", "own thread"])
 def test_a_finalizer_in_a_thread_that_a_portal_waits_for(image: Path, place: str) -> None:
     """A portal whose task waits for the thread of a finalizer writes, closes and ends."""

@@ -50,7 +50,7 @@ static int open_pipe(void)
     }
     if (fcntl(staging[1], F_SETPIPE_SZ, PIPE_BYTES) < PIPE_BYTES) {
         close_pipe();
-        can_splice = 0; /* the limit for the pipes of this user would refuse every later attempt */
+        can_splice = 0; /* a limit for the pipes of this user; each attempt costs six system calls */
     }
     return staging[0] >= 0;
 }
