@@ -14,6 +14,7 @@ import pytest
 
 from qedfuse.foreign import directreads
 from qedfuse.hostio.nativecalls import make_io_threads
+from qedfuse.util.threads import HelperThread
 from tests.support import extensions
 from tests.support.refusedcalls import CLONE3, run_without
 
@@ -126,7 +127,7 @@ class Connections:
         self.now = 1000.0
         self._ended = ended = threading.Event()
 
-        class Connecting(threading.Thread):
+        class Connecting(HelperThread):
             def run(self) -> None:
                 super().run()
                 if self.name == "qedfuse nbd":
@@ -135,7 +136,7 @@ class Connections:
         calls = SimpleNamespace(can_start_reads=True, start_export_read=self._fail)
         monkeypatch.setattr(directreads, "host_calls", lambda: calls)
         monkeypatch.setattr(directreads, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr("qedfuse.util.threads.threading.Thread", Connecting)
+        monkeypatch.setattr("qedfuse.util.threads.HelperThread", Connecting)
         server = cast("QemuNbd", SimpleNamespace(connect_negotiated=self._connect, name="x"))
         self.reads = directreads.DirectReads(server, 1 << 20, seconds)
         self.results: list[int] = []

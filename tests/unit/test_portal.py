@@ -424,7 +424,7 @@ from tests.unit.test_portal import Portal, PortalClosedError, Resource, opened_r
 
 class Loud(Resource):
     def note(self, what):
-        print(what, flush=True)
+        os.write(1, (what + "\\n").encode())  # not print: two threads could mix their lines
 
 inside = Loud()
 portal = Portal(opened_resource(inside), "test exit")
@@ -459,7 +459,7 @@ async def opened():
     {"threading.main_thread().join()" if end == "raise" else ""}
     for _ in range(100):
         await trio.lowlevel.checkpoint()
-    print("left slowly", flush=True)
+    os.write(1, b"left slowly\\n")
 
 slow = Portal(opened(), "test slow")
 (thread,) = [thread for thread in threading.enumerate() if thread.name == "test slow"]
