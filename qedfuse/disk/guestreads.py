@@ -72,8 +72,7 @@ class GuestReads:
     @property
     def should_try_read(self) -> bool:
         """Whether `try_read` may succeed for the data of the top image, by its `ReadPolicy`."""
-        policy = self._file.read_policy
-        return policy is None or policy.is_inline
+        return _is_inline(self._file)
 
     def try_locate(self, start: int, length: int) -> tuple[int, int, HostFile] | None:
         """Return where a range is stored, without waiting: a descriptor, a file offset, the file.
@@ -85,7 +84,7 @@ class GuestReads:
         if location is None:
             return None
         file, offset = location
-        if file.fileno() < 0 or (file.read_policy is not None and not file.read_policy.is_inline):
+        if file.fileno() < 0 or not _is_inline(file):
             return None
         return file.fileno(), offset, file
 
@@ -170,3 +169,8 @@ class GuestReads:
             HostError: The host cannot read a file.
         """
         return await next_hole(self._chain, start)
+
+
+def _is_inline(file: HostFile) -> bool:
+    """Return whether the event loop may read from a file, by the file's `ReadPolicy`."""
+    return file.read_policy is None or file.read_policy.is_inline

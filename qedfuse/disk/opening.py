@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, TypeAlias
 from qedfuse.disk.creation.emptyimage import EmptyImage
 from qedfuse.disk.disk import Disk
 from qedfuse.disk.lookup.backing import open_bases
-from qedfuse.disk.lookup.foreignopening import foreign_disk, foreign_driver
+from qedfuse.disk.lookup.foreignopening import foreign_disk
 from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import NeedsCheckError, UsageError
 from qedfuse.hostio.imagefile import read_header
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, is_qed
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_driver, is_qed
 from qedfuse.remote.address import is_nbd_url
 from qedfuse.text import printable
 

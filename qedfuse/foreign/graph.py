@@ -11,7 +11,7 @@ from qedfuse.errors import BackingError, ForeignError
 from qedfuse.foreign.links import MAX_EXTENTS, RAW_DRIVERS, Links, read_links
 from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR
 from qedfuse.foreign.vmdk import refuse_hidden_descriptor
-from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, foreign_format, is_qed
+from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, detected_driver
 from qedfuse.text import printable
 from qedfuse.util.deferredclose import close_all
 from qedfuse.util.landlock import landlock_version
@@ -295,11 +295,7 @@ def detect_driver(file: PosixFile) -> str:
     Raises:
         HostError: The file cannot be read.
     """
-    signature = _signature(file)
-    found = foreign_format(signature)
-    if found is not None:
-        return DRIVERS[found]
-    return "qed" if is_qed(signature) else "raw"
+    return detected_driver(_signature(file))
 
 
 def _signature(file: PosixFile) -> bytes:

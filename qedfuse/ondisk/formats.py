@@ -85,6 +85,20 @@ def foreign_format(start: bytes | bytearray) -> str | None:
     return next((name for at, magic, name in _FOREIGN if start.startswith(magic, at)), None)
 
 
+def foreign_driver(start: bytes | bytearray) -> str | None:
+    """Return a file's format as QEMU calls it; None if qedfuse itself reads the format.
+
+    ``start`` holds the first bytes, as for `foreign_format`.
+    """
+    found = foreign_format(start)
+    return None if found is None else DRIVERS[found]
+
+
+def detected_driver(start: bytes | bytearray) -> str:
+    """Return a file's format as QEMU calls it, as `foreign_driver` does, or ``qed`` or ``raw``."""
+    return foreign_driver(start) or ("qed" if is_qed(start) else "raw")
+
+
 def probed_format(start: bytes) -> str | None:
     """Return the name of the format as which QEMU may open a file with these first bytes.
 

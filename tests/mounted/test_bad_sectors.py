@@ -14,6 +14,7 @@ import pytest
 from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run
 from tests.support.mounted import mounted
+from tests.support.pagecache import drop_pages
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,13 +23,6 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems")
 
 DISK_BYTES: Final = 32 << 20
 CHUNK: Final = 128 << 10
-
-
-def drop_pages(path: Path) -> None:
-    """Remove a file from the page cache."""
-    fd = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
 
 
 @pytest.mark.parametrize("passes", [0, 2])

@@ -21,6 +21,7 @@ from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from tests.support import extensions, qemu
 from tests.support.devices import file_system, loop_device, run
 from tests.support.mounted import TIMEOUT, front, is_mounted, qedfuse
+from tests.support.pagecache import drop_pages
 from tests.support.stallingfs import StallingFile, stalling
 
 if TYPE_CHECKING:
@@ -209,13 +210,6 @@ def image_on_disk(file: StallingFile, directory: Path) -> Iterator[Path]:
             qemu.io(image, f"write -P {ord('s')} 0 {DISK_BYTES}")
             run("sync", "-f", image)
             yield image
-
-
-def drop_pages(image: Path) -> None:
-    """Remove an image from the host's page cache."""
-    fd = os.open(image, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
 
 
 @pytest.mark.parametrize("before", [0, 3])

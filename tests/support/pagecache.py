@@ -23,7 +23,7 @@ def drop_pages(path: Path) -> None:
     for memory to reclaim, refers to for a moment.
     """
     end = time.monotonic() + _WAIT_SECONDS
-    with path.open("r+b") as file:
+    with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         with closing(Residency(file.fileno(), size)) as residency:
             while True:

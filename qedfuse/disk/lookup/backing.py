@@ -19,7 +19,7 @@ from qedfuse.disk.lookup.basepolicy import (
     is_same_url,
     open_local_base,
 )
-from qedfuse.disk.lookup.foreignopening import foreign_driver, open_foreign, refuse_loop
+from qedfuse.disk.lookup.foreignopening import open_foreign, refuse_loop
 from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.rememberedbase import remembered_version, verify_bases
@@ -35,7 +35,7 @@ from qedfuse.errors import (
 )
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_driver, foreign_format, is_qed
 from qedfuse.remote.address import is_below, is_url, parse_address, shown_name
 from qedfuse.text import printable
 from qedfuse.util.deferredclose import close_all

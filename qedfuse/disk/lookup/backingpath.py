@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from qedfuse.errors import QedError
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import HEADER_BYTES
-from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, foreign_format, is_qed
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, detected_driver
 from qedfuse.ondisk.header import parse_header
 from qedfuse.remote.address import is_url
 
@@ -106,14 +106,11 @@ def _files_named_by(path: str, driver: str | None) -> _NamedFiles:
     except (OSError, QedError):
         return _NO_FILES
     try:
-        start = os.pread(fd, SIGNATURE_BYTES, 0)
-        if driver is None and is_qed(start):
-            driver = "qed"
-        elif driver is None and (found := foreign_format(start)) is not None:
-            driver = DRIVERS[found]
+        if driver is None:
+            driver = detected_driver(os.pread(fd, SIGNATURE_BYTES, 0))
         if driver == "qed":
             return _names_in_qed(fd, path)
-        return _NO_FILES if driver is None else _names_in_foreign(fd, path, driver)
+        return _NO_FILES if driver == "raw" else _names_in_foreign(fd, path, driver)
     except (OSError, QedError):
         return _NO_FILES
     finally:

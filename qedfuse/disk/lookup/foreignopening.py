@@ -10,7 +10,6 @@ from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.basepolicy import checked_name, open_local_base
 from qedfuse.errors import BackingError, BackingRefusedError, UsageError
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.ondisk.formats import DRIVERS, foreign_format
 from qedfuse.remote.address import is_url, shown_name
 from qedfuse.util.threads import run_in_thread
 
@@ -22,15 +21,6 @@ if TYPE_CHECKING:
     from qedfuse.foreign.foreignfile import ForeignFile
     from qedfuse.foreign.graph import Graph
     from qedfuse.hostio.hostfile import FileIdentity, HostFile, ReadableFile
-
-
-def foreign_driver(start: bytes | bytearray) -> str | None:
-    """Return the format of a file as QEMU calls it; None if qedfuse itself reads the format.
-
-    ``start`` holds the first bytes, as for `foreign_format`.
-    """
-    found = foreign_format(start)
-    return None if found is None else DRIVERS[found]
 
 
 async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> ForeignFile:

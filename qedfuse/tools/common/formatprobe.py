@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, NotQedError, QedError, UsageError
 from qedfuse.hostio.regular import open_raw, open_regular
-from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, foreign_format, is_luks, is_qed
+from qedfuse.ondisk.formats import (
+    SIGNATURE_BYTES,
+    foreign_driver,
+    foreign_format,
+    is_luks,
+    is_qed,
+)
 from qedfuse.remote.address import is_url
 from qedfuse.text import printable
 
@@ -57,8 +63,7 @@ def foreign_driver_of(path: str) -> str | None:
     encrypted by LUKS.
     """
     start = None if is_url(path) else first_bytes(path)
-    found = None if start is None else foreign_format(start)
-    return None if found is None else DRIVERS[found]
+    return None if start is None else foreign_driver(start)
 
 
 def first_bytes(path: str) -> bytes | None:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import CorruptImageError
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from qedfuse.disk.disk import Disk
+
+
+def damaged_error(disk: Disk, outcome: str) -> CorruptImageError:
+    """Return the error of a tool that damaged tables have kept from its work.
+
+    ``outcome`` says what has not been done.
+    """
+    msg = (
+        f"{disk.name}: {outcome}: found damaged tables; repair them first: "
+        f"qedimg check -r all {shlex.quote(disk.name)}"
+    )
+    return CorruptImageError(msg)
 
 
 def open_writable(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import CorruptImageError
-from qedfuse.tools.common.writabledisk import open_writable
+from qedfuse.tools.common.writabledisk import damaged_error, open_writable
 
 if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
@@ -64,11 +62,7 @@ async def compact(
         # their way can first move to the end of the file.
         moved = await disk.compact(progress, within_bound=False)
         if disk.damaged:
-            msg = (
-                f"{disk.name}: not fully compacted: found damaged tables; repair them first: "
-                f"qedimg check -r all {shlex.quote(disk.name)}"
-            )
-            raise CorruptImageError(msg)
+            raise damaged_error(disk, "not fully compacted")
         statistics = disk.statistics()
     # An error that only left the free list out has been logged.
     if disk.space_error is not None:

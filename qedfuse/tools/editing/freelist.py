@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import CorruptImageError
-from qedfuse.tools.common.writabledisk import open_writable
+from qedfuse.tools.common.writabledisk import damaged_error, open_writable
 from qedfuse.tools.inspection.freelistinfo import describe_free_list
 
 if TYPE_CHECKING:
@@ -41,11 +39,7 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
     info = await describe_free_list(path, lock=options.read_lock)
     if not info.present:
         if disk.damaged:
-            msg = (
-                f"{disk.name}: no list was stored: found damaged tables; repair them first: "
-                f"qedimg check -r all {shlex.quote(disk.name)}"
-            )
-            raise CorruptImageError(msg)
+            raise damaged_error(disk, "no list was stored")
         error = disk.space_error or disk.free_list_error
         if error is not None:
             raise error

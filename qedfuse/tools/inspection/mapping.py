@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backing import closing_layers, open_bases
-from qedfuse.disk.lookup.foreignopening import foreign_disk, foreign_driver
+from qedfuse.disk.lookup.foreignopening import foreign_disk
 from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.hostio.imagefile import read_header
-from qedfuse.ondisk.formats import SIGNATURE_BYTES
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_driver
 from qedfuse.tools.common.formatprobe import is_qed_image
 from qedfuse.tools.source.chainruns import ChainRunReader
 from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
